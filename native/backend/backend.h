@@ -1,0 +1,123 @@
+/* backend.h — what the model graph (engine/) asks of a device. A backend implements these operations; the graph is
+ * written once against them. At most eight calls a layer; none waits for a result, so a GPU can record them all.
+ *
+ * Pointers are device memory that the backend handed out or mapped (`alloc`, `map`); on the CPU and on unified memory they
+ * are ordinary pointers. Activations are opaque rows: backend->act_bytes an element.
+ */
+#ifndef CV_BACKEND_H
+#define CV_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../include/caravan.h"
+
+/* A matrix (or `experts` of them) as the backend reads it. Rows are outputs, columns inputs. Borrowed: the mapping or the
+ * copy belongs to the engine's weight store. */
+typedef struct cv_weight {
+    uint32_t format, bits, group, scale_type;
+    size_t experts, rows, cols;
+    const uint8_t *data; /* row r of expert e at data + e*expert_bytes + r*row_bytes */
+    size_t row_bytes, expert_bytes;
+    const uint8_t *scales, *biases; /* row r of expert e at + e*expert_scale_bytes + r*scale_row_bytes */
+    size_t scale_row_bytes, expert_scale_bytes;
+    const float *global_scale; /* [experts] or NULL */
+} cv_weight;
+
+/* One layer's keys and values: page p of kv head h: keys at k + (p*page_stride + h*head_stride) elements, [page_tokens, head_dim];
+ * values at the same place of v. */
+typedef struct {
+    void *k, *v;
+    size_t page_stride, head_stride; /* elements */
+} cv_kv_layer;
+
+/* One sequence's part of a step, decoded from cv_step_row. */
+typedef struct {
+    uint64_t first_position;
+    size_t n_tokens, first_token; /* first_token: index of its first row among the step's tokens */
+    const uint32_t *full_pages, *chunk_pages;
+    size_t n_full_pages, n_chunk_pages;
+    uint64_t chunk_base;
+} cv_seq;
+
+/* A step as the operations see it: n_tokens activation rows. */
+typedef struct {
+    size_t n_seqs, n_tokens;
+    const cv_seq *seqs;
+    const uint32_t *tokens;    /* [n_tokens] ids, all known */
+    const uint64_t *positions; /* [n_tokens] */
+    const uint32_t *token_seq; /* [n_tokens] index into seqs */
+} cv_batch;
+
+/* Shapes and constants fixed at load. */
+typedef struct {
+    size_t hidden, head_dim, vocab, n_experts, experts_per_token, page_tokens, chunk;
+    size_t max_tokens, max_logits;
+    size_t max_heads, max_kv_heads, max_ff; /* widest layer; max_ff: widest of MLP, expert, shared expert */
+    uint32_t kv_type;
+    bool rope_interleaved, exact;
+    float norm_eps, qk_norm_eps, attn_scale, floor_scale;
+    const float *inv_freq; /* [head_dim/2] */
+    uint32_t n_threads, cpu_level;
+} cv_shape;
+
+typedef struct {
+    const cv_weight *gate, *up, *down; /* experts */
+    const cv_weight *shared_gate, *shared_up, *shared_down;
+} cv_moe_weights;
+
+typedef struct cv_backend cv_backend;
+
+typedef struct {
+    const char *name;
+    void (*close)(cv_backend *b);
+
+    /* Device memory, zeroed, aligned to 64 bytes. */
+    int (*alloc)(cv_backend *b, size_t bytes, void **out);
+    void (*free)(cv_backend *b, void *p);
+
+    /* Starts a step: uploads its tables, prepares cos/sin for its positions. The batch stays valid until finish(). */
+    int (*begin)(cv_backend *b, const cv_batch *batch);
+    /* Ends a step: everything recorded has been computed when it returns. */
+    int (*finish)(cv_backend *b, char *err, size_t err_size);
+
+    /* h[t] = table[token t] */
+    int (*embed)(cv_backend *b, const cv_weight *table, void *h);
+
+    /* q,k,v = W·RMSNorm(h) (+ bias). q [tokens, heads*d], k and v [tokens, kv_heads*d]. Biases may be NULL. */
+    int (*norm_qkv)(cv_backend *b, const void *h, const float *norm, const cv_weight *const w[3], const float *const bias[3], void *q, void *k, void *v);
+
+    /* RoPE, weightless QK norm and temperature as `flags` (CV_LAYER_*) say; k and v into the cache pages. */
+    int (*rope_store)(cv_backend *b, uint32_t flags, size_t n_heads, size_t n_kv_heads, void *q, void *k, void *v, const cv_kv_layer *kv);
+
+    /* out = attention of every token over its own pages (chunked: from its chunk's start). */
+    int (*attention)(cv_backend *b, uint32_t flags, size_t n_heads, size_t n_kv_heads, const void *q, const cv_kv_layer *kv, void *out);
+
+    /* h += W·x (+ bias). accumulate = false: h = W·x (a rank's partial sum, before an all-reduce). */
+    int (*linear)(cv_backend *b, const void *x, const cv_weight *w, const float *bias, bool accumulate, void *h);
+
+    /* act = silu(gate·m) * (up·m), m = RMSNorm(h). */
+    int (*norm_mlp)(cv_backend *b, const void *h, const float *norm, const cv_weight *gate, const cv_weight *up, const float *gate_bias, const float *up_bias, void *act);
+
+    /* Chooses experts: m = RMSNorm(h), logits = router·m, the K largest (first wins), score = sigmoid(logit). The backend keeps
+     * m, the choice and the scores until moe_down. */
+    int (*norm_route)(cv_backend *b, const void *h, const float *norm, const cv_weight *router);
+    /* Hidden activations of the chosen experts (input scaled by the score) and of the shared expert. */
+    int (*moe_up)(cv_backend *b, const cv_moe_weights *w);
+    /* h += (or =) Σ down_e·act_e + shared_down·act_shared, experts in the order they were chosen, shared last. */
+    int (*moe_down)(cv_backend *b, const cv_moe_weights *w, bool accumulate, void *h);
+
+    /* logits[i] = head·RMSNorm(h[rows[i]]), float32 [n_rows, vocab]. */
+    int (*head)(cv_backend *b, const void *h, const uint32_t *rows, size_t n_rows, const float *norm, const cv_weight *head, float *logits);
+} cv_backend_ops;
+
+struct cv_backend {
+    const cv_backend_ops *ops;
+    const cv_shape *shape;
+    size_t act_bytes;
+};
+
+int cv_backend_cpu_open(const cv_shape *shape, cv_backend **out, char *err, size_t err_size);
+
+#endif

@@ -1,0 +1,280 @@
+/* caravan.h — the whole interface of libcaravan, the only header that TypeScript mirrors.
+ *
+ * The library loads one rank's share of a Llama / Llama 4 model from a *load plan*, and computes *steps*: one forward
+ * pass over a ragged batch of sequences, sampling included. It has no globals, prints nothing and never exits.
+ *
+ * Threads: every function may be called from one control thread; cv_abort, cv_stats and cv_event_fd from any thread.
+ * cv_submit never blocks: a compute thread owned by the engine runs steps in the order they were submitted. When one
+ * ends, a byte is written to the event descriptor and cv_collect hands its result out.
+ *
+ * Errors: functions that return int give CV_OK (0) or a negative CV_E* code and, where they take (err, err_size),
+ * a zero-terminated English sentence. Memory passed in belongs to the caller and is not kept after the call returns.
+ *
+ * All records below are little-endian, naturally aligned and sent as bytes; src/engine/layout.ts mirrors them and a
+ * test compares every offset (cv_layout).
+ */
+#ifndef CARAVAN_H
+#define CARAVAN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define CV_API __attribute__((visibility("default")))
+#else
+#define CV_API
+#endif
+
+#define CV_ABI_VERSION 1u
+
+enum {
+    CV_OK = 0,
+    CV_E_ARGUMENT = -1,    /* a caller's mistake: bad handle, bad size, bad step */
+    CV_E_PLAN = -2,        /* the load plan contradicts itself or a file */
+    CV_E_IO = -3,          /* a file cannot be opened, is shorter than planned, or cannot be mapped */
+    CV_E_MEMORY = -4,      /* an allocation failed */
+    CV_E_UNSUPPORTED = -5, /* format, shape or device that this build cannot compute */
+    CV_E_AGAIN = -6,       /* cv_collect: that ticket has not ended yet */
+    CV_E_BUSY = -7,        /* cv_submit: queue full */
+    CV_E_ABORTED = -8,     /* cv_abort was called */
+    CV_E_BUFFER = -9,      /* cv_collect: the buffer is too small; *out_size says what is needed */
+    CV_E_STEP = -10        /* computing failed (not a number in the logits, backend error) */
+};
+
+/* ------------------------------------------------------------------------------------------------ load plan ---- */
+
+#define CV_PLAN_MAGIC 0x4e4c5043u /* "CPLN" */
+#define CV_NO_FILE 0xffffffffu
+
+enum { CV_DEVICE_CPU = 0, CV_DEVICE_METAL = 1 };
+enum { CV_COMPUTE_FAST = 0, CV_COMPUTE_EXACT = 1 };
+
+/* Element types of float tensors, of scales and of the KV cache. */
+enum { CV_F32 = 1, CV_F16 = 2, CV_BF16 = 3, CV_E8M0 = 4, CV_E4M3 = 5 };
+
+/* Weight formats. AFFINE: unsigned codes of `bits` bits (2,3,4,5,6,8), one little-endian bit stream a row,
+ * value = code*scale + bias for each group of `group` columns. MXFP4/MXFP8/NVFP4 as in MLX (no biases). */
+enum { CV_FORMAT_F32 = 1, CV_FORMAT_F16 = 2, CV_FORMAT_BF16 = 3, CV_FORMAT_AFFINE = 4, CV_FORMAT_MXFP4 = 5, CV_FORMAT_MXFP8 = 6, CV_FORMAT_NVFP4 = 7 };
+
+/* Tensor slots. Matrices are [rows = outputs, cols = inputs]; experts have a leading dimension. */
+enum {
+    CV_T_EMBED = 1, CV_T_FINAL_NORM, CV_T_HEAD,
+    CV_T_ATTN_NORM, CV_T_FFN_NORM,
+    CV_T_Q, CV_T_K, CV_T_V, CV_T_O,
+    CV_T_Q_BIAS, CV_T_K_BIAS, CV_T_V_BIAS, CV_T_O_BIAS,
+    CV_T_GATE, CV_T_UP, CV_T_DOWN,                         /* dense MLP */
+    CV_T_GATE_BIAS, CV_T_UP_BIAS, CV_T_DOWN_BIAS,
+    CV_T_ROUTER,                                           /* [experts, hidden] */
+    CV_T_EXPERT_GATE, CV_T_EXPERT_UP, CV_T_EXPERT_DOWN,    /* experts > 1 allowed */
+    CV_T_SHARED_GATE, CV_T_SHARED_UP, CV_T_SHARED_DOWN,
+    CV_T_COUNT
+};
+
+enum {
+    CV_LAYER_CHUNKED = 1,     /* keys live in the chunked pool; attention stays inside the chunk of cv_plan_model.chunk tokens */
+    CV_LAYER_ROPE = 2,
+    CV_LAYER_QK_NORM = 4,     /* weightless per-head RMS norm of q and k, after RoPE */
+    CV_LAYER_TEMPERATURE = 8, /* q *= 1 + attn_scale*ln(1 + floor((t+1)/floor_scale)) */
+    CV_LAYER_MOE = 16
+};
+
+enum { CV_MODEL_ROPE_INTERLEAVED = 1 /* pairs (2j, 2j+1); else (j, j + head_dim/2) */ };
+
+/* Where a tensor's bytes are. Byte b of row r of expert e is at offset + e*outer_stride + r*row_stride + b.
+ * With CV_TENSOR_TRANSPOSED the source is [experts][cols][rows]: element (e, r, c) is at
+ * offset + e*outer_stride + c*row_stride + r*element_size (float formats only). */
+typedef struct {
+    uint32_t file; /* index into the plan's files, CV_NO_FILE when absent */
+    uint32_t reserved;
+    uint64_t offset;
+    uint64_t outer_stride;
+    uint64_t row_stride;
+} cv_plan_source; /* 32 bytes */
+
+enum { CV_TENSOR_TRANSPOSED = 1 };
+
+typedef struct {
+    uint32_t slot;       /* CV_T_* */
+    int32_t layer;       /* position in the plan's layer table, -1 for global tensors */
+    uint32_t format;     /* CV_FORMAT_* */
+    uint32_t bits;       /* AFFINE only */
+    uint32_t group;      /* columns a scale, quantized formats only */
+    uint32_t scale_type; /* CV_F32/F16/BF16 for AFFINE, CV_E8M0 for MXFP*, CV_E4M3 for NVFP4 */
+    uint32_t flags;      /* CV_TENSOR_* */
+    uint32_t reserved;
+    uint64_t experts; /* 1 for plain matrices and vectors */
+    uint64_t rows;    /* vectors: rows = 1, cols = length */
+    uint64_t cols;
+    cv_plan_source weight;
+    cv_plan_source scales;       /* [experts, rows, cols/group] */
+    cv_plan_source biases;       /* AFFINE */
+    cv_plan_source global_scale; /* NVFP4, optional: float32 [experts] */
+} cv_plan_tensor; /* 184 bytes */
+
+typedef struct {
+    uint32_t index; /* global layer number (messages only) */
+    uint32_t flags; /* CV_LAYER_* */
+    uint32_t n_heads;
+    uint32_t n_kv_heads;
+} cv_plan_layer; /* 16 bytes */
+
+typedef struct {
+    uint64_t path_offset; /* into the plan; UTF-8, zero-terminated */
+    uint64_t size;        /* bytes the file must have */
+} cv_plan_file; /* 16 bytes */
+
+typedef struct {
+    uint32_t magic;   /* CV_PLAN_MAGIC */
+    uint32_t version; /* CV_ABI_VERSION */
+    uint64_t total_size;
+    uint32_t n_files, n_layers, n_tensors, flags; /* flags: CV_MODEL_* */
+    uint64_t files_offset;   /* cv_plan_file[n_files] */
+    uint64_t layers_offset;  /* cv_plan_layer[n_layers] */
+    uint64_t tensors_offset; /* cv_plan_tensor[n_tensors] */
+    uint64_t inv_freq_offset; /* float32[head_dim/2] */
+    uint32_t hidden, head_dim, vocab, n_experts;
+    uint32_t experts_per_token;
+    uint32_t chunk;        /* attention chunk in tokens, a multiple of page_tokens; 0 = no chunked layers */
+    uint32_t page_tokens;  /* tokens a page: 16, 32, 64 or 128 */
+    uint32_t n_full_pages; /* pages of the pool for layers with full attention */
+    uint32_t n_chunk_pages;
+    uint32_t kv_type;      /* CV_F32, CV_F16 or CV_BF16 */
+    uint32_t device;       /* CV_DEVICE_* */
+    uint32_t compute;      /* CV_COMPUTE_* */
+    uint32_t n_threads;    /* compute threads, 1 to 256 */
+    uint32_t max_rows;     /* sequences a step */
+    uint32_t max_tokens;   /* new tokens a step, all sequences together */
+    uint32_t max_logits;   /* positions a step for which logits are computed, >= max_rows */
+    uint32_t n_slots;      /* sequence slots that remember their last sampled token */
+    float norm_eps, qk_norm_eps, attn_scale, floor_scale;
+    uint32_t cpu_level;    /* 0 = best the machine has; else a CV_CPU_* to force one (tests, bench) */
+    uint32_t reserved[6];
+} cv_plan;
+
+/* CPU kernel sets, from the definition to the fastest. */
+enum { CV_CPU_SCALAR = 1, CV_CPU_AVX2 = 2, CV_CPU_AVX512 = 3, CV_CPU_AVX512_VNNI = 4, CV_CPU_AMX = 5, CV_CPU_NEON = 16, CV_CPU_NEON_DOT = 17, CV_CPU_NEON_I8MM = 18 };
+
+/* ------------------------------------------------------------------------------------------------ step --------- */
+
+#define CV_STEP_MAGIC 0x50545343u /* "CSTP" */
+#define CV_TOKEN_LAST 0xffffffffu /* as a token: the token last sampled for this row's slot (a step may be queued before it is known) */
+
+enum { CV_LOGITS_NONE = 0, CV_LOGITS_LAST = 1, CV_LOGITS_ALL = 2 };
+enum { CV_ROW_SAMPLE = 1, CV_ROW_RETURN_LOGITS = 2 };
+
+/* One sequence's part of a step. Page tables: entry i of the full table holds positions [i*P, (i+1)*P); entry i of the
+ * chunk table holds positions [chunk_base + i*P, …). Tables must cover every position that the row's queries read or
+ * write. All offsets are byte offsets into the step. */
+typedef struct {
+    uint64_t first_position; /* of the row's first new token */
+    uint32_t n_tokens;       /* >= 1 */
+    uint32_t slot;           /* < n_slots */
+    uint64_t tokens_offset;      /* uint32[n_tokens] */
+    uint64_t full_pages_offset;  /* uint32[n_full_pages] */
+    uint64_t chunk_pages_offset; /* uint32[n_chunk_pages] */
+    uint64_t chunk_base;         /* first position of the chunk table, a multiple of page_tokens */
+    uint32_t n_full_pages, n_chunk_pages;
+    uint32_t logits; /* CV_LOGITS_*: positions for which logits are computed */
+    uint32_t flags;  /* CV_ROW_SAMPLE: sample after the last token (needs logits != NONE) */
+    /* Sampling; order: logit bias, mask, penalties, temperature, top_p, min_p, xtc, top_k. */
+    uint64_t seed;     /* the sequence's random stream; drawn numbers depend on (seed, position, token id) only */
+    float temperature; /* 0 = greedy; first index wins ties */
+    float top_p;       /* 1 = off */
+    float min_p;       /* 0 = off */
+    float xtc_probability, xtc_threshold; /* 0 = off */
+    float repetition_penalty;             /* 1 = off */
+    float presence_penalty, frequency_penalty; /* 0 = off */
+    uint32_t top_k;          /* 0 = off */
+    uint32_t n_top_logprobs; /* 0..64 alternatives returned */
+    uint64_t bias_offset;    /* cv_step_bias[n_bias] */
+    uint64_t history_offset; /* cv_step_history[n_history], for the penalties */
+    uint64_t mask_offset;    /* uint32[(vocab+31)/32], bit set = allowed; 0 = no mask */
+    uint32_t n_bias, n_history;
+    uint64_t xtc_keep_offset; /* uint32[n_xtc_keep]: tokens that XTC never removes (newline, end) */
+    uint32_t n_xtc_keep;
+    uint32_t reserved;
+} cv_step_row; /* 160 bytes */
+
+typedef struct { uint32_t token; float bias; } cv_step_bias;
+/* in_output: how often the token was generated (presence, frequency); in_context: prompt or output (repetition). */
+typedef struct { uint32_t token, in_output, in_context; } cv_step_history;
+/* Page copies made before the step (copy on write). pool: 0 full, 1 chunked. */
+typedef struct { uint32_t pool, from, to, reserved; } cv_step_copy;
+
+typedef struct {
+    uint32_t magic, version;
+    uint64_t total_size;
+    uint32_t n_rows, n_copies;
+    uint64_t rows_offset;   /* cv_step_row[n_rows] */
+    uint64_t copies_offset; /* cv_step_copy[n_copies] */
+} cv_step;
+
+/* ------------------------------------------------------------------------------------------------ result ------- */
+
+typedef struct {
+    uint32_t token;      /* sampled token, CV_TOKEN_LAST when none was asked for */
+    float logprob;       /* natural log-probability of `token` under the untempered, unfiltered distribution (after bias and mask) */
+    uint32_t n_top;
+    uint32_t n_logits;   /* positions whose logits follow at logits_offset (0 unless CV_ROW_RETURN_LOGITS) */
+    uint64_t top_offset;    /* cv_result_top[n_top], most probable first */
+    uint64_t logits_offset; /* float32 [n_logits, vocab] */
+} cv_result_row; /* 32 bytes */
+
+typedef struct { uint32_t token; float logprob; } cv_result_top;
+
+typedef struct {
+    uint64_t ticket;
+    uint64_t total_size;
+    uint32_t n_rows, reserved;
+    uint64_t rows_offset; /* cv_result_row[n_rows] */
+    uint64_t compute_ns;  /* time from the start of the step to its end */
+    uint64_t queued_ns;   /* time between submit and start */
+} cv_result;
+
+typedef struct {
+    uint64_t weights_mapped, weights_copied; /* bytes */
+    uint64_t kv_bytes, scratch_bytes;        /* bytes reserved at open */
+    uint64_t steps, tokens;                  /* computed so far */
+    uint64_t compute_ns;                     /* in steps */
+    uint64_t kernel_ns;                      /* of that, inside backend operations */
+    uint32_t n_threads, cpu_level;
+} cv_stats_record;
+
+/* ------------------------------------------------------------------------------------------------ functions ---- */
+
+typedef struct cv_engine cv_engine;
+
+/* CV_ABI_VERSION of the library. */
+CV_API uint32_t cv_abi(void);
+
+/* Writes "record.field=offset,size" lines for every record above into out; returns the bytes needed. */
+CV_API size_t cv_layout(char *out, size_t out_size);
+
+/* Name of a kernel set, and the best set of this machine. */
+CV_API uint32_t cv_cpu_best(void);
+CV_API const char *cv_cpu_name(uint32_t level);
+
+/* Opens an engine from a plan. On success *out is owned by the caller until cv_close. Every size in the plan is checked
+ * against itself and against the files before anything is mapped or read. */
+CV_API int cv_open(const void *plan, size_t plan_size, cv_engine **out, char *err, size_t err_size);
+
+/* Readable end of a pipe: one byte arrives for each step that ended. Owned by the engine. */
+CV_API int cv_event_fd(cv_engine *engine);
+
+/* Queues a step (copied). *ticket counts up from 1. CV_E_BUSY when 64 are waiting. */
+CV_API int cv_submit(cv_engine *engine, const void *step, size_t step_size, uint64_t *ticket, char *err, size_t err_size);
+
+/* Result of a ticket, once: CV_E_AGAIN while it runs, CV_E_BUFFER with *out_size when out is too small, the step's own
+ * error code and text if it failed. After CV_OK or a step's error the ticket is forgotten. */
+CV_API int cv_collect(cv_engine *engine, uint64_t ticket, void *out, size_t out_capacity, uint64_t *out_size, char *err, size_t err_size);
+
+/* Makes the running step and all queued ones end with CV_E_ABORTED as soon as possible (checked between operations).
+ * The engine takes no further steps. Any thread. */
+CV_API void cv_abort(cv_engine *engine);
+
+CV_API int cv_stats(cv_engine *engine, cv_stats_record *out);
+
+/* Aborts, waits for the compute thread, frees everything. NULL is allowed. */
+CV_API void cv_close(cv_engine *engine);
+
+#endif
