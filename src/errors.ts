@@ -110,7 +110,8 @@ export class CaravanError extends Error {
 
   /** Rebuilds an error that crossed a process boundary as JSON. */
   static fromJSON(value: Record<string, unknown>): CaravanError {
-    const text = (key: string): string | undefined => (typeof value[key] === "string" ? value[key] : undefined);
+    const text = (key: string): string | undefined =>
+      typeof value[key] === "string" ? value[key] : undefined;
     const code = text("code");
     const known = code !== undefined && code in STATUS ? (code as ErrorCode) : "internal_error";
     const retry = value.retry_after_seconds;
