@@ -1,0 +1,192 @@
+// Runs a chat template from a downloaded model with limits on steps, time and sizes. A template is a program by a
+// stranger: it has no access to anything but its variables, and it must not hang the server or fill its memory.
+import { Environment, Interpreter, parse, tokenize } from "@huggingface/jinja";
+import { CaravanError } from "../errors.ts";
+
+type Program = ReturnType<typeof parse>;
+type Value = ReturnType<Interpreter["evaluate"]>;
+
+export interface SandboxLimits {
+  /** Syntax nodes evaluated: a message costs some tens of them. */
+  readonly maxSteps: number;
+  readonly maxTimeMs: number;
+  /** Length of any string, besides `inputLength` times a few. */
+  readonly maxText: number;
+  /** Elements of any list. */
+  readonly maxItems: number;
+}
+
+export const DEFAULT_LIMITS: SandboxLimits = {
+  maxSteps: 5_000_000,
+  maxTimeMs: 5000,
+  maxText: 1 << 22,
+  maxItems: 1 << 20,
+};
+
+const MAX_SOURCE = 1 << 20;
+const MONTHS = "January February March April May June July August September October November December".split(
+  " ",
+);
+const DAYS = "Sunday Monday Tuesday Wednesday Thursday Friday Saturday".split(" ");
+
+/** A limit was passed. Not an error of the request: the model's template is at fault. */
+class LimitError extends Error {}
+
+/** A template said no, by its raise_exception. */
+class Refusal extends Error {}
+
+class LimitedInterpreter extends Interpreter {
+  readonly #limits: SandboxLimits;
+  readonly #deadline: number;
+  #steps = 0;
+
+  constructor(environment: Environment, limits: SandboxLimits) {
+    super(environment);
+    this.#limits = limits;
+    this.#deadline = performance.now() + limits.maxTimeMs;
+  }
+
+  override evaluate(...args: Parameters<Interpreter["evaluate"]>): Value {
+    const limits = this.#limits;
+    if (++this.#steps > limits.maxSteps) throw new LimitError(`more than ${limits.maxSteps} steps`);
+    if ((this.#steps & 0xff) === 0 && performance.now() > this.#deadline) {
+      throw new LimitError(`more than ${limits.maxTimeMs} ms`);
+    }
+    const result = super.evaluate(...args);
+    const { value } = result;
+    if (typeof value === "string" && value.length > limits.maxText) {
+      throw new LimitError(`a text of ${value.length} characters`);
+    }
+    if (Array.isArray(value) && value.length > limits.maxItems) {
+      throw new LimitError(`a list of ${value.length} elements`);
+    }
+    return result;
+  }
+}
+
+/** Python's range, bounded before anything is allocated. */
+function boundedRange(maxItems: number): (start: number, stop?: number, step?: number) => number[] {
+  return (first, second, step = 1) => {
+    const [start, stop] = second === undefined ? [0, first] : [first, second];
+    const count = Math.max(0, Math.ceil((stop - start) / step));
+    if (!Number.isFinite(count)) throw new Error("range() arguments are not valid");
+    if (count > maxItems) throw new LimitError(`range() of ${count} elements`);
+    return Array.from({ length: count }, (_, i) => start + i * step);
+  };
+}
+
+/** Python's strftime in the C locale, local time, for the codes that templates use. */
+export function formatTime(format: string, date: Date): string {
+  const two = (value: number): string => String(value).padStart(2, "0");
+  return format.replace(/%([a-zA-Z%])/g, (whole, code: string) => {
+    const month = MONTHS[date.getMonth()] ?? "";
+    const day = DAYS[date.getDay()] ?? "";
+    switch (code) {
+      case "Y":
+        return String(date.getFullYear());
+      case "y":
+        return two(date.getFullYear() % 100);
+      case "m":
+        return two(date.getMonth() + 1);
+      case "d":
+        return two(date.getDate());
+      case "B":
+        return month;
+      case "b":
+        return month.slice(0, 3);
+      case "A":
+        return day;
+      case "a":
+        return day.slice(0, 3);
+      case "H":
+        return two(date.getHours());
+      case "M":
+        return two(date.getMinutes());
+      case "S":
+        return two(date.getSeconds());
+      case "%":
+        return "%";
+      default:
+        return whole;
+    }
+  });
+}
+
+export class SandboxedTemplate {
+  readonly #program: Program;
+  readonly #where: string;
+
+  /** Error: bad_file when the template cannot be parsed. */
+  constructor(source: string, where: string) {
+    this.#where = where;
+    if (source.length > MAX_SOURCE) {
+      throw new CaravanError("bad_file", `the chat template has ${source.length} characters`, { where });
+    }
+    try {
+      this.#program = parse(tokenize(source, { lstrip_blocks: true, trim_blocks: true }));
+    } catch (cause) {
+      throw new CaravanError("bad_file", `the chat template cannot be parsed: ${messageOf(cause)}`, {
+        where,
+        cause,
+      });
+    }
+  }
+
+  /**
+   * @param variables JSON values by name. Names that the sandbox defines (range, raise_exception …) are refused.
+   * @param inputLength characters that the variables hold: a text may be a few times that, and `maxText` more.
+   * Errors: invalid_argument when the template refuses these messages, bad_file when it fails or passes a limit.
+   */
+  render(
+    variables: Record<string, unknown>,
+    inputLength: number,
+    limits: SandboxLimits = DEFAULT_LIMITS,
+  ): string {
+    const environment = new Environment();
+    const globals: Record<string, unknown> = {
+      true: true,
+      false: false,
+      none: null,
+      True: true,
+      False: false,
+      None: null,
+      range: boundedRange(limits.maxItems),
+      raise_exception: (message: unknown) => {
+        throw new Refusal(String(message));
+      },
+      strftime_now: (format: unknown) => formatTime(String(format), new Date()),
+    };
+    for (const [name, value] of Object.entries(globals)) environment.set(name, value);
+    for (const [name, value] of Object.entries(variables)) {
+      if (Object.hasOwn(globals, name)) {
+        throw new CaravanError("invalid_argument", `a template variable may not be called ${name}`, {
+          param: name,
+        });
+      }
+      environment.set(name, value);
+    }
+    const bounded = { ...limits, maxText: limits.maxText + 4 * inputLength };
+    try {
+      const { value } = new LimitedInterpreter(environment, bounded).run(this.#program);
+      if (typeof value === "string") return value;
+      throw new Error("it gave no text");
+    } catch (cause) {
+      if (cause instanceof CaravanError) throw cause;
+      if (cause instanceof Refusal) {
+        throw new CaravanError("invalid_argument", `the model's chat template refused: ${cause.message}`, {
+          param: "messages",
+          cause,
+        });
+      }
+      throw new CaravanError("bad_file", `the chat template failed: ${messageOf(cause)}`, {
+        where: this.#where,
+        hint: "The template of this model does not accept these messages, or it is broken.",
+        cause,
+      });
+    }
+  }
+}
+
+function messageOf(cause: unknown): string {
+  return cause instanceof Error ? cause.message : String(cause);
+}
