@@ -1,0 +1,128 @@
+// The HTTP API as a Hono app: the checks that every request passes, and the routes. Importing it does nothing;
+// app.request() serves tests, server.ts a socket.
+
+import { Hono } from "hono";
+import { asCaravanError, CaravanError } from "../errors.ts";
+import { keyCheck } from "./auth.ts";
+import { errorResponse } from "./error-response.ts";
+import { Lifecycle } from "./lifecycle.ts";
+import { type Log, SILENT } from "./log.ts";
+import type { ModelDirectory } from "./model-directory.ts";
+import { chatRoute } from "./openai/chat.ts";
+import { completionsRoute } from "./openai/completions.ts";
+import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
+import { healthRoute } from "./ops/health.ts";
+import { readyRoute } from "./ops/ready.ts";
+import { corsHeaders, hostCheck, originCheck, preflightHeaders } from "./origin.ts";
+import { type ApiContext, type ApiEnv, route } from "./routes.ts";
+import type { ApiDependencies } from "./serve-generation.ts";
+import { type ApiSettings, DEFAULT_SETTINGS } from "./settings.ts";
+
+export interface AppOptions {
+  models: ModelDirectory;
+  /** Merged over DEFAULT_SETTINGS. */
+  settings?: Partial<ApiSettings>;
+  /** Shared with the server that drains it. */
+  lifecycle?: Lifecycle;
+  log?: Log;
+}
+
+/** The path that a supervisor asks without a key, also while the node is shutting down. */
+const HEALTH = "/health";
+
+const REQUEST_ID = /^[\w.:-]{1,128}$/;
+
+export function createApp(options: AppOptions): Hono<ApiEnv> {
+  const deps: ApiDependencies = {
+    models: options.models,
+    settings: { ...DEFAULT_SETTINGS, ...options.settings },
+    lifecycle: options.lifecycle ?? new Lifecycle(),
+    log: options.log ?? SILENT,
+  };
+  const app = new Hono<ApiEnv>();
+  useChecks(app, deps);
+
+  route(app, HEALTH, { GET: healthRoute() });
+  route(app, "/ready", { GET: readyRoute(deps) });
+  route(app, "/v1/models", { GET: listModelsRoute(deps) });
+  route(app, "/v1/models/:id{.+}", { GET: retrieveModelRoute(deps) });
+  route(app, "/v1/chat/completions", { POST: chatRoute(deps) });
+  route(app, "/v1/completions", { POST: completionsRoute(deps) });
+
+  app.notFound((context) =>
+    errorResponse(
+      new CaravanError("unknown_url", `There is nothing at ${context.req.method} ${context.req.path}.`),
+    ),
+  );
+  app.onError((thrown, context) => {
+    const error = asCaravanError(thrown);
+    const fields = { request: context.get("requestId"), path: context.req.path, ...error.toJSON() };
+    if (error.code === "internal_error")
+      deps.log.error("request failed", { ...fields, stack: stackOf(thrown) });
+    else if (error.status >= 500) deps.log.warn("request failed", fields);
+    return errorResponse(error);
+  });
+  return app;
+}
+
+/** The innermost stack that there is. */
+function stackOf(thrown: Error): string | undefined {
+  return thrown.cause instanceof Error ? thrown.cause.stack : thrown.stack;
+}
+
+/** Request id, log line, host, origin, key and shutdown, in this order, before any route. */
+function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependencies): void {
+  const checkHost = hostCheck(settings);
+  const checkOrigin = originCheck(settings.corsOrigins);
+  const checkKey = keyCheck(settings.apiKeys);
+
+  app.use(async (context, next) => {
+    const started = performance.now();
+    const given = context.req.header("x-request-id");
+    const id =
+      given !== undefined && REQUEST_ID.test(given)
+        ? given
+        : `req_${crypto.randomUUID().replaceAll("-", "")}`;
+    context.set("requestId", id);
+    await next();
+    context.res.headers.set("x-request-id", id);
+    log.info("request", {
+      request: id,
+      method: context.req.method,
+      path: context.req.path,
+      status: context.res.status,
+      ms: Math.round(performance.now() - started),
+    });
+  });
+
+  app.use(async (context, next) => {
+    const host = context.req.header("host") ?? new URL(context.req.url).host;
+    checkHost(host);
+    const origin = checkOrigin(context.req.header("origin") ?? null, host);
+    const preflight = isPreflight(context);
+    if (context.req.path !== HEALTH && !preflight) {
+      checkKey(context.req.raw.headers);
+      lifecycle.requireOpen();
+    }
+    await next();
+    if (origin === undefined) return;
+    setHeaders(context, corsHeaders(origin));
+    if (!preflight) return;
+    const allow = context.res.headers.get("allow") ?? "OPTIONS";
+    setHeaders(
+      context,
+      preflightHeaders(allow, context.req.header("access-control-request-headers") ?? null),
+    );
+  });
+}
+
+/** A browser asks before it sends; it sends no key with the question. */
+function isPreflight(context: ApiContext): boolean {
+  return (
+    context.req.method === "OPTIONS" && context.req.header("access-control-request-method") !== undefined
+  );
+}
+
+function setHeaders(context: ApiContext, headers: Record<string, string>): void {
+  for (const [name, value] of Object.entries(headers)) context.res.headers.set(name, value);
+}

@@ -1,0 +1,85 @@
+// Reading a request's JSON body within limits of size and time.
+
+import { CaravanError } from "../errors.ts";
+
+export interface BodyLimits {
+  maxBodyBytes: number;
+  bodyTimeoutMs: number;
+}
+
+function tooLarge(limit: number): CaravanError {
+  return new CaravanError(
+    "request_too_large",
+    `The request's body is larger than ${limit} bytes, which is the limit.`,
+    {
+      hint: "The limit is the server's max body size.",
+    },
+  );
+}
+
+/** Collects the body; stops reading at the limit. Throws request_too_large or invalid_argument (too slow, cut off). */
+async function readBody(request: Request, limits: BodyLimits): Promise<Uint8Array> {
+  const declared = Number(request.headers.get("content-length") ?? Number.NaN);
+  if (declared > limits.maxBodyBytes) throw tooLarge(limits.maxBodyBytes);
+  if (request.body === null) return new Uint8Array();
+  const reader = request.body.getReader();
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    void reader.cancel();
+  }, limits.bodyTimeoutMs);
+  const pieces: Uint8Array[] = [];
+  let size = 0;
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      size += value.byteLength;
+      if (size > limits.maxBodyBytes) {
+        void reader.cancel();
+        throw tooLarge(limits.maxBodyBytes);
+      }
+      pieces.push(value);
+    }
+  } catch (thrown) {
+    if (thrown instanceof CaravanError) throw thrown;
+    throw new CaravanError("invalid_argument", "The request's body could not be read to its end.", {
+      cause: thrown,
+    });
+  } finally {
+    clearTimeout(timer);
+  }
+  if (late) {
+    throw new CaravanError(
+      "invalid_argument",
+      `The request's body did not arrive within ${limits.bodyTimeoutMs} ms.`,
+    );
+  }
+  const [only] = pieces;
+  return pieces.length === 1 && only !== undefined ? only : Buffer.concat(pieces, size);
+}
+
+/** The JSON object in a request's body. Throws invalid_json besides what readBody throws. */
+export async function readJsonObject(request: Request, limits: BodyLimits): Promise<Record<string, unknown>> {
+  const encoding = request.headers.get("content-encoding");
+  if (encoding !== null && encoding !== "identity") {
+    throw new CaravanError("invalid_argument", `Bodies with content-encoding ${encoding} are not read.`, {
+      hint: "Send the JSON uncompressed.",
+    });
+  }
+  const bytes = await readBody(request, limits);
+  let value: unknown;
+  try {
+    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+  } catch (thrown) {
+    const reason =
+      bytes.byteLength === 0 ? "it is empty" : thrown instanceof Error ? thrown.message : String(thrown);
+    throw new CaravanError("invalid_json", `The request's body is not JSON: ${reason}.`, {
+      hint: "Send a JSON object with content-type: application/json.",
+    });
+  }
+  if (typeof value !== "object" || value === null || Array.isArray(value)) {
+    throw new CaravanError("invalid_json", "The request's body is JSON, but not an object.");
+  }
+  return value as Record<string, unknown>;
+}

@@ -1,0 +1,182 @@
+// The parameters of /v1/chat/completions and /v1/completions: what is understood, what is known but not built, and
+// what is only a label. Anything else is refused by name (parameters.ts).
+
+import * as v from "valibot";
+import { MAX_CHOICES } from "../generation-group.ts";
+import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import type { SamplingRequest } from "../sampling-defaults.ts";
+
+const MAX_STOPS = 16;
+const MAX_STOP_LENGTH = 1024;
+export const MAX_TOP_LOGPROBS = 20;
+
+const range = (low: number, high: number) => v.pipe(v.number(), v.minValue(low), v.maxValue(high));
+const whole = (low: number, high = Number.MAX_SAFE_INTEGER) =>
+  v.pipe(v.number(), v.safeInteger(), v.minValue(low), v.maxValue(high));
+const label = v.optional(v.string());
+const stopString = v.pipe(v.string(), v.minLength(1), v.maxLength(MAX_STOP_LENGTH));
+
+/** Sampling, in both routes. top_k, min_p, repetition_penalty and xtc_* are extensions, named as in vLLM. */
+const samplingEntries = {
+  temperature: v.optional(range(0, 2)),
+  top_p: v.optional(range(0, 1)),
+  top_k: v.optional(whole(-1)),
+  min_p: v.optional(range(0, 1)),
+  frequency_penalty: v.optional(range(-2, 2)),
+  presence_penalty: v.optional(range(-2, 2)),
+  repetition_penalty: v.optional(v.pipe(v.number(), v.gtValue(0), v.maxValue(10))),
+  xtc_probability: v.optional(range(0, 1)),
+  xtc_threshold: v.optional(range(0, 1)),
+  seed: v.optional(v.pipe(v.number(), v.safeInteger())),
+  logit_bias: v.optional(
+    v.record(v.pipe(v.string(), v.regex(/^\d{1,9}$/, "Keys are token ids")), range(-100, 100)),
+  ),
+};
+
+const commonEntries = {
+  ...samplingEntries,
+  model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)),
+  n: v.optional(whole(1, MAX_CHOICES)),
+  stop: v.optional(v.union([stopString, v.pipe(v.array(stopString), v.maxLength(MAX_STOPS))])),
+  stream: v.optional(v.boolean()),
+  stream_options: v.optional(
+    v.strictObject({
+      include_usage: v.nullish(v.boolean()),
+      include_obfuscation: v.nullish(v.literal(false)),
+    }),
+  ),
+  /** Extension: end tokens are never sampled. */
+  ignore_eos: v.optional(v.boolean()),
+  user: label,
+};
+
+const textPart = v.strictObject({ type: v.literal("text"), text: v.string() });
+const textContent = v.union([v.string(), v.pipe(v.array(textPart), v.minLength(1))]);
+const nothing = v.nullish(v.union([v.null(), v.pipe(v.array(v.unknown()), v.length(0))]));
+
+const messageSchema = v.variant("role", [
+  v.strictObject({ role: v.picklist(["system", "developer", "user"]), content: textContent }),
+  v.strictObject({
+    role: v.literal("assistant"),
+    content: textContent,
+    // A reply's message is often sent back as it came; these say nothing when empty.
+    refusal: nothing,
+    tool_calls: nothing,
+    function_call: nothing,
+    annotations: nothing,
+    audio: nothing,
+  }),
+]);
+
+export const chatSchema = v.strictObject({
+  ...commonEntries,
+  messages: v.pipe(v.array(messageSchema), v.minLength(1)),
+  max_tokens: v.optional(whole(1)),
+  max_completion_tokens: v.optional(whole(1)),
+  logprobs: v.optional(v.boolean()),
+  top_logprobs: v.optional(whole(0, MAX_TOP_LOGPROBS)),
+  metadata: v.optional(v.record(v.string(), v.string())),
+  safety_identifier: label,
+  prompt_cache_key: label,
+});
+
+export type ChatRequest = v.InferOutput<typeof chatSchema>;
+
+const isTextFormat = (value: unknown): boolean =>
+  typeof value === "object" && value !== null && "type" in value && value.type === "text";
+const isTextOnly = (value: unknown): boolean =>
+  Array.isArray(value) && value.every((item) => item === "text");
+
+export const CHAT_UNBUILT: Record<string, Unbuilt> = {
+  tools: { feature: "tool calling", harmless: isEmptyArray },
+  tool_choice: { feature: "tool calling", harmless: isOneOf("none", "auto") },
+  parallel_tool_calls: { feature: "tool calling", harmless: isOneOf(true) },
+  functions: { feature: "tool calling", harmless: isEmptyArray },
+  function_call: { feature: "tool calling", harmless: isOneOf("none", "auto") },
+  response_format: { feature: "structured output", harmless: isTextFormat },
+  modalities: { feature: "output other than text", harmless: isTextOnly },
+  audio: { feature: "audio" },
+  prediction: { feature: "predicted output" },
+  reasoning_effort: { feature: "reasoning", harmless: isOneOf("none") },
+  verbosity: { feature: "setting the verbosity", harmless: isOneOf("medium") },
+  service_tier: { feature: "choosing a service tier", harmless: isOneOf("auto", "default") },
+  store: { feature: "storing replies", harmless: isOneOf(false) },
+  web_search_options: { feature: "web search" },
+  moderation: { feature: "moderation" },
+  prompt_cache_options: { feature: "setting the prompt cache" },
+  prompt_cache_retention: { feature: "setting the prompt cache", harmless: isOneOf("in_memory") },
+};
+
+/**
+ * Refuses by name what a message may hold in OpenAI's API but not here yet; the schema would only call it wrong.
+ * Throws unsupported_parameter.
+ */
+export function refuseUnbuiltMessages(messages: unknown): void {
+  if (!Array.isArray(messages)) return;
+  messages.forEach((message: unknown, index) => {
+    if (typeof message !== "object" || message === null) return;
+    const at = `messages[${index}]`;
+    const { role, content, tool_calls, function_call, name } = message as Record<string, unknown>;
+    if (role === "tool" || role === "function") throw unsupported(`${at}.role`, "tool calling");
+    if (Array.isArray(tool_calls) && tool_calls.length > 0)
+      throw unsupported(`${at}.tool_calls`, "tool calling");
+    if (function_call !== undefined && function_call !== null)
+      throw unsupported(`${at}.function_call`, "tool calling");
+    if (name !== undefined) throw unsupported(`${at}.name`, "naming participants");
+    if (!Array.isArray(content)) return;
+    content.forEach((part: unknown, number) => {
+      if (typeof part !== "object" || part === null || !("type" in part) || part.type === "text") return;
+      throw unsupported(`${at}.content[${number}].type`, `content of type ${JSON.stringify(part.type)}`);
+    });
+  });
+}
+
+const tokenIds = v.pipe(v.array(whole(0, 2 ** 31)), v.minLength(1));
+
+export const completionSchema = v.strictObject({
+  ...commonEntries,
+  prompt: v.union([
+    v.string(),
+    tokenIds,
+    v.pipe(v.array(v.union([v.string(), tokenIds])), v.minLength(1), v.maxLength(MAX_CHOICES)),
+  ]),
+  /** 0 only together with echo: the prompt is scored and nothing is generated. */
+  max_tokens: v.optional(whole(0)),
+  logprobs: v.optional(whole(0, MAX_TOP_LOGPROBS)),
+  echo: v.optional(v.boolean()),
+  best_of: v.optional(whole(1, MAX_CHOICES)),
+});
+
+export type CompletionRequest = v.InferOutput<typeof completionSchema>;
+
+export const COMPLETION_UNBUILT: Record<string, Unbuilt> = {
+  suffix: { feature: "inserting text before a suffix", harmless: isOneOf("") },
+};
+
+/** The sampling part of a request, in the form that resolveSampling takes. */
+export function samplingOf(request: ChatRequest | CompletionRequest): SamplingRequest {
+  const { temperature, top_p, top_k, min_p, frequency_penalty, presence_penalty, repetition_penalty } =
+    request;
+  const { xtc_probability, xtc_threshold, seed, logit_bias } = request;
+  const values = {
+    temperature,
+    top_p,
+    // vLLM's spelling of "off".
+    top_k: top_k === -1 ? 0 : top_k,
+    min_p,
+    frequency_penalty,
+    presence_penalty,
+    repetition_penalty,
+    xtc_probability,
+    xtc_threshold,
+    seed,
+  };
+  const bias = Object.entries(logit_bias ?? {}).map(([id, value]): [number, number] => [Number(id), value]);
+  const given = Object.entries(values).filter(([, value]) => value !== undefined);
+  return { ...Object.fromEntries(given), logit_bias: bias };
+}
+
+export function stopsOf(request: ChatRequest | CompletionRequest): string[] {
+  if (request.stop === undefined) return [];
+  return typeof request.stop === "string" ? [request.stop] : request.stop;
+}

@@ -1,0 +1,67 @@
+// Checks a request's parameters: what is unknown or not built is refused by name, never ignored.
+
+import * as v from "valibot";
+import { CaravanError } from "../errors.ts";
+
+/** A parameter that is known but not built: only values that ask for nothing are let through. */
+export interface Unbuilt {
+  /** What the parameter is for, in words that end "… is not built yet." */
+  feature: string;
+  /** Values that ask for nothing. null always is one. */
+  harmless?: (value: unknown) => boolean;
+}
+
+export const isEmptyArray = (value: unknown): boolean => Array.isArray(value) && value.length === 0;
+export const isOneOf =
+  (...values: unknown[]) =>
+  (value: unknown): boolean =>
+    values.includes(value);
+
+export function unsupported(param: string, feature: string): CaravanError {
+  return new CaravanError("unsupported_parameter", `${param}: ${feature} is not built yet.`, {
+    param,
+    hint: "Leave the parameter out.",
+  });
+}
+
+/**
+ * Validates the body against the schema after taking out nulls (null = absent, as in OpenAI's API) and harmless
+ * values of unbuilt parameters. Throws unsupported_parameter, or invalid_argument with `param` set.
+ */
+export function parseParameters<Schema extends v.GenericSchema>(
+  schema: Schema,
+  unbuilt: Record<string, Unbuilt>,
+  body: Record<string, unknown>,
+): v.InferOutput<Schema> {
+  const given: Record<string, unknown> = {};
+  for (const [name, value] of Object.entries(body)) {
+    if (value === null) continue;
+    const rule = Object.hasOwn(unbuilt, name) ? unbuilt[name] : undefined;
+    if (rule === undefined) given[name] = value;
+    else if (!rule.harmless?.(value)) throw unsupported(name, rule.feature);
+  }
+  const parsed = v.safeParse(schema, given, { abortPipeEarly: true, abortEarly: true });
+  if (parsed.success) return parsed.output;
+  throw issueError(parsed.issues[0]);
+}
+
+function issueError(issue: v.BaseIssue<unknown>): CaravanError {
+  const param = pathText(issue);
+  if (issue.type === "strict_object" && issue.expected === "never") {
+    return new CaravanError("unsupported_parameter", `${param}: there is no such parameter.`, { param });
+  }
+  if (issue.received === "undefined") {
+    return new CaravanError("invalid_argument", `${param}: this parameter is required.`, { param });
+  }
+  return new CaravanError("invalid_argument", `${param}: ${issue.message}.`, { param });
+}
+
+/** `messages[0].content`. */
+function pathText(issue: v.BaseIssue<unknown>): string {
+  let text = "";
+  for (const { key } of issue.path ?? []) {
+    if (typeof key === "number") text += `[${key}]`;
+    else text += text === "" ? String(key) : `.${String(key)}`;
+  }
+  return text === "" ? "body" : text;
+}

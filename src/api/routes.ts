@@ -1,0 +1,40 @@
+// Registers a path with all its methods at once, so that a wrong method gets 405 with Allow and OPTIONS an answer.
+
+import type { Context, Hono } from "hono";
+import { CaravanError } from "../errors.ts";
+import { errorResponse } from "./error-response.ts";
+
+export interface ApiEnv {
+  Bindings: {
+    /** Lifts the server's idle timeout from this connection; absent without a server (tests). */
+    keepOpen?: () => void;
+  };
+  Variables: { requestId: string };
+}
+
+export type ApiContext = Context<ApiEnv>;
+export type Handler = (context: ApiContext) => Response | Promise<Response>;
+
+/** Methods of a path. GET serves HEAD too. */
+export type Methods = { GET?: Handler; POST?: Handler };
+
+/** The value of Allow for these methods. */
+function allowHeader(methods: Methods): string {
+  const names = Object.keys(methods).flatMap((name) => (name === "GET" ? ["GET", "HEAD"] : [name]));
+  return [...names, "OPTIONS"].join(", ");
+}
+
+export function route(app: Hono<ApiEnv>, path: string, methods: Methods): void {
+  for (const [name, handler] of Object.entries(methods)) app.on(name, path, handler);
+  const allow = allowHeader(methods);
+  app.all(path, (context) => {
+    if (context.req.method === "OPTIONS") return new Response(null, { status: 204, headers: { allow } });
+    const { method } = context.req;
+    return errorResponse(
+      new CaravanError("method_not_allowed", `${context.req.path} does not take ${method}.`, {
+        hint: `Use ${allow.replace(", OPTIONS", "")}.`,
+      }),
+      { allow },
+    );
+  });
+}

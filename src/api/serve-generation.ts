@@ -1,0 +1,108 @@
+// One generation request from admission to its last byte, for every API family: a ticket, the model, the sequences,
+// then one reply or a stream of frames. Whatever way it ends, the engine's requests are cancelled or complete and the
+// ticket is given back.
+
+import { asCaravanError, CaravanError } from "../errors.ts";
+import type { GenerationOptions } from "./generation.ts";
+import { type GroupEvent, generateGroup, type SequencePlan } from "./generation-group.ts";
+import type { Lifecycle } from "./lifecycle.ts";
+import type { Log } from "./log.ts";
+import type { LoadedModel, ModelDirectory } from "./model-directory.ts";
+import type { ApiContext } from "./routes.ts";
+import type { ApiSettings } from "./settings.ts";
+import { eventStream } from "./sse.ts";
+
+/** What the routes are made with. */
+export interface ApiDependencies {
+  models: ModelDirectory;
+  settings: ApiSettings;
+  lifecycle: Lifecycle;
+  log: Log;
+}
+
+/** A request that is ready to run. */
+export interface PreparedGeneration {
+  plans: SequencePlan[];
+  options: Omit<GenerationOptions, "sampling" | "maxTokens" | "signal" | "deadlineMs">;
+  /** The frames of the streamed reply. */
+  frames(events: AsyncIterable<GroupEvent>): AsyncGenerator<string, void, void>;
+  /** The body of the whole reply. */
+  whole(events: AsyncIterable<GroupEvent>): Promise<object>;
+  /** Replaces the engine's events where no generation is needed. */
+  events?: () => AsyncIterable<GroupEvent>;
+}
+
+/** Seconds after which a client asks again for a model that is loading. */
+const LOADING_RETRY_SECONDS = 5;
+
+/** Throws model_loading or the engine's own error unless it can generate. */
+export function requireReady(model: LoadedModel): void {
+  const status = model.engine.status();
+  if (status.state === "ready") return;
+  if (status.state === "loading") {
+    const percent = Math.floor(status.progress * 100);
+    throw new CaravanError("model_loading", `${model.id} is loading: ${percent} % done.`, {
+      hint: "Try again shortly.",
+      retryAfterSeconds: LOADING_RETRY_SECONDS,
+    });
+  }
+  if (status.error !== undefined) throw CaravanError.fromJSON({ ...status.error });
+  throw new CaravanError(
+    "engine_failed",
+    `The engine of ${model.id} is not running (state: ${status.state}).`,
+    {
+      retryAfterSeconds: LOADING_RETRY_SECONDS,
+    },
+  );
+}
+
+/** Runs one request. `prepare` checks what depends on the model and makes the prompts. */
+export async function serveGeneration(
+  context: ApiContext,
+  deps: ApiDependencies,
+  request: { model: string; stream: boolean },
+  prepare: (model: LoadedModel) => Promise<PreparedGeneration>,
+): Promise<Response> {
+  const { lifecycle, settings, log } = deps;
+  const ticket = lifecycle.enter(settings.maxConcurrentRequests, context.req.raw.signal);
+  const started = performance.now();
+  const ended = (error: CaravanError | undefined) => {
+    ticket.release();
+    const fields = {
+      request: context.get("requestId"),
+      model: request.model,
+      ms: Math.round(performance.now() - started),
+    };
+    if (error === undefined) log.info("generation complete", fields);
+    else log.warn("generation ended early", { ...fields, ...error.toJSON() });
+  };
+  let handedOver = false;
+  try {
+    context.env?.keepOpen?.();
+    const model = await deps.models.find(request.model);
+    requireReady(model);
+    const prepared = await prepare(model);
+    const events =
+      prepared.events?.() ??
+      generateGroup(model, prepared.plans, {
+        ...prepared.options,
+        signal: ticket.signal,
+        ...(settings.deadlineMs === undefined ? {} : { deadlineMs: settings.deadlineMs }),
+      });
+    if (!request.stream) {
+      const body = await prepared.whole(events);
+      ended(undefined);
+      return Response.json(body);
+    }
+    handedOver = true;
+    return await eventStream({
+      frames: prepared.frames(events),
+      keepAliveMs: settings.keepAliveMs,
+      cancel: ticket.cancel,
+      closed: ended,
+    });
+  } catch (thrown) {
+    if (!handedOver) ended(asCaravanError(thrown));
+    throw thrown;
+  }
+}

@@ -1,0 +1,33 @@
+// The API's settings and their defaults. The config reader and the command line fill them in; nothing here reads
+// the environment or a file.
+
+export interface ApiSettings {
+  /** Address that the server binds to. A loopback address turns the Host check on. */
+  host: string;
+  /** Accepted keys. Empty: no key is asked for. */
+  apiKeys: readonly string[];
+  /** Origins that browsers may call from besides the server's own; "*" for all. */
+  corsOrigins: readonly string[];
+  /** Further names that a Host header may carry, without port. For a bind that is not loopback: empty = any. */
+  allowedHosts: readonly string[];
+  maxBodyBytes: number;
+  /** A request whose body takes longer than this to arrive is refused. */
+  bodyTimeoutMs: number;
+  /** Generation requests at one time, waiting ones included; the next gets 429. */
+  maxConcurrentRequests: number;
+  /** Silence on a stream after which a comment line is sent. */
+  keepAliveMs: number;
+  /** Longest life of one generation; absent = no limit. */
+  deadlineMs?: number;
+}
+
+export const DEFAULT_SETTINGS: ApiSettings = {
+  host: "127.0.0.1",
+  apiKeys: [],
+  corsOrigins: [],
+  allowedHosts: [],
+  maxBodyBytes: 32 * 1024 * 1024,
+  bodyTimeoutMs: 60_000,
+  maxConcurrentRequests: 1024,
+  keepAliveMs: 10_000,
+};
