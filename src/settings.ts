@@ -1,0 +1,220 @@
+// The one configuration reader: command-line flags over CARAVAN_* variables over one TOML file over the defaults.
+// Every value is checked here, once; an unknown key in the file is an error that names its line.
+
+import { readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
+import * as v from "valibot";
+import { CaravanError } from "./errors.ts";
+import { LOG_FORMATS, LOG_LEVELS } from "./log.ts";
+import { type Environment, resolvePaths } from "./paths.ts";
+import { lineOfKey, parseToml } from "./toml.ts";
+
+const port = v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65535));
+const count = (least: number, most: number) =>
+  v.pipe(v.number(), v.integer(), v.minValue(least), v.maxValue(most));
+const text = v.pipe(v.string(), v.minLength(1));
+
+/** The fields, by their names in the file. Their variables are CARAVAN_ and the name in capitals. */
+const FIELDS = {
+  /** Address to listen on. Other than loopback it is reachable from the network. */
+  host: text,
+  /** 0 lets the system choose. */
+  port,
+  /** Accepted keys; none: no key is asked for. */
+  api_keys: v.array(v.pipe(text, v.regex(/^[\x21-\x7e]+$/, "a key is printable ASCII without spaces"))),
+  /** Where imported models live. */
+  models_dir: text,
+  /** Compute threads; 0: as many as the processor has fast cores. */
+  threads: count(0, 1024),
+  /** Context length in tokens that memory is planned for; 0: the model's own, as memory allows. */
+  context: count(0, 16 * 1024 * 1024),
+  /** Requests that may wait; one more is refused with 429. */
+  max_queue: count(0, 1_000_000),
+  log_level: v.picklist(LOG_LEVELS),
+  log_format: v.picklist(LOG_FORMATS),
+} as const;
+
+const FILE_SCHEMA = v.strictObject({
+  ...(Object.fromEntries(Object.entries(FIELDS).map(([k, s]) => [k, v.optional(s)])) as {
+    [K in keyof typeof FIELDS]: v.OptionalSchema<(typeof FIELDS)[K], undefined>;
+  }),
+  /** One key, for people who need only one. */
+  api_key: v.optional(text),
+});
+
+export type Settings = { [K in keyof typeof FIELDS]: v.InferOutput<(typeof FIELDS)[K]> };
+export type SettingName = keyof Settings;
+export type SettingSource = "flag" | "environment" | "file" | "default";
+
+/** 11711 is none of the ports of Ollama (11434), exo (52415), LM Studio (1234), llama.cpp (8080) or vLLM (8000). */
+export const DEFAULT_PORT = 11711;
+
+export interface LoadedSettings {
+  settings: Settings;
+  /** Where each value came from. */
+  sources: Record<SettingName, SettingSource>;
+  /** The file that was read, if there was one. */
+  file: string | undefined;
+  /** Things a person should know that stop nothing; for the log. */
+  warnings: string[];
+}
+
+export interface LoadSettingsOptions {
+  /** Values from the command line; undefined ones are as if absent. */
+  flags?: { [K in SettingName]?: Settings[K] | undefined };
+  env?: Environment;
+  /** Reads a file; undefined when there is none. Replaced in tests. */
+  read?: (file: string) => string | undefined;
+}
+
+const NUMBERS: readonly string[] = ["port", "threads", "context", "max_queue"] satisfies SettingName[];
+/** Variables that others read: paths.ts, and CARAVAN_CONFIG below. */
+const OTHER_VARIABLES = new Set([
+  "CARAVAN_CONFIG",
+  "CARAVAN_DATA_DIR",
+  "CARAVAN_CONFIG_DIR",
+  "CARAVAN_CACHE_DIR",
+]);
+
+function readIfThere(file: string): string | undefined {
+  try {
+    return readFileSync(file, "utf8");
+  } catch (cause) {
+    const code = cause instanceof Error && "code" in cause ? cause.code : undefined;
+    if (code === "ENOENT" || code === "ENOTDIR") return undefined;
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new CaravanError("invalid_argument", `cannot read the configuration: ${reason}`, {
+      where: file,
+      cause,
+    });
+  }
+}
+
+function complaint(name: string, value: unknown, issue: v.BaseIssue<unknown> | undefined): string {
+  const secret = name.startsWith("api_key");
+  const got = secret ? "" : `, not ${JSON.stringify(value)}`;
+  const wanted = issue?.expected ?? issue?.message ?? "another value";
+  const range = issue?.type === "min_value" || issue?.type === "max_value";
+  const kind = issue?.type === "regex" ? issue.message : `must be ${range ? "" : "of the form "}${wanted}`;
+  return `${name}: ${kind}${got}`;
+}
+
+function fromFile(file: string, content: string): Partial<Settings> {
+  const table = parseToml(file, content, "invalid_argument");
+  const result = v.safeParse(FILE_SCHEMA, table);
+  if (!result.success) {
+    const issue = result.issues[0];
+    const path = issue.path?.map((item) => String(item.key)) ?? [];
+    const line = lineOfKey(content, path);
+    const name = path.join(".");
+    const message =
+      issue.type === "strict_object" ? `${name} is not a setting` : complaint(name, issue.input, issue);
+    throw new CaravanError("invalid_argument", `${line === undefined ? "" : `line ${line}: `}${message}`, {
+      where: file,
+      hint: `settings are: ${Object.keys(FIELDS).join(", ")}`,
+      param: name,
+    });
+  }
+  const { api_key, ...values } = result.output;
+  if (api_key !== undefined && values.api_keys !== undefined) {
+    throw new CaravanError("invalid_argument", "api_key and api_keys are both set", {
+      where: file,
+      hint: "keep api_keys only",
+      param: "api_key",
+    });
+  }
+  const known = Object.entries({ ...values, ...(api_key === undefined ? {} : { api_keys: [api_key] }) });
+  return Object.fromEntries(known.filter(([, value]) => value !== undefined));
+}
+
+/** Turns a variable's text into the field's type; text that does not fit is left for the schema to refuse. */
+function fromText(name: string, value: string): unknown {
+  if (NUMBERS.includes(name)) return /^\d{1,9}$/.test(value.trim()) ? Number(value) : value;
+  if (name === "api_keys")
+    return value
+      .split(",")
+      .map((key) => key.trim())
+      .filter((key) => key !== "");
+  return value;
+}
+
+function fromEnvironment(env: Environment, warnings: string[]): Partial<Settings> {
+  const values: Record<string, unknown> = {};
+  for (const [variable, value] of Object.entries(env)) {
+    if (!variable.startsWith("CARAVAN_") || OTHER_VARIABLES.has(variable)) continue;
+    const lower = variable.slice("CARAVAN_".length).toLowerCase();
+    const name = lower === "api_key" ? "api_keys" : lower;
+    if (!(name in FIELDS)) {
+      warnings.push(`${variable} is not a setting of caravan and is ignored`);
+      continue;
+    }
+    // An empty variable is how shells and compose files say "not set".
+    if (value === undefined || value === "") continue;
+    const parsed = v.safeParse(FIELDS[name as SettingName], fromText(name, value));
+    if (!parsed.success) {
+      throw new CaravanError("invalid_argument", complaint(name, value, parsed.issues[0]), {
+        where: variable,
+      });
+    }
+    values[name] = parsed.output;
+  }
+  return values;
+}
+
+function fromFlags(flags: LoadSettingsOptions["flags"]): Partial<Settings> {
+  const values: Record<string, unknown> = {};
+  for (const [name, value] of Object.entries(flags ?? {})) {
+    if (value === undefined) continue;
+    const parsed = v.safeParse(FIELDS[name as SettingName], value);
+    if (!parsed.success) {
+      const flag = `--${name.replaceAll("_", "-")}`;
+      throw new CaravanError("invalid_argument", complaint(name, value, parsed.issues[0]), { where: flag });
+    }
+    values[name] = parsed.output;
+  }
+  return values;
+}
+
+/**
+ * The settings in force. The file is CARAVAN_CONFIG, which must then exist, or `<config folder>/caravan.toml`, which
+ * need not. Throws invalid_argument that names the file and line, the variable or the flag at fault.
+ */
+export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings {
+  const env = options.env ?? process.env;
+  const paths = resolvePaths(env);
+  const warnings: string[] = [];
+  const named = env.CARAVAN_CONFIG === "" ? undefined : env.CARAVAN_CONFIG;
+  const file = named ?? join(paths.config, "caravan.toml");
+  const content = (options.read ?? readIfThere)(file);
+  if (content === undefined && named !== undefined) {
+    throw new CaravanError("invalid_argument", "the file that CARAVAN_CONFIG names does not exist", {
+      where: named,
+    });
+  }
+  const defaults: Settings = {
+    host: "127.0.0.1",
+    port: DEFAULT_PORT,
+    api_keys: [],
+    models_dir: paths.models,
+    threads: 0,
+    context: 0,
+    max_queue: 256,
+    log_level: "info",
+    log_format: "text",
+  };
+  const layers: [SettingSource, Partial<Settings>][] = [
+    ["default", defaults],
+    ["file", content === undefined ? {} : fromFile(file, content)],
+    ["environment", fromEnvironment(env, warnings)],
+    ["flag", fromFlags(options.flags)],
+  ];
+  const sources = {} as Record<SettingName, SettingSource>;
+  for (const [source, values] of layers) {
+    for (const name of Object.keys(values)) sources[name as SettingName] = source;
+  }
+  const settings: Settings = Object.assign({}, ...layers.map(([, values]) => values));
+  if (sources.api_keys === "file" && options.read === undefined && (statSync(file).mode & 0o077) !== 0) {
+    warnings.push(`${file} holds API keys and other users can read it; run: chmod 600 '${file}'`);
+  }
+  return { settings, sources, file: content === undefined ? undefined : file, warnings };
+}
