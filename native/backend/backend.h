@@ -97,8 +97,9 @@ typedef struct {
     /* h += W·x (+ bias). accumulate = false: h = W·x (a rank's partial sum, before an all-reduce). */
     int (*linear)(cv_backend *b, const void *x, const cv_weight *w, const float *bias, bool accumulate, void *h);
 
-    /* act = silu(gate·m) * (up·m), m = RMSNorm(h). */
-    int (*norm_mlp)(cv_backend *b, const void *h, const float *norm, const cv_weight *gate, const cv_weight *up, const float *gate_bias, const float *up_bias, void *act);
+    /* *act = silu(gate·m) * (up·m), m = RMSNorm(h), in the form that `down` reads; the backend's memory, to be given to
+     * linear() with the same `down` as the next operation. */
+    int (*norm_mlp)(cv_backend *b, const void *h, const float *norm, const cv_weight *gate, const cv_weight *up, const cv_weight *down, const float *gate_bias, const float *up_bias, void **act);
 
     /* Chooses experts: m = RMSNorm(h), logits = router·m, the K largest (first wins), score = sigmoid(logit). The backend keeps
      * m, the choice and the scores until moe_down. */

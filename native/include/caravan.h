@@ -160,7 +160,11 @@ enum { CV_CPU_SCALAR = 1, CV_CPU_AVX2 = 2, CV_CPU_AVX512 = 3, CV_CPU_AVX512_VNNI
 #define CV_TOKEN_LAST 0xffffffffu /* as a token: the token last sampled for this row's slot (a step may be queued before it is known) */
 
 enum { CV_LOGITS_NONE = 0, CV_LOGITS_LAST = 1, CV_LOGITS_ALL = 2 };
-enum { CV_ROW_SAMPLE = 1, CV_ROW_RETURN_LOGITS = 2 };
+enum {
+    CV_ROW_SAMPLE = 1,        /* sample after the last token (needs logits != NONE) */
+    CV_ROW_RETURN_LOGITS = 2, /* raw logits in the result */
+    CV_ROW_LOGPROB = 4        /* the sampled token's log-probability (else 0); implied by n_top_logprobs > 0 */
+};
 
 /* One sequence's part of a step. Page tables: entry i of the full table holds positions [i*P, (i+1)*P); entry i of the
  * chunk table holds positions [chunk_base + i*P, …). Tables must cover every position that the row's queries read or
@@ -175,8 +179,8 @@ typedef struct {
     uint64_t chunk_base;         /* first position of the chunk table, a multiple of page_tokens */
     uint32_t n_full_pages, n_chunk_pages;
     uint32_t logits; /* CV_LOGITS_*: positions for which logits are computed */
-    uint32_t flags;  /* CV_ROW_SAMPLE: sample after the last token (needs logits != NONE) */
-    /* Sampling; order: logit bias, mask, penalties, temperature, top_p, min_p, xtc, top_k. */
+    uint32_t flags;  /* CV_ROW_* */
+    /* Sampling; order (as Hugging Face and vLLM): bias, mask, penalties, temperature, top_k, top_p, min_p, xtc, draw. */
     uint64_t seed;     /* the sequence's random stream; drawn numbers depend on (seed, position, token id) only */
     float temperature; /* 0 = greedy; first index wins ties */
     float top_p;       /* 1 = off */
@@ -213,7 +217,7 @@ typedef struct {
 
 typedef struct {
     uint32_t token;      /* sampled token, CV_TOKEN_LAST when none was asked for */
-    float logprob;       /* natural log-probability of `token` under the untempered, unfiltered distribution (after bias and mask) */
+    float logprob;       /* natural log-probability of `token` before temperature and filters, after bias, mask and penalties */
     uint32_t n_top;
     uint32_t n_logits;   /* positions whose logits follow at logits_offset (0 unless CV_ROW_RETURN_LOGITS) */
     uint64_t top_offset;    /* cv_result_top[n_top], most probable first */

@@ -58,7 +58,7 @@ typedef struct cv_cpu_kernels {
     /* Bytes of scratch that qmatmul and fmatmul need for matrices of at most cols columns. */
     size_t (*scratch_bytes)(size_t cols);
 
-    /* y[i] = (x[i]*r)*w[i], r = 1/sqrt(dot16(x,x)/n + eps); w NULL = no weight. Rows padded with zeros to cv_pad16(n). */
+    /* y[i] = (x[i]*r)*w[i], r = 1/sqrt(dot16(x,x)/n + eps); w NULL = no weight; y may be x. Rows padded with zeros to cv_pad16(n). */
     void (*rms_norm)(const float *x, const float *w, size_t n, float eps, float *y);
 
     /* out[i] = (gate[i] / (1 + exp(-gate[i]))) * up[i] */

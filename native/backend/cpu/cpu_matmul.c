@@ -1,0 +1,98 @@
+/* cpu_matmul.c — matrix products of a step: jobs are cut into tasks of weight rows x activation rows, and all tasks of
+ * all jobs of an operation run in one go. How they are cut changes no bit (kernels.h). */
+#include "cpu.h"
+
+enum { TASK_BYTES = 48 * 1024 /* weights a decode task reads */, TASK_TOKENS = 8 /* up to here a job counts as decode */ };
+
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+
+void cv_parallel(cv_cpu *c, size_t n, size_t at_least, cv_task_fn fn, void *context) {
+    if (n >= at_least) {
+        cv_threads_run(c->threads, n, fn, context);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) fn(context, i, 0);
+}
+
+static void cut(cv_job *j, size_t n_threads) {
+    size_t rows = j->w[0]->rows, unit = j->act ? CV_TILE_ROWS : 16, block;
+    if (j->n <= TASK_TOKENS) {
+        block = TASK_BYTES / most(j->w[0]->row_bytes, 1);
+        block = least(block, rows / (n_threads * 2)); /* enough tasks that a late thread costs little */
+    } else {
+        block = 64;
+    }
+    block = most(unit, (block + unit - 1) / unit * unit);
+    j->row_block = least(block, CV_TILE_ROWS);
+    j->token_block = CV_TILE_TOKENS;
+    j->row_tasks = (rows + j->row_block - 1) / j->row_block;
+    j->token_tasks = (j->n + j->token_block - 1) / j->token_block;
+}
+
+static void multiply(const cv_cpu *c, const cv_job *j, int which, size_t r0, size_t r1, size_t t0, size_t n, float *out, size_t ldo, void *scratch) {
+    const cv_weight *w = j->w[which];
+    const cv_act *a = j->in;
+    size_t first = j->in_first + t0;
+    uint32_t need = j->float_input ? CV_NEED_FLOAT : cv_needs_of(c, w);
+    /* Kernels write at the row's own index, so the tile's origin is moved back by r0. */
+    float *origin = (float *)((uintptr_t)out - r0 * sizeof(float));
+    if (need == CV_NEED_FLOAT) {
+        c->k->fmatmul(w, j->expert, r0, r1, a->x + first * a->ldx, n, a->ldx, origin, ldo, scratch);
+    } else {
+        size_t i = need == CV_NEED_Q32 ? 0 : need == CV_NEED_Q64 ? 1 : 2, g_stride = cv_pad16(a->cols / w->group);
+        cv_qact q = {.q = a->q[i] + first * a->q_stride, .scale = a->scale[i] + first * g_stride, .sum = a->sum[i] + first * g_stride,
+                     .n = n, .cols = w->cols, .group = w->group, .q_stride = a->q_stride, .g_stride = g_stride};
+        c->k->qmatmul(w, j->expert, r0, r1, &q, origin, ldo, scratch);
+    }
+    if (j->bias[which])
+        for (size_t t = 0; t < n; t++)
+            for (size_t r = r0; r < r1; r++) out[t * ldo + r - r0] += j->bias[which][r];
+}
+
+typedef struct {
+    cv_cpu *c;
+    cv_job *jobs;
+    size_t n_jobs;
+} job_list;
+
+static void run_task(void *context, size_t task, size_t thread) {
+    job_list *list = context;
+    cv_cpu *c = list->c;
+    cv_cpu_scratch *s = &c->scratch[thread];
+    size_t lo = 0, hi = list->n_jobs; /* the last job whose first_task <= task */
+    while (hi - lo > 1) {
+        size_t mid = (lo + hi) / 2;
+        if (list->jobs[mid].first_task <= task) lo = mid;
+        else hi = mid;
+    }
+    cv_job *j = &list->jobs[lo];
+    task -= j->first_task;
+    size_t r0 = task / j->token_tasks * j->row_block, r1 = least(r0 + j->row_block, j->w[0]->rows);
+    size_t t0 = task % j->token_tasks * j->token_block, n = least(j->token_block, j->n - t0), rows = r1 - r0;
+    if (j->act) {
+        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], CV_TILE_ROWS, s->kernel);
+        multiply(c, j, 1, r0, r1, t0, n, s->tile[1], CV_TILE_ROWS, s->kernel);
+        for (size_t t = 0; t < n; t++) {
+            float *x = s->tile[0] + t * CV_TILE_ROWS;
+            c->k->swiglu(x, s->tile[1] + t * CV_TILE_ROWS, x, rows);
+            cv_act_store(c, j->act, j->act_first + t0 + t, r0, r1, x, j->act_needs);
+        }
+    } else if (j->add) {
+        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], CV_TILE_ROWS, s->kernel);
+        for (size_t t = 0; t < n; t++) c->k->add(j->out + (t0 + t) * j->ldo + r0, s->tile[0] + t * CV_TILE_ROWS, rows);
+    } else {
+        multiply(c, j, 0, r0, r1, t0, n, j->out + t0 * j->ldo + r0, j->ldo, s->kernel);
+    }
+}
+
+void cv_run_jobs(cv_cpu *c, cv_job *jobs, size_t n_jobs) {
+    size_t tasks = 0;
+    for (size_t i = 0; i < n_jobs; i++) {
+        cut(&jobs[i], cv_threads_count(c->threads));
+        jobs[i].first_task = tasks;
+        tasks += jobs[i].row_tasks * jobs[i].token_tasks;
+    }
+    job_list list = {c, jobs, n_jobs};
+    cv_threads_run(c->threads, tasks, run_task, &list);
+}

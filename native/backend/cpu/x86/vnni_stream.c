@@ -1,0 +1,216 @@
+/* vnni_stream.c — quantized product for few activation rows (decode), with AVX-512 VNNI. Memory bound: every weight byte is
+ * read once, in the checkpoint's layout, four rows at a time, with the block of rows after them prefetched.
+ *
+ * Work advances by *quads*: four consecutive groups of four rows. Integer dots are reduced so that a zmm holds [group][row]:
+ * its 128-bit lanes are the contract's four chains, its elements the four rows. One fma and one add then finish 16 groups.
+ * Activations are copied once a call into the order in which codes unpack:
+ *   4 bits: of each 128 columns the 64 even ones, then the 64 odd ones (low and high nibbles of 64 bytes);
+ *   6 and 8 bits: columns in order.
+ * Scales and sums are repeated four times, so that they lie as [group][row] too. Missing groups of the last quad have zero
+ * codes, scales and sums: they add +0 to a chain, which changes no bit (a chain that started at +0 is never -0). */
+#include "vnni.h"
+
+#include <string.h>
+
+enum { ROWS = 4, MAX_TOKENS = 4, BATCH = 8 };
+
+/* Activations of one row in stream order. */
+typedef struct {
+    const int8_t *q;    /* [quads, 4*group] */
+    const float *scale; /* [quads, 16] */
+    const float *sum;   /* [quads, 16] */
+} stream_act;
+
+/* Four weight rows. */
+typedef struct {
+    const uint8_t *code[ROWS], *scale[ROWS], *bias[ROWS];
+    uint32_t scale_type;
+    size_t groups;
+    size_t ahead; /* bytes from a code to the one to prefetch */
+} stream_rows;
+
+CV_INLINE_VNNI __mmask64 first_bytes(ptrdiff_t n) { return n <= 0 ? 0 : n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1; }
+
+/* Scales (or biases) of `groups` <= 4 groups from g on, four rows, as float32 [group][row]. */
+CV_INLINE_VNNI __m512 load_scales(const uint8_t *const row[ROWS], size_t g, uint32_t type, unsigned groups) {
+    if (type == CV_F32) {
+        const __mmask8 m = (__mmask8)((1u << groups) - 1);
+        __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(m, row[0] + 4 * g));
+        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row[1] + 4 * g), 1);
+        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row[2] + 4 * g), 2);
+        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row[3] + 4 * g), 3);
+        return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), v);
+    }
+    __m128i h[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        const uint8_t *p = row[r] + 2 * g;
+        h[r] = groups == 4 ? _mm_loadl_epi64((const __m128i *)(const void *)p) : _mm_maskz_loadu_epi16((__mmask8)((1u << groups) - 1), p);
+    }
+    __m128i ab = _mm_unpacklo_epi16(h[0], h[1]), cd = _mm_unpacklo_epi16(h[2], h[3]);
+    __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(ab, cd)), _mm_unpackhi_epi32(ab, cd), 1);
+    if (type == CV_F16) return _mm512_cvtph_ps(v);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+
+/* Per 128-bit lane the sums of a, b, c and d. */
+CV_INLINE_VNNI __m512i lane_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+/* Lanes 0+1 and 2+3 of a, then of b. */
+CV_INLINE_VNNI __m512i fold_lanes(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+/* The code vectors of one partial sum of one row: 4 bits give two from 64 bytes, the others one or two of 64 codes. */
+CV_INLINE_VNNI void load_codes(const uint8_t *p, ptrdiff_t valid, bool tail, int bits, int vectors, __m512i c[2]) {
+    if (bits == 4) {
+        const __m512i low = _mm512_set1_epi8(0x0f);
+        __m512i v = tail ? _mm512_maskz_loadu_epi8(first_bytes(valid), p) : _mm512_loadu_si512(p);
+        c[0] = _mm512_and_si512(v, low);
+        c[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
+        return;
+    }
+    const ptrdiff_t bytes = 8 * bits;
+    for (int i = 0; i < vectors; i++) {
+        const ptrdiff_t left = valid - i * bytes;
+        if (bits == 8) c[i] = tail ? _mm512_maskz_loadu_epi8(first_bytes(left), p + i * bytes) : _mm512_loadu_si512(p + i * bytes);
+        else c[i] = cv_vnni_codes6(_mm512_maskz_loadu_epi8(first_bytes(tail && left < bytes ? left : bytes), p + i * bytes));
+    }
+}
+
+/* One quad of four rows for `tokens` activation rows. bits, group, tokens and tail are constants where this is inlined. */
+CV_INLINE_VNNI void quad(const stream_rows *w, size_t i, unsigned groups, bool tail, int bits, int group, int tokens, const stream_act *a, __m512 *chain) {
+    const int sums = bits == 4 ? group / 32 : group == 32 ? 2 : 4; /* partial sums a row: each lane inside one group */
+    const int vectors = bits == 4 || group == 128 ? 2 : 1;         /* code vectors a partial sum */
+    const size_t quad_bytes = (size_t)group * (size_t)bits / 2, sum_bytes = quad_bytes / (size_t)sums;
+    const ptrdiff_t valid = (ptrdiff_t)(groups * (unsigned)(group * bits) / 8);
+    __m512i x[4][MAX_TOKENS];
+#pragma GCC unroll 4
+    for (int p = 0; p < sums; p++) {
+        __m512i c[ROWS][2];
+        const size_t at = i * quad_bytes + (size_t)p * sum_bytes;
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            const uint8_t *code = w->code[r] + at;
+            if (!tail)
+                for (size_t line = 0; line < sum_bytes; line += 64) _mm_prefetch((const char *)code + w->ahead + line, _MM_HINT_T0);
+            load_codes(code, valid - (ptrdiff_t)((size_t)p * sum_bytes), tail, bits, vectors, c[r]);
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; t++) {
+            const int8_t *q = a[t].q + i * 4 * (size_t)group + (size_t)(p * vectors) * 64;
+            __m512i s[ROWS];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                s[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c[r][0], _mm512_load_si512(q));
+                if (vectors == 2) s[r] = _mm512_dpbusd_epi32(s[r], c[r][1], _mm512_load_si512(q + 64));
+            }
+            x[p][t] = lane_sums(s[0], s[1], s[2], s[3]);
+        }
+    }
+    const __m512 sw = load_scales(w->scale, i * 4, w->scale_type, groups), bw = load_scales(w->bias, i * 4, w->scale_type, groups);
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) {
+        __m512i dot = sums == 1 ? x[0][t] : sums == 2 ? fold_lanes(x[0][t], x[1][t]) : fold_lanes(fold_lanes(x[0][t], x[1][t]), fold_lanes(x[2][t], x[3][t]));
+        __m512 s = _mm512_mul_ps(sw, _mm512_load_ps(a[t].scale + i * 16)), b = _mm512_mul_ps(bw, _mm512_load_ps(a[t].sum + i * 16));
+        chain[t] = _mm512_add_ps(chain[t], _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(dot), b));
+    }
+}
+
+/* result[t] = the four rows' dots with activation row t. */
+CV_INLINE_VNNI void four_rows(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, __m128 *result) {
+    __m512 chain[MAX_TOKENS];
+    for (int t = 0; t < tokens; t++) chain[t] = _mm512_setzero_ps();
+    const size_t quads = w->groups / 4;
+    for (size_t i = 0; i < quads; i++) quad(w, i, 4, false, bits, group, tokens, a, chain);
+    if (w->groups % 4) quad(w, quads, (unsigned)(w->groups % 4), true, bits, group, tokens, a, chain);
+    for (int t = 0; t < tokens; t++) {
+        __m128 c01 = _mm_add_ps(_mm512_castps512_ps128(chain[t]), _mm512_extractf32x4_ps(chain[t], 1));
+        __m128 c23 = _mm_add_ps(_mm512_extractf32x4_ps(chain[t], 2), _mm512_extractf32x4_ps(chain[t], 3));
+        result[t] = _mm_add_ps(c01, c23);
+    }
+}
+
+#define FOUR_ROWS(bits, group, tokens) \
+    CV_TARGET_VNNI static void rows_##bits##_##group##_##tokens(const stream_rows *w, const stream_act *a, __m128 *result) { four_rows(w, bits, group, tokens, a, result); }
+#define FOUR_ROWS_TOKENS(bits, group) FOUR_ROWS(bits, group, 1) FOUR_ROWS(bits, group, 2) FOUR_ROWS(bits, group, 3) FOUR_ROWS(bits, group, 4)
+#define FOUR_ROWS_GROUPS(bits) FOUR_ROWS_TOKENS(bits, 32) FOUR_ROWS_TOKENS(bits, 64) FOUR_ROWS_TOKENS(bits, 128)
+FOUR_ROWS_GROUPS(4)
+FOUR_ROWS_GROUPS(6)
+FOUR_ROWS_GROUPS(8)
+
+typedef void (*four_rows_kernel)(const stream_rows *w, const stream_act *a, __m128 *result);
+
+#define KERNELS_TOKENS(bits, group) { rows_##bits##_##group##_1, rows_##bits##_##group##_2, rows_##bits##_##group##_3, rows_##bits##_##group##_4 }
+#define KERNELS(bits) { KERNELS_TOKENS(bits, 32), KERNELS_TOKENS(bits, 64), KERNELS_TOKENS(bits, 128) }
+static const four_rows_kernel kernels[3][3][MAX_TOKENS] = {KERNELS(4), KERNELS(6), KERNELS(8)};
+
+static size_t quads_of(size_t groups) { return (groups + 3) / 4; }
+
+/* Bytes of one activation row in stream order. */
+static size_t act_bytes(size_t groups, size_t group) { return quads_of(groups) * (4 * group + 2 * 16 * sizeof(float)); }
+
+/* Copies activation row t into stream order at `to`. */
+CV_TARGET_VNNI static stream_act pack_row(const cv_qact *a, size_t t, unsigned bits, uint8_t *to) {
+    const size_t groups = a->cols / a->group, quads = quads_of(groups), bytes = quads * 4 * a->group;
+    const int8_t *from = a->q + t * a->q_stride;
+    int8_t *q = (int8_t *)to;
+    for (size_t k = 0; k < bytes; k += 128) {
+        const ptrdiff_t left = (ptrdiff_t)a->cols - (ptrdiff_t)k;
+        __m512i x = _mm512_maskz_loadu_epi8(first_bytes(left), from + (left > 0 ? k : 0)), y = _mm512_maskz_loadu_epi8(first_bytes(left - 64), from + (left > 64 ? k + 64 : 0));
+        if (bits == 4) {
+            __m512i even = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(x)), _mm512_cvtepi16_epi8(y), 1);
+            __m512i odd = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 8))), _mm512_cvtepi16_epi8(_mm512_srli_epi16(y, 8)), 1);
+            x = even;
+            y = odd;
+        }
+        _mm512_store_si512(q + k, x);
+        _mm512_store_si512(q + k + 64, y);
+    }
+    float *scale = (float *)(void *)(to + bytes), *sum = scale + quads * 16;
+    const __m512i repeat = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    for (size_t i = 0; i < quads; i++) {
+        const __mmask16 m = groups - i * 4 >= 4 ? 0x0f : (__mmask16)((1u << (groups - i * 4)) - 1);
+        const size_t at = t * a->g_stride + i * 4;
+        _mm512_store_ps(scale + i * 16, _mm512_permutexvar_ps(repeat, _mm512_maskz_loadu_ps(m, a->scale + at)));
+        _mm512_store_ps(sum + i * 16, _mm512_permutexvar_ps(repeat, _mm512_maskz_loadu_ps(m, a->sum + at)));
+    }
+    return (stream_act){q, scale, sum};
+}
+
+/* A block of activation rows is packed, then met by every weight row; the block is small, so weights are read n/BATCH times. */
+CV_TARGET_VNNI void cv_vnni_stream(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
+    const size_t groups = w->cols / w->group, stride = act_bytes(groups, w->group);
+    const four_rows_kernel *kernel = kernels[w->bits == 4 ? 0 : w->bits == 6 ? 1 : 2][w->group == 32 ? 0 : w->group == 64 ? 1 : 2];
+    const uint8_t *codes = w->data + e * w->expert_bytes, *scales = w->scales + e * w->expert_scale_bytes, *biases = w->biases + e * w->expert_scale_bytes;
+    const size_t block_bytes = ROWS * w->row_bytes, blocks_ahead = block_bytes < 8192 ? 8192 / (block_bytes + 1) + 1 : 1;
+    for (size_t t0 = 0; t0 < a->n; t0 += BATCH) {
+        const size_t n = a->n - t0 < BATCH ? a->n - t0 : BATCH;
+        stream_act act[BATCH];
+        for (size_t t = 0; t < n; t++) act[t] = pack_row(a, t0 + t, w->bits, (uint8_t *)scratch + t * stride);
+        for (size_t r = row0; r < row1; r += ROWS) {
+            stream_rows rows = {.scale_type = w->scale_type, .groups = groups, .ahead = r + (blocks_ahead + 1) * ROWS <= row1 ? blocks_ahead * block_bytes : 0};
+            for (size_t i = 0; i < ROWS; i++) {
+                const size_t row = r + i < row1 ? r + i : row1 - 1;
+                rows.code[i] = codes + row * w->row_bytes;
+                rows.scale[i] = scales + row * w->scale_row_bytes;
+                rows.bias[i] = biases + row * w->scale_row_bytes;
+            }
+            for (size_t t = 0; t < n; t += MAX_TOKENS) {
+                const size_t tokens = n - t < MAX_TOKENS ? n - t : MAX_TOKENS;
+                __m128 result[MAX_TOKENS];
+                kernel[tokens - 1](&rows, act + t, result);
+                const __mmask8 m = row1 - r >= ROWS ? 0x0f : (__mmask8)((1u << (row1 - r)) - 1);
+                for (size_t i = 0; i < tokens; i++) _mm_mask_storeu_ps(out + (t0 + t + i) * ldo + r, m, result[i]);
+            }
+        }
+    }
+}
+
+size_t cv_vnni_stream_scratch(size_t cols) {
+    const size_t quads = cols / 128 + 4; /* of 32 columns a group, which need the most floats; larger groups round up further */
+    return BATCH * (cols + 512 + quads * 2 * 16 * sizeof(float));
+}

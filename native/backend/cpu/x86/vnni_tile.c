@@ -1,0 +1,181 @@
+/* vnni_tile.c — quantized product for many activation rows (prefill), with AVX-512 VNNI. Compute bound: 32 weight rows at a
+ * time are unpacked to the cache as bytes, four columns of 16 rows to a zmm, and used for every activation row, eight at a
+ * time: each step of four columns is two loads of weights, eight broadcasts and sixteen vpdpbusd.
+ *
+ * Scratch, from its start:
+ *   codes  [columns/4, 2, 16 rows, 4]   uint8
+ *   scale, bias  [groups padded to 16, 2, 16 rows]   float32
+ *   chain  [TOKENS, 4, 2, 16 rows]   float32, the contract's four chains of each result
+ */
+#include "vnni.h"
+
+#include <string.h>
+
+enum { ROWS = 32, TOKENS = 8 };
+
+typedef struct {
+    uint8_t *codes;
+    float *scale, *bias, *chain;
+} tile;
+
+static size_t pad(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static tile tile_at(void *scratch, size_t cols, size_t groups) {
+    tile t;
+    t.codes = scratch;
+    t.scale = (float *)(void *)(t.codes + pad(cols, 64) * ROWS);
+    t.bias = t.scale + pad(groups, 16) * ROWS;
+    t.chain = t.bias + pad(groups, 16) * ROWS;
+    return t;
+}
+
+size_t cv_vnni_tile_scratch(size_t cols) {
+    return pad(cols, 64) * ROWS + (2 * pad(cols / 32 + 1, 16) * ROWS + (size_t)TOKENS * 4 * ROWS) * sizeof(float);
+}
+
+/* 16 x 16 dwords: r[i] element j becomes r[j] element i. */
+CV_INLINE_VNNI void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { /* r[i + c], lane l: column 4l + c of rows i … i+3 */
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int c = 0; c < 4; c++) {
+        __m512i even01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), odd01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        __m512i even23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), odd23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+        t[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+        t[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+        t[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+/* 64 codes of a row as bytes, or 32 and zeros when `half`. */
+CV_INLINE_VNNI __m512i load_codes(const uint8_t *p, unsigned bits, bool half) {
+    if (bits == 8) return half ? _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p)) : _mm512_loadu_si512(p);
+    if (bits == 6) return cv_vnni_codes6(_mm512_maskz_loadu_epi8(half ? 0xffffffull : 0xffffffffffffull, p));
+    __m256i v = half ? _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p)) : _mm256_loadu_si256((const __m256i *)(const void *)p);
+    __m512i wide = _mm512_cvtepu8_epi16(v);
+    return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(0x0f));
+}
+
+/* Codes of rows first … first+15 (clamped to `last`) into half h of the tile. */
+CV_TARGET_VNNI static void unpack_codes(const uint8_t *data, size_t row_bytes, size_t first, size_t last, unsigned bits, size_t cols, size_t h, uint8_t *codes) {
+    for (size_t k = 0; k < cols; k += 64) {
+        const bool half = cols - k < 64;
+        __m512i v[16];
+        for (size_t i = 0; i < 16; i++) v[i] = load_codes(data + (first + i < last ? first + i : last) * row_bytes + k * bits / 8, bits, half);
+        transpose(v);
+        for (size_t i = 0; i < 16; i++) _mm512_store_si512(codes + ((k / 4 + i) * 2 + h) * 64, v[i]);
+    }
+}
+
+/* Scales or biases of 16 rows, transposed to [groups, 2, 16]; groups past the end get zeros. */
+CV_TARGET_VNNI static void unpack_scales(const uint8_t *base, size_t row_bytes, size_t first, size_t last, uint32_t type, size_t groups, size_t h, float *to) {
+    for (size_t g = 0; g < groups; g += 16) {
+        const __mmask16 m = groups - g >= 16 ? 0xffff : (__mmask16)((1u << (groups - g)) - 1);
+        __m512i v[16];
+        for (size_t i = 0; i < 16; i++) {
+            const uint8_t *p = base + (first + i < last ? first + i : last) * row_bytes;
+            if (type == CV_F32) {
+                v[i] = _mm512_maskz_loadu_epi32(m, p + 4 * g);
+            } else {
+                __m256i x = _mm256_maskz_loadu_epi16(m, p + 2 * g);
+                v[i] = type == CV_F16 ? _mm512_castps_si512(_mm512_cvtph_ps(x)) : _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+            }
+        }
+        transpose(v);
+        for (size_t i = 0; i < 16; i++) _mm512_store_si512(to + ((g + i) * 2 + h) * 16, v[i]);
+    }
+}
+
+/* `tokens` activation rows times the tile; halves 1 or 2. Both are constants where this is inlined. q, scale and sum point at
+ * the first of the rows. Leaves the four chains of every result in tile.chain. */
+CV_INLINE_VNNI void multiply(const tile *w, const int8_t *q, size_t q_stride, const float *scale, const float *sum, size_t g_stride, size_t groups, size_t group, int tokens, int halves) {
+    memset(w->chain, 0, (size_t)tokens * 4 * ROWS * sizeof(float));
+    const uint8_t *codes = w->codes;
+    for (size_t g = 0; g < groups; g++) {
+        __m512i dot[TOKENS][2];
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) dot[t][0] = dot[t][1] = _mm512_setzero_si512();
+        for (size_t k = 0; k < group; k += 4, codes += 128) {
+            const __m512i c0 = _mm512_load_si512(codes);
+            const __m512i c1 = halves == 2 ? _mm512_load_si512(codes + 64) : c0;
+            const int8_t *x = q + g * group + k;
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) {
+                int32_t four;
+                memcpy(&four, x + (size_t)t * q_stride, 4);
+                const __m512i b = _mm512_set1_epi32(four);
+                dot[t][0] = _mm512_dpbusd_epi32(dot[t][0], c0, b);
+                if (halves == 2) dot[t][1] = _mm512_dpbusd_epi32(dot[t][1], c1, b);
+            }
+        }
+        float *chain = w->chain + (g & 3) * ROWS;
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; h++) {
+            const __m512 sw = _mm512_load_ps(w->scale + g * ROWS + h * 16), bw = _mm512_load_ps(w->bias + g * ROWS + h * 16);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) {
+                const __m512 s = _mm512_mul_ps(sw, _mm512_set1_ps(scale[(size_t)t * g_stride + g])), b = _mm512_mul_ps(bw, _mm512_set1_ps(sum[(size_t)t * g_stride + g]));
+                float *c = chain + t * 4 * ROWS + h * 16;
+                _mm512_store_ps(c, _mm512_add_ps(_mm512_load_ps(c), _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(dot[t][h]), b)));
+            }
+        }
+    }
+}
+
+typedef void (*multiply_kernel)(const tile *w, const int8_t *q, size_t q_stride, const float *scale, const float *sum, size_t g_stride, size_t groups, size_t group);
+
+#define MULTIPLY(tokens, halves) \
+    CV_TARGET_VNNI static void multiply_##tokens##_##halves(const tile *w, const int8_t *q, size_t q_stride, const float *scale, const float *sum, size_t g_stride, size_t groups, size_t group) { \
+        multiply(w, q, q_stride, scale, sum, g_stride, groups, group, tokens, halves); \
+    }
+#define MULTIPLY_BOTH(tokens) MULTIPLY(tokens, 1) MULTIPLY(tokens, 2)
+MULTIPLY_BOTH(1)
+MULTIPLY_BOTH(2)
+MULTIPLY_BOTH(3)
+MULTIPLY_BOTH(4)
+MULTIPLY_BOTH(5)
+MULTIPLY_BOTH(6)
+MULTIPLY_BOTH(7)
+MULTIPLY_BOTH(8)
+
+static const multiply_kernel kernels[TOKENS][2] = {
+    {multiply_1_1, multiply_1_2}, {multiply_2_1, multiply_2_2}, {multiply_3_1, multiply_3_2}, {multiply_4_1, multiply_4_2},
+    {multiply_5_1, multiply_5_2}, {multiply_6_1, multiply_6_2}, {multiply_7_1, multiply_7_2}, {multiply_8_1, multiply_8_2},
+};
+
+CV_TARGET_VNNI void cv_vnni_tile(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
+    const size_t groups = w->cols / w->group;
+    const tile tl = tile_at(scratch, w->cols, groups);
+    const uint8_t *data = w->data + e * w->expert_bytes, *scales = w->scales + e * w->expert_scale_bytes, *biases = w->biases + e * w->expert_scale_bytes;
+    const size_t pieces = (a->n + TOKENS - 1) / TOKENS;
+    for (size_t r = row0; r < row1; r += ROWS) {
+        const size_t halves = row1 - r > 16 ? 2 : 1, last = row1 - 1;
+        for (size_t h = 0; h < halves; h++) {
+            unpack_codes(data, w->row_bytes, r + h * 16, last, w->bits, w->cols, h, tl.codes);
+            unpack_scales(scales, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, h, tl.scale);
+            unpack_scales(biases, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, h, tl.bias);
+        }
+        for (size_t piece = 0, t = 0; piece < pieces; piece++) { /* pieces as even as can be: 9 rows are 5 and 4 */
+            const size_t end = (piece + 1) * a->n / pieces, tokens = end - t;
+            kernels[tokens - 1][halves - 1](&tl, a->q + t * a->q_stride, a->q_stride, a->scale + t * a->g_stride, a->sum + t * a->g_stride, a->g_stride, groups, w->group);
+            for (size_t i = 0; i < tokens; i++)
+                for (size_t h = 0; h < halves; h++) {
+                    const float *c = tl.chain + i * 4 * ROWS + h * 16;
+                    const __m512 sum = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + ROWS)), _mm512_add_ps(_mm512_load_ps(c + 2 * ROWS), _mm512_load_ps(c + 3 * ROWS)));
+                    const size_t left = row1 - r - h * 16;
+                    _mm512_mask_storeu_ps(out + (t + i) * ldo + r + h * 16, left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1), sum);
+                }
+            t = end;
+        }
+    }
+}

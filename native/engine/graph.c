@@ -1,0 +1,86 @@
+/* graph.c — the decoder of Llama and Llama 4 (design: llama4.md 1.2). Six or seven operations a layer:
+ *
+ *   q,k,v = W·norm(h) | rope, qk norm, temperature, cache | attention | h += o·a
+ *   dense: act = swiglu(W·norm(h)) | h += down·act      experts: route(norm(h)) | hidden of experts and shared | h += sum
+ */
+#include "graph.h"
+
+#include <time.h>
+
+static int reserve(cv_backend *b, size_t rows, size_t width, size_t element, void **out, size_t *total) {
+    if (width && rows > SIZE_MAX / 2 / width / element) return CV_E_MEMORY;
+    *total += rows * width * element;
+    return b->ops->alloc(b, rows * width * element, out);
+}
+
+int cv_graph_open(const cv_model *m, cv_backend *b, cv_activations *a, cv_err err) {
+    const cv_shape *s = &m->shape;
+    size_t q = s->max_heads * s->head_dim, kv = s->max_kv_heads * s->head_dim, n = s->max_tokens, e = b->act_bytes;
+    void *logits = NULL;
+    *a = (cv_activations){0};
+    int code = reserve(b, n, s->hidden, e, &a->h, &a->bytes);
+    if (!code) code = reserve(b, n, q, e, &a->q, &a->bytes);
+    if (!code) code = reserve(b, n, kv, e, &a->k, &a->bytes);
+    if (!code) code = reserve(b, n, kv, e, &a->v, &a->bytes);
+    if (!code) code = reserve(b, n, q, e, &a->attended, &a->bytes);
+    if (!code) code = reserve(b, s->max_logits, s->vocab, sizeof(float), &logits, &a->bytes);
+    a->logits = logits;
+    return code ? cv_fail(err, CV_E_MEMORY, "no memory for the activations of %zu tokens", n) : CV_OK;
+}
+
+void cv_graph_close(cv_backend *b, cv_activations *a) {
+    void *all[] = {a->h, a->q, a->k, a->v, a->attended, a->logits};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        if (all[i]) b->ops->free(b, all[i]);
+    *a = (cv_activations){0};
+}
+
+static int attention_block(cv_backend *b, const cv_layer *l, cv_activations *a) {
+    const cv_backend_ops *o = b->ops;
+    const cv_weight *const w[3] = {l->q, l->k, l->v};
+    const float *const bias[3] = {l->q_bias, l->k_bias, l->v_bias};
+    int code = o->norm_qkv(b, a->h, l->attn_norm, w, bias, a->q, a->k, a->v);
+    if (!code) code = o->rope_store(b, l->flags, l->n_heads, l->n_kv_heads, a->q, a->k, a->v, &l->kv);
+    if (!code) code = o->attention(b, l->flags, l->n_heads, l->n_kv_heads, a->q, &l->kv, a->attended);
+    if (!code) code = o->linear(b, a->attended, l->o, l->o_bias, true, a->h);
+    return code;
+}
+
+static int feed_forward(cv_backend *b, const cv_layer *l, cv_activations *a) {
+    const cv_backend_ops *o = b->ops;
+    int code;
+    if (l->flags & CV_LAYER_MOE) {
+        code = o->norm_route(b, a->h, l->ffn_norm, l->router);
+        if (!code) code = o->moe_up(b, &l->moe);
+        if (!code) code = o->moe_down(b, &l->moe, true, a->h);
+        return code;
+    }
+    void *act = NULL;
+    code = o->norm_mlp(b, a->h, l->ffn_norm, l->gate, l->up, l->down, l->gate_bias, l->up_bias, &act);
+    return code ? code : o->linear(b, act, l->down, l->down_bias, true, a->h);
+}
+
+static uint64_t now_ns(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+int cv_graph_run(const cv_model *m, cv_backend *b, cv_activations *a, const cv_batch *batch, const uint32_t *rows, size_t n_rows, const atomic_bool *stop, uint64_t *kernel_ns, cv_err err) {
+    const cv_backend_ops *o = b->ops;
+    char text[256] = "";
+    uint64_t start = now_ns();
+    int code = o->begin(b, batch);
+    if (!code) code = o->embed(b, m->embed, a->h);
+    for (size_t i = 0; !code && i < m->n_layers; i++) {
+        if (atomic_load_explicit(stop, memory_order_relaxed)) code = CV_E_ABORTED;
+        if (!code) code = attention_block(b, &m->layers[i], a);
+        if (!code) code = feed_forward(b, &m->layers[i], a);
+    }
+    if (!code && n_rows) code = o->head(b, a->h, rows, n_rows, m->final_norm, m->head, a->logits);
+    int finished = o->finish(b, text, sizeof text);
+    *kernel_ns += now_ns() - start;
+    if (code == CV_E_ABORTED) return cv_fail(err, code, "the engine was told to stop");
+    if (!code) code = finished;
+    return code ? cv_fail(err, code, "the %s backend failed: %s", o->name, text[0] ? text : "operation refused") : CV_OK;
+}

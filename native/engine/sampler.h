@@ -1,0 +1,28 @@
+/* sampler.h — chooses a token from logits. Order: bias, mask, penalties, temperature, top_k, top_p, min_p, xtc, draw.
+ *
+ * The draw is a Gumbel-max: token i scores logit/T + g(seed, position, i) and the largest wins. The noise is a pure
+ * function of those three numbers, so a sequence's tokens do not depend on what else is in the batch, and ranks that
+ * each hold a part of the vocabulary can draw exactly without gathering logits.
+ */
+#ifndef CV_SAMPLER_H
+#define CV_SAMPLER_H
+
+#include "../include/caravan.h"
+#include "error.h"
+
+/* Scratch of one sampling row. */
+typedef struct {
+    float *logits;   /* [vocab] adjusted copy */
+    uint32_t *ids;   /* [vocab] candidates */
+    float *weights;  /* [vocab] probabilities of candidates, relative to the most probable */
+} cv_sampler_scratch;
+
+int cv_sampler_open(size_t vocab, cv_sampler_scratch *s);
+void cv_sampler_close(cv_sampler_scratch *s);
+
+/* logits [vocab], not changed. `step` is the base of the row's offsets (checked by step.c). position: of the token that
+ * is drawn. Writes token, logprob and n_top <= row->n_top_logprobs alternatives to top. CV_E_STEP when no token can be
+ * chosen (all masked, or the logits are not numbers). */
+int cv_sample(const void *step, const cv_step_row *row, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top, cv_err err);
+
+#endif

@@ -1,0 +1,23 @@
+/* weights.h — tensors of a load plan in memory. What is whole, in order and aligned is mapped from its file and shared with
+ * every other process that maps it; the rest is copied into memory of the right shape. */
+#ifndef CV_WEIGHTS_H
+#define CV_WEIGHTS_H
+
+#include "../backend/backend.h"
+#include "error.h"
+
+typedef struct cv_weights cv_weights;
+
+/* paths: the plan's files, already opened and checked here. The plan's records must lie inside `plan` (model.c checks). */
+int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_weights **out, cv_err err);
+void cv_weights_close(cv_weights *w);
+
+/* The tensor of a slot in a layer (-1: global), NULL when the plan has none. */
+const cv_weight *cv_weights_matrix(const cv_weights *w, uint32_t slot, int32_t layer);
+/* A vector as float32, NULL when the plan has none. */
+const float *cv_weights_vector(const cv_weights *w, uint32_t slot, int32_t layer);
+
+uint64_t cv_weights_mapped_bytes(const cv_weights *w);
+uint64_t cv_weights_copied_bytes(const cv_weights *w);
+
+#endif
