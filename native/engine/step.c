@@ -63,9 +63,9 @@ static int check_pages(const cv_model *m, const void *base, uint64_t total, cons
             return cv_fail(err, CV_E_ARGUMENT, "row %zu: the chunk table (from %llu, %u pages) does not cover positions %llu to %llu", row, (unsigned long long)r->chunk_base, r->n_chunk_pages, (unsigned long long)start, (unsigned long long)last);
     }
     const uint32_t *full = at(base, r->full_pages_offset), *chunk = at(base, r->chunk_pages_offset);
-    for (size_t i = 0; i < r->n_full_pages; i++)
+    for (size_t i = 0; m->has_full && i < r->n_full_pages; i++)
         if (full[i] >= m->pools[0].n_pages) return cv_fail(err, CV_E_ARGUMENT, "row %zu: full page %u of %zu", row, full[i], m->pools[0].n_pages);
-    for (size_t i = 0; i < r->n_chunk_pages; i++)
+    for (size_t i = 0; m->has_chunked && i < r->n_chunk_pages; i++)
         if (chunk[i] >= m->pools[1].n_pages) return cv_fail(err, CV_E_ARGUMENT, "row %zu: chunked page %u of %zu", row, chunk[i], m->pools[1].n_pages);
     return CV_OK;
 }
