@@ -3,10 +3,10 @@
 
 import { Hono } from "hono";
 import { asCaravanError, CaravanError } from "../errors.ts";
+import { createLogger, type Logger } from "../log.ts";
 import { keyCheck } from "./auth.ts";
 import { errorResponse } from "./error-response.ts";
 import { Lifecycle } from "./lifecycle.ts";
-import { type Log, SILENT } from "./log.ts";
 import type { ModelDirectory } from "./model-directory.ts";
 import { chatRoute } from "./openai/chat.ts";
 import { completionsRoute } from "./openai/completions.ts";
@@ -24,7 +24,7 @@ export interface AppOptions {
   settings?: Partial<ApiSettings>;
   /** Shared with the server that drains it. */
   lifecycle?: Lifecycle;
-  log?: Log;
+  log?: Logger;
 }
 
 /** The path that a supervisor asks without a key, also while the node is shutting down. */
@@ -37,7 +37,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
     models: options.models,
     settings: { ...DEFAULT_SETTINGS, ...options.settings },
     lifecycle: options.lifecycle ?? new Lifecycle(),
-    log: options.log ?? SILENT,
+    log: options.log ?? createLogger({ level: "silent" }),
   };
   const app = new Hono<ApiEnv>();
   useChecks(app, deps);

@@ -49,12 +49,14 @@ export async function* generateGroup(
   } finally {
     outer?.removeEventListener("abort", abort);
     siblings.abort(new CaravanError("cancelled", "Another answer to the same request failed."));
+    // The abort has ended those that were in the middle of a step; this ends those that wait to be read.
+    for (const source of sources) source.return().catch(() => undefined);
   }
 }
 
 type Arrival = { index: number; result: IteratorResult<GenerationEvent, void> } | { thrown: unknown };
 
-/** Interleaves in order of arrival, fairly. After a failure some sources may still be pending; the caller ends them. */
+/** Interleaves in order of arrival. After a failure some sources may still be pending; the caller ends them. */
 async function* merge(sources: AsyncGenerator<GenerationEvent, void, void>[]): AsyncGenerator<GroupEvent> {
   const arrivals: Arrival[] = [];
   let wake: () => void = () => undefined;

@@ -138,14 +138,15 @@ export async function* generate(
     ...(options.deadlineMs === undefined ? {} : { deadline_ms: options.deadlineMs }),
   });
   const reader = new InterruptibleReader(stream[Symbol.asyncIterator]());
+  let ended = false;
   const onAbort = () => {
+    ended = true;
     model.engine.cancel(id);
     reader.interrupt(signal?.reason);
   };
   signal?.addEventListener("abort", onAbort, { once: true });
 
   let generated = 0;
-  let ended = false;
   try {
     for (;;) {
       const { value: event, done } = await reader.next();

@@ -105,8 +105,8 @@ export interface LoadedModel {
   readonly fingerprint: string;
   readonly engine: Engine;
   readonly text: TextService;
-  /** Put before a raw completion prompt that does not begin with it. */
-  readonly bosId?: number;
+  /** Put before a raw completion prompt that does not begin with them: begin-of-text, or nothing. */
+  readonly beginIds: readonly number[];
   /** Tokens that end an answer. */
   readonly eosIds: readonly number[];
   readonly defaults: { generationConfig: SamplingDefaults; card: SamplingDefaults };

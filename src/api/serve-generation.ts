@@ -3,10 +3,10 @@
 // ticket is given back.
 
 import { asCaravanError, CaravanError } from "../errors.ts";
+import type { Logger } from "../log.ts";
 import type { GenerationOptions } from "./generation.ts";
 import { type GroupEvent, generateGroup, type SequencePlan } from "./generation-group.ts";
 import type { Lifecycle } from "./lifecycle.ts";
-import type { Log } from "./log.ts";
 import type { LoadedModel, ModelDirectory } from "./model-directory.ts";
 import type { ApiContext } from "./routes.ts";
 import type { ApiSettings } from "./settings.ts";
@@ -17,7 +17,7 @@ export interface ApiDependencies {
   models: ModelDirectory;
   settings: ApiSettings;
   lifecycle: Lifecycle;
-  log: Log;
+  log: Logger;
 }
 
 /** A request that is ready to run. */

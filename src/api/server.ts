@@ -3,8 +3,8 @@
 
 import type { Hono } from "hono";
 import { CaravanError } from "../errors.ts";
+import type { Logger } from "../log.ts";
 import type { Lifecycle } from "./lifecycle.ts";
-import type { Log } from "./log.ts";
 import { isLoopback } from "./origin.ts";
 import type { ApiEnv } from "./routes.ts";
 
@@ -19,7 +19,7 @@ export interface ServerOptions {
   drainSeconds: number;
   /** Whether a key is asked for; without one, serving other machines is worth a warning. */
   keyed: boolean;
-  log: Log;
+  log: Logger;
 }
 
 export interface RunningServer {
@@ -95,7 +95,7 @@ async function finishRequests(
   lifecycle: Lifecycle,
   cut: Promise<void>,
   limitSeconds: number,
-  log: Log,
+  log: Logger,
 ): Promise<void> {
   const idle = lifecycle.idle();
   if ((await within([idle.then(() => "idle"), cut.then(() => "cut")], limitSeconds * 1000)) === "idle")

@@ -4,10 +4,10 @@ import { afterEach, describe, expect, test } from "bun:test";
 import OpenAI from "openai";
 import { createApp } from "../../src/api/app.ts";
 import { Lifecycle } from "../../src/api/lifecycle.ts";
-import { SILENT } from "../../src/api/log.ts";
 import { type RunningServer, startServer } from "../../src/api/server.ts";
 import type { ApiSettings } from "../../src/api/settings.ts";
 import { CaravanError } from "../../src/errors.ts";
+import { createLogger } from "../../src/log.ts";
 import { bytesOf, END } from "../tools/byte-text.ts";
 import { type Script, scriptedLogprob } from "../tools/scripted-engine.ts";
 import { MODEL, type ScriptedModels, sayScript, scriptedModels } from "../tools/scripted-models.ts";
@@ -32,7 +32,7 @@ function setup(script: Script, settings: Partial<ApiSettings> = {}): Setup {
     port: 0,
     drainSeconds: 0,
     keyed: true,
-    log: SILENT,
+    log: createLogger({ level: "silent" }),
   });
   running.push(server);
   const apiKey = settings.apiKeys?.[0] ?? "unused";

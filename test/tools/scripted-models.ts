@@ -32,7 +32,7 @@ export function scriptedModels(script: Script, changes: Partial<LoadedModel> = {
     fingerprint: "fp_test",
     engine,
     text: byteText,
-    bosId: BEGIN,
+    beginIds: [BEGIN],
     eosIds: [END],
     defaults: { generationConfig: {}, card: {} },
     newDetokenizer: newByteDetokenizer,

@@ -78,7 +78,8 @@ async function encodePrompt(prompt: Prompt, model: LoadedModel): Promise<number[
     return prompt;
   }
   const ids = await model.text.encode(prompt, { specials: true });
-  if (model.bosId !== undefined && ids[0] !== model.bosId) return [model.bosId, ...ids];
+  const begun = model.beginIds.every((id, index) => ids[index] === id);
+  if (!begun) return [...model.beginIds, ...ids];
   if (ids.length === 0) throw invalid("prompt", `it is empty, and ${model.id} has no token to begin with.`);
   return ids;
 }

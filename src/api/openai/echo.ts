@@ -24,11 +24,12 @@ export function echoPrompt(ids: number[], original: string | undefined, model: L
   const detokenizer = model.newDetokenizer({ skipSpecials: false });
   const offsets: number[] = [];
   let text = "";
+  const writtenOut = original?.startsWith(model.text.decode([...model.beginIds])) ?? true;
+  const added = writtenOut ? 0 : model.beginIds.length;
   ids.forEach((id, index) => {
     offsets.push(text.length);
     const piece = detokenizer.push(id);
-    const added = index === 0 && id === model.bosId && original !== undefined && !original.startsWith(piece);
-    if (!added) text += piece;
+    if (index >= added) text += piece;
   });
   text += detokenizer.flush();
   return { text: original ?? text, ids, offsets };
