@@ -1,0 +1,390 @@
+// Continuous batching, as a state machine without I/O: requests come in through `add` and `cancel`, `plan` decides the
+// next step, `complete` and `fail` take its outcome, events go out through `emit`. Time is a function. step-loop.ts
+// drives it with an engine.
+//
+// A step holds a decode row for every running sequence that has one, and prompt pieces within a token budget. The
+// sequential policy is the same machine with one running sequence. A step may be planned while the one before it is
+// in flight: a decode row then names "the token last sampled for this slot". If that token turns out to end the
+// sequence, the row's result is dropped. Freed pages may be reused by later steps at once, because steps are computed
+// in order (pages.ts).
+
+import { errorRecord } from "../engine/error-record.ts";
+import type { GenerateEvent, GenerateRequest } from "../engine/protocol.ts";
+import { CaravanError } from "../errors.ts";
+import { buildStep, type PlannedRow, type PlannedStep } from "./batch-builder.ts";
+import { type CacheGeometry, PagePools } from "./pages.ts";
+import { WaitingQueue } from "./queue.ts";
+import { checkRequest } from "./request-check.ts";
+import { RetryEstimate } from "./retry-estimate.ts";
+import { Sequence } from "./sequence.ts";
+import type { RowResult, StepLimits, StepResult } from "./step.ts";
+import { shareFairly, TokenBudget } from "./token-budget.ts";
+
+export interface SchedulerOptions {
+  geometry: CacheGeometry;
+  limits: StepLimits;
+  /** Longest sequence of the model, prompt and output together; the page pools may lower it. */
+  contextTokens: number;
+  mode: "sequential" | "batched";
+  /** Requests that may wait beside those that run; more are refused with queue_full. */
+  maxWaiting: number;
+  /** Wanted upper bound of a step's time while streams are running. */
+  stepTargetMs?: number;
+  /** Milliseconds, monotonic. */
+  now: () => number;
+  emit: (event: GenerateEvent) => void;
+}
+
+/** Prompt positions a step whose logits come back for prompt_logprobs: each costs a vocabulary of floats in JavaScript. */
+const PROMPT_LOGITS_A_STEP = 8;
+
+export class Scheduler {
+  readonly contextTokens: number;
+  readonly pools: PagePools;
+  readonly #options: SchedulerOptions;
+  readonly #maxRunning: number;
+  readonly #budget: TokenBudget;
+  readonly #retry: RetryEstimate;
+  readonly #live = new Map<string, Sequence>();
+  readonly #waiting = new WaitingQueue();
+  /** Ordered by age. */
+  readonly #running: Sequence[] = [];
+  #nextOrder = 0;
+  #withDeadline = 0;
+  #preemptions = 0;
+
+  constructor(options: SchedulerOptions) {
+    const { limits } = options;
+    this.#options = options;
+    this.pools = new PagePools(options.geometry);
+    this.contextTokens = Math.min(options.contextTokens, this.pools.longestSequence);
+    this.#maxRunning =
+      options.mode === "sequential" ? 1 : Math.min(limits.slots, limits.maxRows, limits.maxTokens);
+    this.#budget = new TokenBudget({
+      maxTokens: limits.maxTokens,
+      targetMs: options.stepTargetMs ?? 200,
+      minTokens: 32,
+    });
+    this.#retry = new RetryEstimate(this.#maxRunning);
+  }
+
+  get running(): number {
+    return this.#running.length;
+  }
+
+  get waiting(): number {
+    return this.#waiting.length;
+  }
+
+  /** Sequences put back for want of pages since the start. */
+  get preemptions(): number {
+    return this.#preemptions;
+  }
+
+  /** Takes a request; its refusal is an error event like every other outcome. The id must not be live (throws). */
+  add(request: GenerateRequest): void {
+    if (this.#live.has(request.id))
+      throw new CaravanError("internal_error", `request ${request.id} is already running`);
+    const refusal = this.#refusal(request);
+    if (refusal !== undefined) {
+      this.#options.emit({ type: "error", id: request.id, error: errorRecord(refusal) });
+      return;
+    }
+    const sequence = new Sequence(request, this.#nextOrder, this.#options.now(), this.pools);
+    this.#nextOrder++;
+    this.#live.set(request.id, sequence);
+    if (sequence.deadlineMs !== Number.POSITIVE_INFINITY) this.#withDeadline++;
+    this.#waiting.add(sequence);
+  }
+
+  /** Ends a request with finish "cancelled"; unknown ids are ignored (it may just have ended). */
+  cancel(id: string): void {
+    const sequence = this.#live.get(id);
+    if (sequence !== undefined) this.#finish(sequence, "cancelled");
+  }
+
+  /** Ends everything that lives with an error. */
+  failAll(error: CaravanError): void {
+    for (const sequence of [...this.#live.values()]) this.#failOne(sequence, error);
+  }
+
+  /** Ends requests whose deadline has passed; called by plan, and by a timer for when no step ends. */
+  expire(): void {
+    if (this.#withDeadline === 0) return;
+    const now = this.#options.now();
+    for (const sequence of [...this.#live.values()]) {
+      if (now < sequence.deadlineMs) continue;
+      const limit = sequence.request.deadline_ms ?? 0;
+      const where = sequence.state === "running" ? "while it was computed" : "while it was waiting";
+      this.#failOne(
+        sequence,
+        new CaravanError("deadline_exceeded", `the request took longer than ${limit} ms, ${where}`, {
+          hint: "allow more time, or send fewer requests at once",
+          retryAfterSeconds: this.#retry.seconds(this.#live.size),
+        }),
+      );
+    }
+  }
+
+  /** Whether any live request has a deadline. */
+  get hasDeadlines(): boolean {
+    return this.#withDeadline > 0;
+  }
+
+  /** The next step, or undefined when there is nothing to compute. `ahead`: another step is in flight, whose sampled
+   * tokens are not known; a sequence that needs them makes everybody wait for that step, so that it keeps its pace. */
+  plan(ahead: boolean): PlannedStep | undefined {
+    this.expire();
+    if (ahead && this.#running.some((s) => s.pending > 0 && s.needsLastToken && this.#continues(s)))
+      return undefined;
+    this.#admit();
+    for (const sequence of this.#running) sequence.pages.dropFinishedChunks(sequence.computed);
+    const rows: PlannedRow[] = [];
+    this.#planDecode(rows);
+    this.#planPrompts(rows);
+    if (rows.length === 0) return undefined;
+    const planned = buildStep(rows);
+    const now = this.#options.now();
+    for (const { sequence, count, sample } of rows) {
+      sequence.computed += count;
+      if (sample) sequence.pending++;
+      if (Number.isNaN(sequence.startedMs)) sequence.startedMs = now;
+    }
+    return planned;
+  }
+
+  /** Takes the result of the oldest planned step that has not been completed. */
+  complete(planned: PlannedStep, result: StepResult): void {
+    if (result.rows.length !== planned.rows.length)
+      throw new CaravanError(
+        "engine_failed",
+        `a step of ${planned.rows.length} rows gave ${result.rows.length} results`,
+      );
+    if (planned.tokens > planned.decodeRows) this.#budget.observe(planned.tokens, result.computeNs);
+    for (let i = 0; i < planned.rows.length; i++) {
+      const row = planned.rows[i];
+      const outcome = result.rows[i];
+      if (row === undefined || outcome === undefined || row.sequence.state === "done") continue;
+      this.#accept(row, outcome);
+    }
+  }
+
+  /** A step that gave nothing: its sequences end with the error. */
+  fail(planned: PlannedStep, error: CaravanError): void {
+    for (const { sequence } of planned.rows) if (sequence.state !== "done") this.#failOne(sequence, error);
+  }
+
+  #refusal(request: GenerateRequest): CaravanError | undefined {
+    const wrong = checkRequest(request, {
+      vocab: this.#options.limits.vocab,
+      contextTokens: this.contextTokens,
+    });
+    if (wrong !== undefined) return wrong;
+    const room = this.#options.maxWaiting + this.#maxRunning - this.#running.length;
+    if (this.#waiting.length < room) return undefined;
+    return new CaravanError("queue_full", `${this.#waiting.length} requests are waiting already`, {
+      hint: "try again later",
+      retryAfterSeconds: this.#retry.seconds(this.#waiting.length),
+    });
+  }
+
+  /** Moves waiting sequences, oldest first, into free slots while their prompts' pages can be promised. */
+  #admit(): void {
+    while (this.#running.length < this.#maxRunning) {
+      const next = this.#waiting.first();
+      // A sequence that was put back waits for the token that is still in flight.
+      if (next === undefined || next.pending > 0 || !this.#roomFor(next)) return;
+      this.#waiting.remove(next);
+      next.state = "running";
+      next.slot = this.#freeSlot();
+      let place = this.#running.length;
+      while (place > 0 && (this.#running[place - 1]?.order ?? -1) > next.order) place--;
+      this.#running.splice(place, 0, next);
+    }
+  }
+
+  /** Whether the pools hold what the running sequences' prompts still need, a page of growth for each, and `next`. */
+  #roomFor(next: Sequence): boolean {
+    if (this.#running.length === 0) return true;
+    let full = this.pools.full.free;
+    let chunked = this.pools.chunked.free;
+    for (const sequence of [...this.#running, next]) {
+      const demand = this.pools.demand(sequence.total + 1);
+      const growth = sequence === next ? 0 : 1;
+      full -= Math.max(0, demand.full - (sequence.pages.full?.count ?? 0)) + Math.min(growth, demand.full);
+      chunked -=
+        Math.max(0, demand.chunked - (sequence.pages.chunked?.count ?? 0)) + Math.min(growth, demand.chunked);
+    }
+    return full >= 0 && chunked >= 0;
+  }
+
+  #freeSlot(): number {
+    let slot = 0;
+    while (this.#running.some((sequence) => sequence.slot === slot)) slot++;
+    return slot;
+  }
+
+  /** Whether another token may be sampled behind the ones known and in flight. */
+  #continues(sequence: Sequence): boolean {
+    return (
+      sequence.total - sequence.promptTokens < sequence.request.max_tokens &&
+      sequence.total < this.contextTokens
+    );
+  }
+
+  /** One row for each running sequence that is one token short of sampling. */
+  #planDecode(rows: PlannedRow[]): void {
+    for (const sequence of [...this.#running]) {
+      if (sequence.state !== "running" || sequence.remaining !== 1 || !this.#continues(sequence)) continue;
+      if (!this.#secure(sequence, 1, rows)) continue;
+      rows.push({ sequence, first: sequence.computed, count: 1, sample: true, promptLogits: false });
+    }
+  }
+
+  /** Pieces of prompts, the budget shared fairly, the oldest first to take pages. */
+  #planPrompts(rows: PlannedRow[]): void {
+    const open = this.#running.filter((sequence) => sequence.remaining > 1);
+    if (open.length === 0) return;
+    let logitsLeft = Math.min(
+      PROMPT_LOGITS_A_STEP,
+      this.#options.limits.maxLogits - this.#running.length + 1,
+    );
+    const decoding = rows.length;
+    const wants = open.map((sequence) => sequence.remaining);
+    const shares = shareFairly(wants, this.#budget.promptTokens(decoding));
+    for (let i = 0; i < open.length; i++) {
+      const sequence = open[i];
+      if (sequence === undefined || sequence.state !== "running") continue;
+      const first = sequence.computed;
+      let count = shares[i] ?? 0;
+      const promptLogits = wantsPromptLogits(sequence);
+      if (promptLogits) count = Math.min(count, logitsLeft);
+      else if (sequence.promptLogprobs?.complete === false)
+        count = Math.min(count, sequence.promptLogprobs.known - 1 - first);
+      if (count === 0 || !this.#secure(sequence, 1, rows)) continue;
+      count = sequence.pages.fitting(first, count);
+      sequence.pages.extend(first + count);
+      if (promptLogits) logitsLeft -= count;
+      rows.push({ sequence, first, count, sample: count === sequence.remaining, promptLogits });
+    }
+  }
+
+  /** Holds pages for the next `count` positions. When the pools are empty, the youngest sequence is put back, but none
+   * older than the one that asks: so the oldest always advances. False = it has to wait. */
+  #secure(sequence: Sequence, count: number, rows: PlannedRow[]): boolean {
+    while (sequence.pages.fitting(sequence.computed, count) < count) {
+      const victim = this.#running.findLast((s) => s.order > sequence.order && holdsPages(s));
+      if (victim === undefined) return false;
+      this.#putBack(victim);
+      const place = rows.findIndex((row) => row.sequence === victim);
+      if (place >= 0) rows.splice(place, 1);
+    }
+    sequence.pages.extend(sequence.computed + count);
+    return true;
+  }
+
+  /** Back to the queue; everything known is computed again later. */
+  #putBack(sequence: Sequence): void {
+    this.#leave(sequence);
+    sequence.state = "waiting";
+    sequence.computed = 0;
+    this.#preemptions++;
+    this.#waiting.add(sequence);
+  }
+
+  #accept({ sequence, first, count, sample, promptLogits }: PlannedRow, outcome: RowResult): void {
+    if (promptLogits && outcome.logits !== undefined && sequence.promptLogprobs !== undefined) {
+      const prompt = sequence.tokens(0, sequence.promptTokens);
+      sequence.promptLogprobs.accept(prompt, first, outcome.logits, this.#options.limits.vocab);
+    }
+    const done = Math.min(first + count, sequence.promptTokens);
+    if (sequence.reported < done) {
+      sequence.reported = done;
+      this.#options.emit({ type: "progress", id: sequence.id, done, total: sequence.promptTokens });
+    }
+    if (!sample) return;
+    sequence.pending--;
+    this.#acceptToken(sequence, outcome);
+  }
+
+  #acceptToken(sequence: Sequence, outcome: RowResult): void {
+    const { emit, now } = this.#options;
+    const { request } = sequence;
+    if (sequence.promptLogprobs?.complete === true && !sequence.promptLogprobsSent) {
+      const { logprobs, top } = sequence.promptLogprobs;
+      sequence.promptLogprobsSent = true;
+      emit({ type: "prompt_logprobs", id: sequence.id, logprobs, top });
+    }
+    const { token } = outcome;
+    sequence.append(token);
+    sequence.lastTokenMs = now();
+    if (Number.isNaN(sequence.firstTokenMs)) sequence.firstTokenMs = sequence.lastTokenMs;
+    const end = sequence.stopTokens.has(token);
+    const event: GenerateEvent = { type: "token", id: sequence.id, token };
+    if (end) event.end = true;
+    if (request.logprobs !== undefined) {
+      event.logprob = outcome.logprob;
+      event.top = outcome.top;
+    }
+    emit(event);
+    if (end) this.#finish(sequence, "stop");
+    else if (sequence.generated >= request.max_tokens || sequence.known >= this.contextTokens)
+      this.#finish(sequence, "length");
+  }
+
+  #finish(sequence: Sequence, reason: "stop" | "length" | "cancelled"): void {
+    this.#end(sequence);
+    const now = this.#options.now();
+    const started = Number.isNaN(sequence.startedMs) ? now : sequence.startedMs;
+    const firstToken = Number.isNaN(sequence.firstTokenMs) ? now : sequence.firstTokenMs;
+    const lastToken = Number.isNaN(sequence.lastTokenMs) ? firstToken : sequence.lastTokenMs;
+    if (reason !== "cancelled") this.#retry.observe(now - started);
+    this.#options.emit({
+      type: "finish",
+      id: sequence.id,
+      reason,
+      usage: {
+        prompt_tokens: sequence.promptTokens,
+        completion_tokens: sequence.generated,
+        cached_tokens: 0,
+      },
+      timing: {
+        queue_ms: started - sequence.arrivedMs,
+        prefill_ms: firstToken - started,
+        decode_ms: lastToken - firstToken,
+      },
+    });
+  }
+
+  #failOne(sequence: Sequence, error: CaravanError): void {
+    this.#end(sequence);
+    this.#options.emit({ type: "error", id: sequence.id, error: errorRecord(error) });
+  }
+
+  /** Out of every list, pages given back. Rows still in flight are dropped when their result arrives. */
+  #end(sequence: Sequence): void {
+    if (sequence.state === "running") this.#leave(sequence);
+    else this.#waiting.remove(sequence);
+    sequence.state = "done";
+    this.#live.delete(sequence.id);
+    if (sequence.deadlineMs !== Number.POSITIVE_INFINITY) this.#withDeadline--;
+  }
+
+  #leave(sequence: Sequence): void {
+    this.#running.splice(this.#running.indexOf(sequence), 1);
+    sequence.pages.clear();
+    sequence.slot = -1;
+  }
+}
+
+/** The position that comes next predicts a prompt token whose log-probability is asked for and missing. */
+function wantsPromptLogits(sequence: Sequence): boolean {
+  const { promptLogprobs } = sequence;
+  return (
+    promptLogprobs !== undefined && !promptLogprobs.complete && sequence.computed + 1 >= promptLogprobs.known
+  );
+}
+
+function holdsPages(sequence: Sequence): boolean {
+  return (sequence.pages.full?.count ?? 0) + (sequence.pages.chunked?.count ?? 0) > 0;
+}

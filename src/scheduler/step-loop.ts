@@ -1,0 +1,138 @@
+// Drives the scheduler with an engine: keeps up to `depth` steps in flight and hands results back in order.
+// There is no loop that waits: arrivals and ended steps each try to fill the pipeline.
+
+import type { GenerateRequest } from "../engine/protocol.ts";
+import { asCaravanError, CaravanError } from "../errors.ts";
+import type { PlannedStep } from "./batch-builder.ts";
+import type { Scheduler } from "./scheduler.ts";
+import type { StepEngine, StepResult } from "./step.ts";
+
+/** A step with more tokens than this is not overlapped with the next one: the gap that overlapping hides (about 0.1 ms)
+ * does not matter beside it, while requests that arrive meanwhile would wait for two steps. */
+const OVERLAP_TOKENS = 64;
+
+/** Ticks of the timer that ends requests past their deadline while no step ends. */
+const DEADLINE_TICK_MS = 50;
+
+export interface StepLoopOptions {
+  scheduler: Scheduler;
+  engine: StepEngine;
+  /** Steps in flight, at least 1; 2 hides the time between two decode steps. */
+  depth: number;
+  /** The engine takes no more steps; every request has got its error. Called once. */
+  onFatal: (error: CaravanError) => void;
+  /** Called behind everything that one turn has done, so that its events can be sent together. */
+  onTurn?: () => void;
+}
+
+export class StepLoop {
+  readonly #options: StepLoopOptions;
+  readonly #inFlight: PlannedStep[] = [];
+  #pumpQueued = false;
+  #dead: CaravanError | undefined;
+  #deadlineTimer: ReturnType<typeof setInterval> | undefined;
+
+  constructor(options: StepLoopOptions) {
+    this.#options = options;
+  }
+
+  /** Steps in flight. */
+  get inFlight(): number {
+    return this.#inFlight.length;
+  }
+
+  /** Takes a request. Requests of the same turn of the event loop join the same step. */
+  add(request: GenerateRequest): void {
+    this.#options.scheduler.add(request);
+    if (this.#dead !== undefined) this.#options.scheduler.failAll(this.#dead);
+    this.#watchDeadlines();
+    this.#queuePump();
+  }
+
+  cancel(id: string): void {
+    this.#options.scheduler.cancel(id);
+    this.#queuePump();
+  }
+
+  /** Ends everything with `error`; nothing is computed afterwards. */
+  stop(error: CaravanError): void {
+    this.#dead ??= error;
+    if (this.#deadlineTimer !== undefined) clearInterval(this.#deadlineTimer);
+    this.#deadlineTimer = undefined;
+    this.#options.scheduler.failAll(error);
+    this.#options.onTurn?.();
+  }
+
+  #queuePump(): void {
+    if (this.#pumpQueued) return;
+    this.#pumpQueued = true;
+    queueMicrotask(() => {
+      this.#pumpQueued = false;
+      try {
+        this.#pump();
+      } catch (thrown) {
+        this.#fatal(asCaravanError(thrown));
+        return;
+      }
+      this.#options.onTurn?.();
+    });
+  }
+
+  #pump(): void {
+    const { scheduler, engine, depth } = this.#options;
+    while (this.#dead === undefined && this.#inFlight.length < depth) {
+      const before = this.#inFlight.at(-1);
+      if (before !== undefined && before.tokens > OVERLAP_TOKENS) return;
+      const planned = scheduler.plan(before !== undefined);
+      if (planned === undefined) return;
+      this.#inFlight.push(planned);
+      engine.submit(planned.step).then(
+        (result) => this.#ended(planned, result),
+        (thrown) => this.#failed(planned, asCaravanError(thrown)),
+      );
+    }
+  }
+
+  #ended(planned: PlannedStep, result: StepResult): void {
+    if (this.#dead !== undefined) return;
+    if (this.#inFlight.shift() !== planned) {
+      this.#fatal(new CaravanError("internal_error", "the engine answered steps out of order"));
+      return;
+    }
+    try {
+      this.#options.scheduler.complete(planned, result);
+      this.#pump();
+    } catch (thrown) {
+      this.#fatal(asCaravanError(thrown));
+      return;
+    }
+    this.#options.onTurn?.();
+  }
+
+  #failed(planned: PlannedStep, error: CaravanError): void {
+    if (this.#dead !== undefined) return;
+    // A step that could not be computed takes its own requests with it; anything else means that the engine is gone.
+    if (error.code !== "engine_failed" || this.#inFlight.shift() !== planned) {
+      this.#fatal(error);
+      return;
+    }
+    this.#options.scheduler.fail(planned, error);
+    this.#queuePump();
+  }
+
+  #fatal(error: CaravanError): void {
+    this.stop(error);
+    this.#options.onFatal(error);
+  }
+
+  #watchDeadlines(): void {
+    if (this.#deadlineTimer !== undefined || !this.#options.scheduler.hasDeadlines) return;
+    this.#deadlineTimer = setInterval(() => {
+      this.#options.scheduler.expire();
+      this.#options.onTurn?.();
+      if (this.#options.scheduler.hasDeadlines) return;
+      clearInterval(this.#deadlineTimer);
+      this.#deadlineTimer = undefined;
+    }, DEADLINE_TICK_MS);
+  }
+}

@@ -1,0 +1,88 @@
+// One forward pass as the scheduler asks for it and as the engine answers: the typed form of caravan.h's cv_step and
+// cv_result. Page tables and token lists are views that are valid until `submit` returns, so a step costs no copies here.
+
+import type { Sampling, TopLogprobs } from "../engine/protocol.ts";
+
+/** As a token: the one last sampled for the row's slot, which is not known here yet. */
+export const TOKEN_LAST = 0xffffffff;
+
+/** Positions of a row for which logits are computed. */
+export type RowLogits = "none" | "last" | "all";
+
+export interface StepRow {
+  /** Sequence slot: remembers the last sampled token. */
+  slot: number;
+  /** Position of the first new token. */
+  firstPosition: number;
+  /** New tokens, at least one. */
+  tokens: Uint32Array;
+  fullPages: Uint32Array;
+  chunkPages: Uint32Array;
+  /** First position of chunkPages. */
+  chunkBase: number;
+  logits: RowLogits;
+  /** Sample behind the last token. */
+  sample: boolean;
+  /** Raw logits in the result. */
+  returnLogits: boolean;
+  /** Log-probability of the sampled token in the result. */
+  logprob: boolean;
+  /** Alternatives in the result, 0 to 64. */
+  topLogprobs: number;
+  sampling: Sampling;
+  /** Added to logits before everything else; -Infinity bans. */
+  bias: readonly (readonly [token: number, bias: number])[];
+  /** Triples (token, count in output, count in context) for the penalties, or empty. */
+  history: Uint32Array;
+  /** Tokens that XTC never removes. */
+  xtcKeep: Uint32Array;
+}
+
+/** Copies one page before the step computes. */
+export interface PageCopy {
+  pool: "full" | "chunked";
+  from: number;
+  to: number;
+}
+
+export interface Step {
+  rows: StepRow[];
+  copies: PageCopy[];
+}
+
+export interface RowResult {
+  /** Sampled token; TOKEN_LAST when none was asked for. */
+  token: number;
+  /** 0 unless asked for. */
+  logprob: number;
+  /** Most probable first; empty unless asked for. */
+  top: TopLogprobs;
+  /** float32 [positions, vocab] when asked for. */
+  logits: Float32Array | undefined;
+}
+
+export interface StepResult {
+  rows: RowResult[];
+  /** Time that the step computed, and that it waited before. */
+  computeNs: number;
+  queuedNs: number;
+}
+
+/** What the scheduler needs of an engine: steps are computed in the order of submission; a rejected promise means that
+ * this step gave nothing (and, for codes other than engine_failed, that the engine is gone). */
+export interface StepEngine {
+  submit(step: Step): Promise<StepResult>;
+}
+
+/** Fixed limits of a loaded engine. */
+export interface StepLimits {
+  /** Sequences a step. */
+  maxRows: number;
+  /** New tokens a step. */
+  maxTokens: number;
+  /** Positions a step with logits, >= maxRows. */
+  maxLogits: number;
+  /** Sequence slots. */
+  slots: number;
+  vocab: number;
+}
