@@ -1,0 +1,109 @@
+// A file that appears under its name only when it is whole: written as NAME.partial, synced, renamed.
+// Whatever goes wrong before that, NAME does not exist (or still holds what it held) and NAME.partial is gone.
+
+import { type FileHandle, open, rename, rm } from "node:fs/promises";
+import { dirname } from "node:path";
+import { CaravanError } from "../errors.ts";
+
+const NO_SPACE = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
+
+export class AtomicFile {
+  readonly path: string;
+  readonly #partial: string;
+  readonly #file: FileHandle;
+  #open = true;
+
+  private constructor(path: string, file: FileHandle) {
+    this.path = path;
+    this.#partial = partialPath(path);
+    this.#file = file;
+  }
+
+  /** @throws CaravanError disk_full, or bad_file where the folder cannot be written */
+  static async create(path: string): Promise<AtomicFile> {
+    try {
+      return new AtomicFile(path, await open(partialPath(path), "w"));
+    } catch (cause) {
+      throw writeError(path, cause);
+    }
+  }
+
+  /** Writes all of `bytes` at `position`; on failure the partial file is removed before the error leaves. */
+  async write(bytes: Uint8Array, position: number): Promise<void> {
+    await this.#guarded(async () => {
+      let done = 0;
+      while (done < bytes.byteLength) {
+        const { bytesWritten } = await this.#file.write(
+          bytes,
+          done,
+          bytes.byteLength - done,
+          position + done,
+        );
+        if (bytesWritten === 0)
+          throw new CaravanError("disk_full", "nothing more can be written", { where: this.path });
+        done += bytesWritten;
+      }
+    });
+  }
+
+  /** Makes the file visible under its name, durably. */
+  async commit(): Promise<void> {
+    await this.#guarded(async () => {
+      await this.#file.sync();
+      await this.#file.close();
+      this.#open = false;
+      await rename(this.#partial, this.path);
+      await syncFolder(dirname(this.path));
+    });
+  }
+
+  /** Drops what was written. Harmless after commit. */
+  async abort(): Promise<void> {
+    if (!this.#open) return;
+    this.#open = false;
+    await this.#file.close();
+    await rm(this.#partial, { force: true });
+  }
+
+  async #guarded(action: () => Promise<void>): Promise<void> {
+    try {
+      await action();
+    } catch (cause) {
+      if (this.#open) await this.abort();
+      else await rm(this.#partial, { force: true });
+      throw writeError(this.path, cause);
+    }
+  }
+}
+
+export function partialPath(path: string): string {
+  return `${path}.partial`;
+}
+
+/** Makes a rename in `dir` survive a power cut. */
+export async function syncFolder(dir: string): Promise<void> {
+  const folder = await open(dir, "r");
+  try {
+    await folder.sync();
+  } finally {
+    await folder.close();
+  }
+}
+
+/** Turns a failed write into the error a person can act on. */
+export function writeError(path: string, cause: unknown): CaravanError {
+  if (cause instanceof CaravanError) return cause;
+  const code = String((cause as { code?: unknown } | undefined)?.code ?? "");
+  if (NO_SPACE.has(code)) {
+    return new CaravanError("disk_full", `no space left to write this file (${code})`, {
+      where: path,
+      hint: "Free some space, or choose a folder on a larger disk, and start again.",
+      cause,
+    });
+  }
+  return new CaravanError("bad_file", `cannot be written (${code || cause})`, {
+    where: path,
+    hint: "Check that the folder exists and that you may write to it.",
+    cause,
+  });
+}
