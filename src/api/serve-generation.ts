@@ -98,6 +98,7 @@ export async function serveGeneration(
     return await eventStream({
       frames: prepared.frames(events),
       keepAliveMs: settings.keepAliveMs,
+      stallLimitMs: settings.stallLimitMs,
       cancel: ticket.cancel,
       closed: ended,
     });

@@ -38,8 +38,8 @@ export const PORT_TAKEN_EXIT_CODE = 69;
 /** Seconds without a byte in either direction after which a connection that generates nothing is closed. */
 const IDLE_SECONDS = 120;
 
-/** How long cut-off requests get to send their error before sockets are closed. */
-const CUT_OFF_MS = 500;
+/** How long requests that were cut off get to notice it, and replies to leave, before sockets are closed. */
+const LAST_BYTES_MS = 500;
 
 /** Starts serving. Throws invalid_argument when the address cannot be bound. */
 export function startServer(options: ServerOptions): RunningServer {
@@ -67,6 +67,8 @@ export function startServer(options: ServerOptions): RunningServer {
       cutOff = resolve;
     });
     void finishRequests(lifecycle, cut, options.drainSeconds, log)
+      // Requests that are done may still be writing; then idle connections are closed too.
+      .then(() => within([server.stop()], LAST_BYTES_MS))
       .then(() => server.stop(true))
       .then(stop);
     return stopped;
@@ -102,7 +104,7 @@ async function finishRequests(
     return;
   log.warn("ending requests that are still running", { running: lifecycle.running });
   lifecycle.cutOff();
-  await within([idle], CUT_OFF_MS);
+  await within([idle], LAST_BYTES_MS);
 }
 
 async function within<T>(promises: Promise<T>[], limitMs: number): Promise<T | undefined> {

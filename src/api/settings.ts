@@ -17,6 +17,8 @@ export interface ApiSettings {
   maxConcurrentRequests: number;
   /** Silence on a stream after which a comment line is sent. */
   keepAliveMs: number;
+  /** A stream whose reader takes nothing for this long is given up. */
+  stallLimitMs: number;
   /** Longest life of one generation; absent = no limit. */
   deadlineMs?: number;
 }
@@ -30,4 +32,5 @@ export const DEFAULT_SETTINGS: ApiSettings = {
   bodyTimeoutMs: 60_000,
   maxConcurrentRequests: 1024,
   keepAliveMs: 10_000,
+  stallLimitMs: 300_000,
 };

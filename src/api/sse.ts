@@ -1,7 +1,7 @@
 // Server-sent events over a pull stream: a frame is made when the client has room for it, so a slow reader costs the
 // stream's small buffer and nothing else; what waits upstream is bounded by the request's max_tokens.
 
-import { asCaravanError, type CaravanError } from "../errors.ts";
+import { asCaravanError, CaravanError } from "../errors.ts";
 import { errorFrame } from "./error-response.ts";
 
 /** Bytes that may wait in the stream for a slow reader before generation is no longer read. */
@@ -21,6 +21,8 @@ export interface EventStreamOptions {
   /** Whole frames, comments included. Its failure becomes an error frame and the end of the stream. */
   frames: AsyncIterator<string, void>;
   keepAliveMs: number;
+  /** How long a reader may take nothing although there is something for it. */
+  stallLimitMs: number;
   /** The client left: stops what makes the frames, at once. */
   cancel: () => void;
   /** Called once, when the stream is over in whatever way; with the error that ended it, if one did. */
@@ -32,7 +34,7 @@ export interface EventStreamOptions {
  * it still has its own status: then the promise rejects, and `closed` has been called.
  */
 export async function eventStream(options: EventStreamOptions): Promise<Response> {
-  const { frames, keepAliveMs, cancel } = options;
+  const { frames, keepAliveMs, stallLimitMs } = options;
   let keepAlive: ReturnType<typeof setInterval> | undefined;
   let over = false;
   const close = (error?: CaravanError) => {
@@ -40,6 +42,13 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
     over = true;
     clearInterval(keepAlive);
     options.closed(error);
+  };
+
+  const giveUp = (error?: CaravanError) => {
+    options.cancel();
+    close(error);
+    // Unwinds the generators that wait for a reader; one that is in the middle of a step hears of cancel().
+    frames.return?.().catch(() => undefined);
   };
 
   let first: Promise<IteratorResult<string, void>> | undefined = frames.next();
@@ -56,13 +65,16 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
       start(controller) {
         // Late by up to half an interval, which no client minds; a frame in time makes it unnecessary.
         keepAlive = setInterval(() => {
-          const quiet = performance.now() - lastWrite >= keepAliveMs;
-          if (quiet && (controller.desiredSize ?? 0) > 0) write(KEEP_ALIVE_FRAME);
+          const quietMs = performance.now() - lastWrite;
+          if ((controller.desiredSize ?? 0) > 0) {
+            if (quietMs < keepAliveMs) return;
+            lastWrite = performance.now();
+            controller.enqueue(encoder.encode(KEEP_ALIVE_FRAME));
+          } else if (quietMs >= stallLimitMs) {
+            giveUp(stalled(stallLimitMs));
+            controller.error(stalled(stallLimitMs));
+          }
         }, keepAliveMs / 2);
-        const write = (frame: string) => {
-          lastWrite = performance.now();
-          controller.enqueue(encoder.encode(frame));
-        };
       },
       async pull(controller) {
         try {
@@ -84,12 +96,7 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
           controller.close();
         }
       },
-      cancel() {
-        cancel();
-        close();
-        // Unwinds the generators that wait for a reader; one that is in the middle of a step hears of cancel().
-        frames.return?.().catch(() => undefined);
-      },
+      cancel: () => giveUp(),
     },
     new ByteLengthQueuingStrategy({ highWaterMark: BUFFER_BYTES }),
   );
@@ -101,6 +108,10 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
       "x-accel-buffering": "no",
     },
   });
+}
+
+function stalled(limitMs: number): CaravanError {
+  return new CaravanError("cancelled", `The client has read nothing for ${Math.round(limitMs / 1000)} s.`);
 }
 
 /** Resolves when the promise does or the time is over; rejects if the promise does before that. */

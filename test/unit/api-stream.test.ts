@@ -160,6 +160,17 @@ describe("readers", () => {
     await until(() => models.engine.running === 0, "the engine ends the request");
   });
 
+  test("that take nothing for too long are given up", async () => {
+    const { models, stream } = setup(endless, { keepAliveMs: 10, stallLimitMs: 30 });
+    const reader = readerOf(await stream());
+    await until(() => models.engine.cancelled.length === 1, "the engine is told");
+    await until(() => models.engine.running === 0, "the engine ends the request");
+    expect(models.engine.produced).toBeLessThan(200);
+    await expect(
+      Array.fromAsync({ [Symbol.asyncIterator]: () => ({ next: () => reader.read() as never }) }),
+    ).rejects.toThrow("read nothing");
+  });
+
   test("that leave give their place back", async () => {
     const { stream } = setup(endless, { maxConcurrentRequests: 1 });
     for (let round = 0; round < 3; round += 1) {
@@ -176,6 +187,7 @@ test("a stream tells once how it ended", async () => {
     eventStream({
       frames,
       keepAliveMs: 1000,
+      stallLimitMs: 1000,
       cancel: () => undefined,
       closed: (error) => ends.push(error?.code),
     });
