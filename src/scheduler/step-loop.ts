@@ -111,9 +111,9 @@ export class StepLoop {
 
   #failed(planned: PlannedStep, error: CaravanError): void {
     if (this.#dead !== undefined) return;
-    // A step that could not be computed takes its own requests with it; anything else means that the engine is gone.
-    if (error.code !== "engine_failed" || this.#inFlight.shift() !== planned) {
-      this.#fatal(error);
+    const gone = this.#options.engine.failed;
+    if (gone !== undefined || this.#inFlight.shift() !== planned) {
+      this.#fatal(gone ?? error);
       return;
     }
     this.#options.scheduler.fail(planned, error);

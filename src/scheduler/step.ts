@@ -2,6 +2,7 @@
 // cv_result. Page tables and token lists are views that are valid until `submit` returns, so a step costs no copies here.
 
 import type { Sampling, TopLogprobs } from "../engine/protocol.ts";
+import type { CaravanError } from "../errors.ts";
 
 /** As a token: the one last sampled for the row's slot, which is not known here yet. */
 export const TOKEN_LAST = 0xffffffff;
@@ -68,10 +69,12 @@ export interface StepResult {
   queuedNs: number;
 }
 
-/** What the scheduler needs of an engine: steps are computed in the order of submission; a rejected promise means that
- * this step gave nothing (and, for codes other than engine_failed, that the engine is gone). */
+/** What the scheduler needs of an engine. */
 export interface StepEngine {
+  /** Steps are computed in the order of submission. A rejected promise means that this step gave nothing. */
   submit(step: Step): Promise<StepResult>;
+  /** Why the engine takes no further steps; undefined while it lives. */
+  readonly failed: CaravanError | undefined;
 }
 
 /** Fixed limits of a loaded engine. */

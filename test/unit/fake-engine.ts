@@ -3,6 +3,7 @@
 // 0..t), of what chunked attention sees (the chunk up to t) and of the sampling inputs.
 
 import type { Sampling } from "../../src/engine/protocol.ts";
+import type { CaravanError } from "../../src/errors.ts";
 import type { CacheGeometry } from "../../src/scheduler/pages.ts";
 import {
   type RowResult,
@@ -44,7 +45,10 @@ export class FakeEngine implements StepEngine {
   /** Nanoseconds that a step pretends to take, by its tokens. */
   computeNs: (tokens: number) => number = (tokens) => 1_000_000 + tokens * 10_000;
   /** Fails the step with this number (from 0) with this error. */
-  failures = new Map<number, unknown>();
+  failures = new Map<number, CaravanError>();
+  /** A failing step also ends the engine. */
+  dies = false;
+  failed: CaravanError | undefined;
   mostInFlight = 0;
   readonly #model: FakeModel;
   readonly #full: Int32Array;
@@ -106,6 +110,7 @@ export class FakeEngine implements StepEngine {
     const failure = this.failures.get(this.#executed);
     this.#executed++;
     if (failure !== undefined) {
+      if (this.dies) this.failed = failure;
       next.reject(failure);
       return true;
     }

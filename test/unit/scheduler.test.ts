@@ -483,13 +483,16 @@ describe("a failing engine", () => {
 
   test("that is gone ends every request once, and those that come later", async () => {
     const r = rig();
-    r.engine.failures.set(2, new CaravanError("internal_error", "aborted"));
+    r.engine.dies = true;
+    r.engine.failures.set(2, new CaravanError("engine_failed", "aborted"));
     for (let i = 0; i < 12; i++) r.loop.add(request(`r${i}`, range(4, i)));
     await r.drain();
     r.loop.add(request("late", range(4)));
     await turn();
     for (const id of ["r0", "r11", "late"])
-      expect(r.ends(id)).toMatchObject([{ type: "error", error: { code: "internal_error" } }]);
+      expect(r.ends(id)).toMatchObject([
+        { type: "error", error: { code: "engine_failed", message: "aborted" } },
+      ]);
     expect(r.fatal.length).toBe(1);
     expectAllPagesFree(r);
   });

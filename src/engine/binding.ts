@@ -1,0 +1,239 @@
+// libcaravan's functions (native/include/caravan.h) as typed calls: the only file that imports bun:ffi.
+// Nothing is interpreted here; load plans, steps and results are bytes (see layout.ts and its neighbours).
+
+import { dlopen, FFIType, type Pointer } from "bun:ffi";
+import { CaravanError, type ErrorCode } from "../errors.ts";
+import { withLibrary } from "./library.ts";
+
+/** CV_ABI_VERSION that this program was written for. */
+const ABI_VERSION = 1;
+const ERROR_BYTES = 1024;
+const STATS_BYTES = 72;
+
+const CV_E_AGAIN = -6;
+const CV_E_ABORTED = -8;
+const CV_E_BUFFER = -9;
+
+const CODES: Record<number, ErrorCode> = {
+  [-1]: "internal_error",
+  [-2]: "bad_file",
+  [-3]: "bad_file",
+  [-4]: "out_of_memory",
+  [-5]: "unsupported_model",
+  [-7]: "internal_error",
+  [CV_E_ABORTED]: "engine_failed",
+  [-10]: "engine_failed",
+};
+
+const {
+  ptr,
+  usize,
+  u64,
+  u32,
+  i32,
+  void: nothing,
+  cstring,
+} = {
+  ptr: FFIType.ptr,
+  usize: FFIType.u64,
+  u64: FFIType.u64,
+  u32: FFIType.u32,
+  i32: FFIType.i32,
+  void: FFIType.void,
+  cstring: FFIType.cstring,
+} as const;
+
+const FUNCTIONS = {
+  cv_abi: { args: [], returns: u32 },
+  cv_layout: { args: [ptr, usize], returns: FFIType.u64_fast },
+  cv_cpu_best: { args: [], returns: u32 },
+  cv_cpu_name: { args: [u32], returns: cstring },
+  cv_open: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_event_fd: { args: [ptr], returns: i32 },
+  cv_submit: { args: [ptr, ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_collect: { args: [ptr, u64, ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_abort: { args: [ptr], returns: nothing },
+  cv_stats: { args: [ptr, ptr], returns: i32 },
+  cv_close: { args: [ptr], returns: nothing },
+} as const;
+
+type Symbols = ReturnType<typeof dlopen<typeof FUNCTIONS>>["symbols"];
+
+/** cv_stats_record. Bytes and nanoseconds. */
+export interface NativeStats {
+  weightsMapped: number;
+  weightsCopied: number;
+  kvBytes: number;
+  scratchBytes: number;
+  steps: number;
+  tokens: number;
+  computeNs: number;
+  kernelNs: number;
+  threads: number;
+  cpuLevel: number;
+}
+
+/** Outcome of `collect`: the result's bytes are a view that the next `collect` overwrites. */
+export type Collected =
+  | { state: "running" }
+  | { state: "done"; result: Uint8Array }
+  | { state: "failed"; error: CaravanError; aborted: boolean };
+
+let loaded: Symbols | undefined;
+
+/** Loads the library once a process. Throws engine_failed when it is missing or of another version. */
+function library(): Symbols {
+  if (loaded === undefined)
+    loaded = withLibrary((path) => {
+      const { symbols } = dlopen(path, FUNCTIONS);
+      const abi = symbols.cv_abi();
+      if (abi !== ABI_VERSION)
+        throw new CaravanError(
+          "engine_failed",
+          `the C library has interface version ${abi}, not ${ABI_VERSION}`,
+          {
+            where: path,
+            hint: "build both again with `make`",
+          },
+        );
+      return symbols;
+    });
+  return loaded;
+}
+
+/** "record.field=offset,size" for every record of caravan.h, one a line. */
+export function nativeLayout(): string {
+  const { cv_layout } = library();
+  const bytes = new Uint8Array(Number(cv_layout(new Uint8Array(1), 0)) + 1);
+  cv_layout(bytes, bytes.length);
+  return text(bytes);
+}
+
+/** The best CPU kernel set of this machine: number and name. */
+export function bestCpu(): { level: number; name: string } {
+  const level = library().cv_cpu_best();
+  return { level, name: cpuName(level) };
+}
+
+export function cpuName(level: number): string {
+  return String(library().cv_cpu_name(level));
+}
+
+/** An open engine. Not to be used after `close`. */
+export class EngineHandle {
+  readonly #symbols: Symbols;
+  readonly #error = new Uint8Array(ERROR_BYTES);
+  /** Out-parameters: a u64 as two halves, so that no BigInt is made for every step. */
+  readonly #out = new Uint32Array(2);
+  #engine: Pointer | null;
+  #result = new Uint8Array(1 << 14);
+
+  private constructor(symbols: Symbols, engine: Pointer) {
+    this.#symbols = symbols;
+    this.#engine = engine;
+  }
+
+  /** Opens an engine from a load plan's bytes (not kept). Blocks while weights are mapped or read. */
+  static open(plan: Uint8Array): EngineHandle {
+    const symbols = library();
+    const error = new Uint8Array(ERROR_BYTES);
+    const out = new BigUint64Array(1);
+    const code = symbols.cv_open(plan, plan.byteLength, out, error, error.length);
+    if (code !== 0) throw nativeError(code, error, "loading the model");
+    return new EngineHandle(symbols, Number(out[0] ?? 0n) as Pointer);
+  }
+
+  /** Readable end of a pipe: a byte for each step that ended. Owned by the engine. */
+  eventDescriptor(): number {
+    return this.#symbols.cv_event_fd(this.#live());
+  }
+
+  /** Queues a step (copied) and gives its ticket. Never blocks. */
+  submit(step: Uint8Array): number {
+    const { cv_submit } = this.#symbols;
+    const code = cv_submit(this.#live(), step, step.byteLength, this.#out, this.#error, ERROR_BYTES);
+    if (code !== 0) throw nativeError(code, this.#error, "submitting a step");
+    return this.#number();
+  }
+
+  /** The outcome of a ticket, once. */
+  collect(ticket: number): Collected {
+    let code = this.#collect(ticket);
+    if (code === CV_E_BUFFER) {
+      this.#result = new Uint8Array(Math.max(this.#number(), this.#result.length * 2));
+      code = this.#collect(ticket);
+    }
+    if (code === 0) return { state: "done", result: this.#result.subarray(0, this.#number()) };
+    if (code === CV_E_AGAIN) return { state: "running" };
+    const error = nativeError(code, this.#error, "computing a step");
+    return { state: "failed", error, aborted: code === CV_E_ABORTED };
+  }
+
+  /** Ends the running and the queued steps as soon as possible; the engine takes no more. */
+  abort(): void {
+    if (this.#engine !== null) this.#symbols.cv_abort(this.#engine);
+  }
+
+  stats(): NativeStats {
+    const record = new Uint8Array(STATS_BYTES);
+    const code = this.#symbols.cv_stats(this.#live(), record);
+    if (code !== 0)
+      throw new CaravanError("internal_error", `error ${code} while reading the engine's statistics`);
+    const bytes = new DataView(record.buffer);
+    const long = (index: number): number => Number(bytes.getBigUint64(index * 8, true));
+    return {
+      weightsMapped: long(0),
+      weightsCopied: long(1),
+      kvBytes: long(2),
+      scratchBytes: long(3),
+      steps: long(4),
+      tokens: long(5),
+      computeNs: long(6),
+      kernelNs: long(7),
+      threads: bytes.getUint32(64, true),
+      cpuLevel: bytes.getUint32(68, true),
+    };
+  }
+
+  /** Aborts, waits for the compute thread, frees everything. Idempotent. */
+  close(): void {
+    if (this.#engine === null) return;
+    this.#symbols.cv_close(this.#engine);
+    this.#engine = null;
+  }
+
+  #collect(ticket: number): number {
+    const { cv_collect } = this.#symbols;
+    return cv_collect(
+      this.#live(),
+      ticket,
+      this.#result,
+      this.#result.length,
+      this.#out,
+      this.#error,
+      ERROR_BYTES,
+    );
+  }
+
+  #number(): number {
+    return (this.#out[0] ?? 0) + (this.#out[1] ?? 0) * 0x1_0000_0000;
+  }
+
+  #live(): Pointer {
+    if (this.#engine === null) throw new CaravanError("internal_error", "the engine is closed");
+    return this.#engine;
+  }
+}
+
+function nativeError(code: number, error: Uint8Array, doing: string): CaravanError {
+  const said = text(error);
+  return new CaravanError(
+    CODES[code] ?? "engine_failed",
+    said === "" ? `error ${code} while ${doing}` : said,
+  );
+}
+
+function text(bytes: Uint8Array): string {
+  const end = bytes.indexOf(0);
+  return new TextDecoder().decode(end < 0 ? bytes : bytes.subarray(0, end));
+}
