@@ -1,0 +1,154 @@
+// What the API itself costs a token: the server with a scripted engine in this process, the readers in another.
+//   bun test/tools/bench-api.ts [streams] [tokens a stream]
+// Prints (1) processor time a token with the engine as fast as it can be (many tokens go into one write), less what
+// the scripted engine costs alone, median of several rounds; (2) with a token for each stream every 20 ms, as from a
+// batch (a write for each token): the delay from the engine's event to the reader, and processor time a token.
+// Read the delay as an upper bound: the reader is a JavaScript program too.
+
+import { createApp } from "../../src/api/app.ts";
+import { Lifecycle } from "../../src/api/lifecycle.ts";
+import { startServer } from "../../src/api/server.ts";
+import { createLogger } from "../../src/log.ts";
+import { MODEL, scriptedModels } from "./scripted-models.ts";
+
+const STEP_MS = 20;
+const ROUNDS = 5;
+
+/** Microseconds since 1970, of the same clock in both processes (Bun's hrtime counts from the process's start). */
+const nowUs = (): number => Math.round((performance.timeOrigin + performance.now()) * 1000);
+
+interface Load {
+  streams: number;
+  tokens: number;
+  paced: boolean;
+}
+
+function percentile(sorted: readonly number[], share: number): number {
+  return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? Number.NaN;
+}
+
+/** The other process: reads all streams and prints the delays it saw, in microseconds, as JSON. */
+async function readStreams(url: string, { streams, tokens, paced }: Load): Promise<void> {
+  const delays: number[] = [];
+  const read = async () => {
+    const response = await fetch(`${url}/v1/chat/completions`, {
+      method: "POST",
+      body: JSON.stringify({
+        model: MODEL,
+        messages: [{ role: "user", content: "Hi" }],
+        stream: true,
+        ignore_eos: true,
+        max_tokens: tokens,
+      }),
+    });
+    let rest = "";
+    const decoder = new TextDecoder();
+    for await (const bytes of response.body ?? []) {
+      const arrived = nowUs();
+      if (!paced) continue;
+      rest += decoder.decode(bytes, { stream: true });
+      for (const match of rest.matchAll(/"content":"(\d+)"/g)) delays.push(arrived - Number(match[1]));
+      rest = rest.slice(rest.lastIndexOf("\n\n") + 1);
+    }
+  };
+  await Promise.all(Array.from({ length: streams }, read));
+  process.stdout.write(JSON.stringify(delays));
+}
+
+/** Runs the readers in a process of their own; processor microseconds of this one, and the delays. */
+async function serve(load: Load): Promise<{ cpuUs: number; delays: number[] }> {
+  const models = scriptedModels(
+    {
+      answer: function* () {
+        for (;;) yield 97;
+      },
+      ...(load.paced ? { gate: () => nextStep() } : {}),
+    },
+    load.paced
+      ? // The text of a token is the time at which the engine gave it.
+        { contextLength: 1e6, newDetokenizer: () => ({ push: () => String(nowUs()), flush: () => "" }) }
+      : { contextLength: 1e6 },
+  );
+  const lifecycle = new Lifecycle();
+  const log = createLogger({ level: "silent" });
+  const app = createApp({ models, lifecycle, log });
+  const server = startServer({
+    app,
+    lifecycle,
+    host: "127.0.0.1",
+    port: 0,
+    drainSeconds: 1,
+    keyed: true,
+    log,
+  });
+  const before = process.cpuUsage();
+  const reader = Bun.spawn([process.execPath, import.meta.path, "read", server.url, JSON.stringify(load)], {
+    stdout: "pipe",
+    stderr: "inherit",
+  });
+  const delays = JSON.parse(await new Response(reader.stdout).text()) as number[];
+  const used = process.cpuUsage(before);
+  await server.drain();
+  const expected = load.streams * load.tokens;
+  if (models.engine.produced !== expected)
+    throw new Error(`${models.engine.produced} tokens, not ${expected}`);
+  return { cpuUs: used.user + used.system, delays };
+}
+
+let step: Promise<void> | undefined;
+/** The same promise for all streams that wait now: they get their token in one turn, as from one batch. */
+function nextStep(): Promise<void> {
+  step ??= new Promise((resolve) =>
+    setTimeout(() => {
+      step = undefined;
+      resolve();
+    }, STEP_MS),
+  );
+  return step;
+}
+
+/** Processor microseconds that the scripted engine costs with a reader that does nothing. */
+async function engineAlone(streams: number, tokens: number): Promise<number> {
+  const { engine } = scriptedModels({
+    answer: function* () {
+      for (;;) yield 97;
+    },
+  });
+  const before = process.cpuUsage();
+  const drainOne = async (id: string) => {
+    const { GREEDY } = await import("../../src/engine/protocol.ts");
+    const request = { id, tokens: [1], max_tokens: tokens, stop_tokens: [], sampling: GREEDY };
+    for await (const event of engine.generate(request)) if (event.type === "finish") return;
+  };
+  await Promise.all(Array.from({ length: streams }, (_, index) => drainOne(String(index))));
+  const used = process.cpuUsage(before);
+  return used.user + used.system;
+}
+
+async function main(): Promise<void> {
+  const [first, second, third] = process.argv.slice(2);
+  if (first === "read") return readStreams(second ?? "", JSON.parse(third ?? "{}") as Load);
+  const streams = Number(first ?? 16);
+  const tokens = Number(second ?? 4000);
+  const costs: number[] = [];
+  for (let round = 0; round <= ROUNDS; round += 1) {
+    const alone = await engineAlone(streams, tokens);
+    const { cpuUs } = await serve({ streams, tokens, paced: false });
+    // The first round warms the compiler up.
+    if (round > 0) costs.push((cpuUs - alone) / (streams * tokens));
+  }
+  costs.sort((a, b) => a - b);
+  console.log(
+    `${streams} streams of ${tokens} tokens: ${percentile(costs, 0.5).toFixed(2)} µs of processor time a token ` +
+      `(${ROUNDS} rounds: ${costs.map((cost) => cost.toFixed(2)).join(", ")})`,
+  );
+  const { delays, cpuUs } = await serve({ streams, tokens: 300, paced: true });
+  delays.sort((a, b) => a - b);
+  console.log(
+    `${streams} streams, a token each every ${STEP_MS} ms: delay p50 ${percentile(delays, 0.5).toFixed(0)} µs, ` +
+      `p99 ${percentile(delays, 0.99).toFixed(0)} µs over ${delays.length} tokens; ` +
+      `${(cpuUs / delays.length).toFixed(1)} µs of processor time a token, timers and engine included`,
+  );
+}
+
+await main();
