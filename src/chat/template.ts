@@ -110,7 +110,7 @@ export class ChatTemplate {
     let hostile = false;
     const inspect: MarkString = (text) => {
       for (const character of text.match(PRIVATE_USE) ?? []) used.add(character);
-      hostile ||= this.#guarded(text, this.#all, "\0") !== text;
+      hostile ||= this.#cuts(text, this.#all, true).length > 0;
       return text;
     };
     inspect(source, null);
@@ -132,24 +132,31 @@ export class ChatTemplate {
     return { text: lenient.replaceAll(guard, "") === plain ? lenient : marked, guard };
   }
 
-  /** `text` with a guard in every added token's text and in every beginning of one at its end. */
-  #guarded(text: string, tokens: AddedTokens, guard: string): string {
-    const cuts = new Set<number>();
-    for (let at = 0; at < text.length; at++) {
-      if (tokens.matchAt(text, at) !== null) cuts.add(at + characterLength(text, at));
+  /** Where guards go in `text`, in order. `onlyFirst`: stop at the first (to see whether there is any). */
+  #cuts(text: string, tokens: AddedTokens, onlyFirst: boolean): number[] {
+    const cuts: number[] = [];
+    for (let at = 0; at < text.length && !(onlyFirst && cuts.length > 0); at++) {
+      if (tokens.matchAt(text, at) !== null) cuts.push(at + characterLength(text, at));
     }
     // Templates trim: what the text ends with then counts too.
     for (const ending of new Set([text, text.trimEnd()])) {
-      for (const at of tokens.partialEndings(ending)) cuts.add(at + characterLength(text, at));
+      for (const at of tokens.partialEndings(ending)) cuts.push(at + characterLength(text, at));
     }
-    if (cuts.size === 0) return text;
-    let result = "";
+    return [...new Set(cuts)].sort((a, b) => a - b);
+  }
+
+  /** `text` with a guard in every added token's text and in every beginning of one at its end. */
+  #guarded(text: string, tokens: AddedTokens, guard: string): string {
+    const cuts = this.#cuts(text, tokens, false);
+    if (cuts.length === 0) return text;
+    const pieces: string[] = [];
     let done = 0;
-    for (const cut of [...cuts].sort((a, b) => a - b)) {
-      result += text.slice(done, cut) + guard;
+    for (const cut of cuts) {
+      pieces.push(text.slice(done, cut));
       done = cut;
     }
-    return result + text.slice(done);
+    pieces.push(text.slice(done));
+    return pieces.join(guard);
   }
 
   #template(withTools: boolean): [source: string, compiled: SandboxedTemplate] {

@@ -1,0 +1,161 @@
+// Entry of the text worker: the thread that holds a model's tokenizer and chat template.
+//
+// Jobs are generators that pause every millisecond or so. The worker runs one for a short slice, then looks at its
+// messages, and gives a job that has just come its first slice before older ones get their next: so a small text is
+// encoded within milliseconds while a megabyte is at work.
+//
+// How it is found (Bun 1.4.5): text-service.ts starts it by a path that holds both from source and in an executable
+// that was built with this file as a second entry point; see the comment there.
+import { asCaravanError, CaravanError } from "../errors.ts";
+import { Detokenizer } from "./detokenizer.ts";
+import { ChatTemplate } from "./template.ts";
+import { BEAT, type FromWorker, type Job, type JobResult, RUNNING, type ToWorker } from "./text-protocol.ts";
+import { Tokenizer } from "./tokenizer.ts";
+import { readTokenizerFiles } from "./tokenizer-files.ts";
+
+declare const self: Worker;
+
+/** Time a job runs before the worker looks for others. */
+const SLICE_MS = 4;
+/** Working time of one job; 1 MB takes half a second at worst. */
+const MAX_JOB_MS = 60_000;
+/** Tokens decoded between two pauses. */
+const DECODE_STEP = 4096;
+
+interface Running {
+  readonly id: number;
+  readonly steps: Generator<void, JobResult>;
+  spentMs: number;
+}
+
+const NO_IDS = new Uint32Array(0);
+
+class TextWorker {
+  readonly #tokenizer: Tokenizer;
+  readonly #template: ChatTemplate;
+  readonly #shared: Int32Array;
+  /** Jobs that have not run yet, and those that have, in turn. */
+  #fresh: Running[] = [];
+  #started: Running[] = [];
+  #active = false;
+
+  constructor(tokenizer: Tokenizer, template: ChatTemplate, shared: Int32Array) {
+    this.#tokenizer = tokenizer;
+    this.#template = template;
+    this.#shared = shared;
+  }
+
+  add(id: number, job: Job): void {
+    this.#fresh.push({ id, steps: this.#begin(job), spentMs: 0 });
+    if (this.#active) return;
+    this.#active = true;
+    setImmediate(() => this.#turn());
+  }
+
+  cancel(id: number): void {
+    const others = (running: Running): boolean => running.id !== id;
+    this.#fresh = this.#fresh.filter(others);
+    this.#started = this.#started.filter(others);
+  }
+
+  /** One slice of one job; then messages get their chance before the next. */
+  #turn(): void {
+    const running = this.#fresh.shift() ?? this.#started.shift();
+    if (running === undefined) {
+      this.#active = false;
+      return;
+    }
+    Atomics.store(this.#shared, RUNNING, running.id);
+    Atomics.add(this.#shared, BEAT, 1);
+    this.#slice(running);
+    Atomics.store(this.#shared, RUNNING, 0);
+    setImmediate(() => this.#turn());
+  }
+
+  #slice(running: Running): void {
+    const { id, steps } = running;
+    const start = performance.now();
+    try {
+      for (;;) {
+        const step = steps.next();
+        if (step.done) {
+          const { ids } = step.value;
+          const transfer = ids.length === 0 ? [] : [ids.buffer as ArrayBuffer];
+          send({ kind: "done", id, result: step.value }, transfer);
+          return;
+        }
+        const ran = performance.now() - start;
+        if (running.spentMs + ran > MAX_JOB_MS) {
+          throw new CaravanError(
+            "deadline_exceeded",
+            `the text took more than ${MAX_JOB_MS / 1000} s to process`,
+          );
+        }
+        if (ran < SLICE_MS) continue;
+        running.spentMs += ran;
+        this.#started.push(running);
+        return;
+      }
+    } catch (thrown) {
+      send({ kind: "failed", id, error: asCaravanError(thrown).toJSON() });
+    }
+  }
+
+  *#begin(job: Job): Generator<void, JobResult> {
+    switch (job.op) {
+      case "render": {
+        const { text, ids } = yield* this.#template.renderChatSteps(job.input);
+        return { text, ids: Uint32Array.from(ids) };
+      }
+      case "encode": {
+        const { text, specials } = job;
+        const ids = specials
+          ? yield* this.#tokenizer.encodeWithSpecialsSteps(text)
+          : yield* this.#tokenizer.encodeTextSteps(text);
+        return { text: "", ids: Uint32Array.from(ids) };
+      }
+      case "decode": {
+        const detokenizer = new Detokenizer(this.#tokenizer.table);
+        const pieces: string[] = [];
+        for (let i = 0; i < job.ids.length; i++) {
+          pieces.push(detokenizer.push(job.ids[i] ?? 0));
+          if (i % DECODE_STEP === DECODE_STEP - 1) yield;
+        }
+        pieces.push(detokenizer.flush());
+        return { text: pieces.join(""), ids: NO_IDS };
+      }
+    }
+  }
+}
+
+function send(message: FromWorker, transfer: ArrayBuffer[] = []): void {
+  self.postMessage(message, transfer);
+}
+
+let worker: TextWorker | null = null;
+
+async function load(dir: string, shared: Int32Array): Promise<void> {
+  try {
+    const files = await readTokenizerFiles(dir);
+    const tokenizer = new Tokenizer(files);
+    const template = new ChatTemplate(files, tokenizer);
+    worker = new TextWorker(tokenizer, template, shared);
+    const { table, vocabSize, bosId, eosIds, beginIds } = tokenizer;
+    send({
+      kind: "loaded",
+      info: { table, vocabSize, bosId, eosIds, beginIds, hasChatTemplate: template.exists },
+    });
+  } catch (thrown) {
+    send({ kind: "refused", error: asCaravanError(thrown).toJSON() });
+    return;
+  }
+  // The parsed tokenizer.json (100 MB for Llama 4) is garbage now: give it back at once.
+  setTimeout(() => Bun.gc(true), 0);
+}
+
+self.onmessage = (event: MessageEvent<ToWorker>): void => {
+  const message = event.data;
+  if (message.kind === "load") void load(message.dir, message.shared);
+  else if (message.kind === "cancel") worker?.cancel(message.id);
+  else if (worker !== null) worker.add(message.id, message.job);
+};

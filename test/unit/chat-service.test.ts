@@ -1,0 +1,140 @@
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { TextService } from "../../src/chat/text-service.ts";
+import { Tokenizer } from "../../src/chat/tokenizer.ts";
+import { CaravanError } from "../../src/errors.ts";
+import { TINY_BYTES } from "./chat-folders.ts";
+
+const MEGABYTE = 1 << 20;
+
+async function errorOf(promise: Promise<unknown>): Promise<CaravanError> {
+  try {
+    await promise;
+  } catch (error) {
+    if (error instanceof CaravanError) return error;
+    throw error;
+  }
+  throw new Error("no error was thrown");
+}
+
+function median(values: readonly number[]): number {
+  return [...values].sort((a, b) => a - b)[values.length >> 1] ?? Number.NaN;
+}
+
+describe("a text service", () => {
+  let service: TextService;
+  beforeAll(async () => {
+    service = await TextService.start(TINY_BYTES);
+  });
+  afterAll(() => service.close());
+
+  test("gives what the tokenizer gives", async () => {
+    const tokenizer = await Tokenizer.load(TINY_BYTES);
+    const text = "Hello <|end|> né 你好";
+    expect(await service.encode(text, { specials: false })).toEqual(tokenizer.encodeText(text));
+    const ids = await service.encode(text, { specials: true });
+    expect(ids).toEqual(tokenizer.encodeWithSpecials(text));
+    expect(await service.decode(ids)).toBe(text);
+    expect(await service.encode("", { specials: false })).toEqual([]);
+    expect(await service.decode([])).toBe("");
+    const { vocabSize, bosId, eosIds, beginIds, hasChatTemplate } = service.info;
+    expect({ vocabSize, bosId, eosIds, beginIds, hasChatTemplate }).toEqual({
+      vocabSize: tokenizer.vocabSize,
+      bosId: tokenizer.bosId,
+      eosIds: tokenizer.eosIds,
+      beginIds: tokenizer.beginIds,
+      hasChatTemplate: true,
+    });
+  });
+  test("renders chats, and streams their tokens back from shared memory", async () => {
+    const { text, ids } = await service.renderChat({ messages: [{ role: "user", content: "Hi <|end|> é" }] });
+    const detokenizer = service.detokenizer();
+    expect(ids.map((id) => detokenizer.push(id)).join("") + detokenizer.flush()).toBe(text);
+    expect(service.table.bytes.buffer).toBeInstanceOf(SharedArrayBuffer);
+  });
+  test("passes errors of the worker on, and goes on", async () => {
+    const error = await errorOf(service.renderChat({ messages: [{ role: "nobody", content: "" }] }));
+    expect(error).toMatchObject({ code: "invalid_argument", param: "messages[0].role" });
+    const uncopyable = await errorOf(service.renderChat({ messages: [() => 1] }));
+    expect(uncopyable.code).toBe("invalid_argument");
+    expect(await service.encode("a", { specials: false })).toHaveLength(1);
+  });
+  test("drops a cancelled request", async () => {
+    const controller = new AbortController();
+    const big = service.encode("a".repeat(4 * MEGABYTE), { specials: false, signal: controller.signal });
+    controller.abort();
+    expect((await errorOf(big)).code).toBe("cancelled");
+    expect((await errorOf(service.decode([1], { signal: controller.signal }))).code).toBe("cancelled");
+    expect(await service.encode("a", { specials: false })).toHaveLength(1);
+  });
+
+  test("a megabyte at work delays neither small requests nor this thread by 50 ms", async () => {
+    await service.encode("warm up ".repeat(100_000), { specials: false });
+    let bigDone = 0;
+    const bigs = ["a", "中", "<|", "é", "x y"].map(async (piece) => {
+      const text = piece.repeat(MEGABYTE / piece.length);
+      const { ids } = await service.renderChat({ messages: [{ role: "user", content: text }] });
+      bigDone++;
+      expect(ids.length).toBeGreaterThan(1000);
+    });
+    const small: number[] = [];
+    const ticks: number[] = [];
+    let last = performance.now();
+    const timer = setInterval(() => {
+      ticks.push(performance.now() - last);
+      last = performance.now();
+    }, 1);
+    while (bigDone < bigs.length) {
+      const start = performance.now();
+      await service.encode("a small text", { specials: false });
+      small.push(performance.now() - start);
+    }
+    clearInterval(timer);
+    await Promise.all(bigs);
+    expect(small.length).toBeGreaterThan(20);
+    expect(median(small)).toBeLessThan(50);
+    expect(median(ticks)).toBeLessThan(50);
+    console.log(
+      `5 MB at once: small request median ${median(small).toFixed(1)} ms, worst ${Math.max(...small).toFixed(0)} ms;`,
+      `this thread's worst gap ${Math.max(...ticks).toFixed(0)} ms`,
+    );
+  });
+});
+
+describe("a worker that", () => {
+  const dir = mkdtempSync(join(tmpdir(), "caravan-text-"));
+  afterAll(() => rmSync(dir, { recursive: true }));
+  const hi = { messages: [{ role: "user", content: "Hi" }] };
+
+  test("hangs is replaced: its job fails, the others are answered", async () => {
+    cpSync(TINY_BYTES, dir, { recursive: true });
+    const slow = "{% for i in range(1000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}done";
+    writeFileSync(join(dir, "chat_template.jinja"), slow);
+    const service = await TextService.start(dir, { hangLimitMs: 100 });
+    const table = service.table;
+    const stuck = errorOf(service.renderChat(hi));
+    const others = ["a", "b", "a b"].map((text) => service.encode(text, { specials: false }));
+    expect((await stuck).code).toBe("deadline_exceeded");
+    const tokenizer = await Tokenizer.load(TINY_BYTES);
+    expect(await Promise.all(others)).toEqual(["a", "b", "a b"].map((text) => tokenizer.encodeText(text)));
+    expect(service.table).toBe(table);
+    service.close();
+  });
+  test("cannot read its folder says why, and a later start can succeed", async () => {
+    expect((await errorOf(TextService.start(join(dir, "nowhere")))).code).toBe("bad_file");
+    writeFileSync(join(dir, "chat_template.jinja"), "fine");
+    const service = await TextService.start(dir);
+    expect((await service.renderChat(hi)).text).toBe("fine");
+    service.close();
+  });
+  test("is closed rejects what is not finished and what comes later", async () => {
+    const service = await TextService.start(TINY_BYTES);
+    const big = errorOf(service.encode("a".repeat(MEGABYTE), { specials: false }));
+    service.close();
+    expect((await big).code).toBe("shutting_down");
+    expect((await errorOf(service.decode([1]))).code).toBe("shutting_down");
+    service.close();
+  });
+});
