@@ -22,11 +22,16 @@ export interface RenderedPrompt {
   ids: number[];
 }
 
+export interface TextOptions {
+  /** Gives the work up; the promise then rejects with `cancelled`. */
+  signal?: AbortSignal;
+}
+
 export interface TextService {
   /** Applies the model's chat template. User text never becomes control tokens. */
-  renderChat(input: RenderInput): MaybePromise<RenderedPrompt>;
+  renderChat(input: RenderInput, options?: TextOptions): MaybePromise<RenderedPrompt>;
   /** `specials`: whether the names of control tokens in `text` become those tokens. Adds no begin-of-text token. */
-  encode(text: string, options: { specials: boolean }): MaybePromise<number[]>;
+  encode(text: string, options: TextOptions & { specials: boolean }): MaybePromise<number[]>;
   /** Text of the ids, control tokens included by name. */
   decode(ids: number[]): string;
   /** The bytes that a token stands for; a control token's name for one of those. They need not be whole UTF-8. */

@@ -61,7 +61,7 @@ export async function serveGeneration(
   context: ApiContext,
   deps: ApiDependencies,
   request: { model: string; stream: boolean },
-  prepare: (model: LoadedModel) => Promise<PreparedGeneration>,
+  prepare: (model: LoadedModel, signal: AbortSignal) => Promise<PreparedGeneration>,
 ): Promise<Response> {
   const { lifecycle, settings, log } = deps;
   const ticket = lifecycle.enter(settings.maxConcurrentRequests, context.req.raw.signal);
@@ -81,7 +81,7 @@ export async function serveGeneration(
     context.env?.keepOpen?.();
     const model = await deps.models.find(request.model);
     requireReady(model);
-    const prepared = await prepare(model);
+    const prepared = await prepare(model, ticket.signal);
     const events =
       prepared.events?.() ??
       generateGroup(model, prepared.plans, {
@@ -103,7 +103,9 @@ export async function serveGeneration(
       closed: ended,
     });
   } catch (thrown) {
-    if (!handedOver) ended(asCaravanError(thrown));
-    throw thrown;
+    // Whatever failed because of the abort, the abort's reason says why.
+    const error = asCaravanError(ticket.signal.aborted ? ticket.signal.reason : thrown);
+    if (!handedOver) ended(error);
+    throw error;
   }
 }

@@ -31,7 +31,7 @@ export function scriptedModels(script: Script, changes: Partial<LoadedModel> = {
     vocabSize: VOCABULARY,
     fingerprint: "fp_test",
     engine,
-    text: byteText,
+    text: { ...byteText },
     beginIds: [BEGIN],
     eosIds: [END],
     defaults: { generationConfig: {}, card: {} },

@@ -7,6 +7,7 @@ import type { ModelInfo } from "../../src/api/model-directory.ts";
 import { notReady } from "../../src/api/ops/ready.ts";
 import type { ApiSettings } from "../../src/api/settings.ts";
 import { MODEL, sayScript, scriptedModels } from "../tools/scripted-models.ts";
+import { until } from "../tools/until.ts";
 
 function app(settings: Partial<ApiSettings> = {}, more: Partial<AppOptions> = {}) {
   return createApp({ models: scriptedModels(sayScript("hello")), settings, ...more });
@@ -284,6 +285,29 @@ describe("health, ready and shutdown", () => {
 });
 
 describe("failures", () => {
+  test("a client that leaves while its prompt is rendered ends that work and gives its place back", async () => {
+    const models = scriptedModels(sayScript("x"));
+    let given: AbortSignal | undefined;
+    models.model.text.renderChat = (_input, options) => {
+      given = options?.signal;
+      return new Promise((_, reject) => {
+        given?.addEventListener("abort", () => reject(new Error("dropped")));
+      });
+    };
+    const lifecycle = new Lifecycle();
+    const abort = new AbortController();
+    const reply = app({}, { models, lifecycle }).request("/v1/chat/completions", {
+      ...post(chatBody),
+      signal: abort.signal,
+    });
+    await until(() => given !== undefined, "rendering begins");
+    expect(lifecycle.running).toBe(1);
+    abort.abort();
+    expect((await reply).status).toBe(499);
+    expect(lifecycle.running).toBe(0);
+    expect(models.engine.requests).toHaveLength(0);
+  });
+
   test("a model whose engine is loading is 503 model_loading with its progress", async () => {
     const models = scriptedModels(sayScript("x"));
     models.engine.state = "loading";

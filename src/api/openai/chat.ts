@@ -38,7 +38,7 @@ export function chatRoute(deps: ApiDependencies) {
       context,
       deps,
       { model: request.model, stream: request.stream ?? false },
-      (model) => prepareChat(request, model),
+      (model, signal) => prepareChat(request, model, signal),
     );
   };
 }
@@ -51,17 +51,21 @@ function toChatMessage(message: ChatRequest["messages"][number]): ChatMessage {
   };
 }
 
-async function prepareChat(request: ChatRequest, model: LoadedModel): Promise<PreparedGeneration> {
+async function prepareChat(
+  request: ChatRequest,
+  model: LoadedModel,
+  signal: AbortSignal,
+): Promise<PreparedGeneration> {
   const sampling = resolveSampling(samplingOf(request), model.defaults);
   checkTokenIds(
     sampling.logit_bias.map(([id]) => id),
     model,
     "logit_bias",
   );
-  const prompt = await model.text.renderChat({
-    messages: request.messages.map(toChatMessage),
-    addGenerationPrompt: true,
-  });
+  const prompt = await model.text.renderChat(
+    { messages: request.messages.map(toChatMessage), addGenerationPrompt: true },
+    { signal },
+  );
   const asked = request.max_completion_tokens ?? request.max_tokens;
   const maxTokens = resolveMaxTokens(asked, model, prompt.ids.length, { promptParam: "messages" });
   const n = request.n ?? 1;

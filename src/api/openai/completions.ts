@@ -59,7 +59,7 @@ export function completionsRoute(deps: ApiDependencies) {
       context,
       deps,
       { model: request.model, stream: request.stream ?? false },
-      (model) => prepareCompletion(request, prompts, model),
+      (model, signal) => prepareCompletion(request, prompts, model, signal),
     );
   };
 }
@@ -72,12 +72,12 @@ function promptsOf(prompt: CompletionRequest["prompt"]): Prompt[] {
 }
 
 /** Control tokens may be written by name: a raw prompt is where a client applies a template of its own. */
-async function encodePrompt(prompt: Prompt, model: LoadedModel): Promise<number[]> {
+async function encodePrompt(prompt: Prompt, model: LoadedModel, signal: AbortSignal): Promise<number[]> {
   if (typeof prompt !== "string") {
     checkTokenIds(prompt, model, "prompt");
     return prompt;
   }
-  const ids = await model.text.encode(prompt, { specials: true });
+  const ids = await model.text.encode(prompt, { specials: true, signal });
   const begun = model.beginIds.every((id, index) => ids[index] === id);
   if (!begun) return [...model.beginIds, ...ids];
   if (ids.length === 0) throw invalid("prompt", `it is empty, and ${model.id} has no token to begin with.`);
@@ -88,6 +88,7 @@ async function prepareCompletion(
   request: CompletionRequest,
   prompts: Prompt[],
   model: LoadedModel,
+  signal: AbortSignal,
 ): Promise<PreparedGeneration> {
   const sampling = resolveSampling(samplingOf(request), model.defaults);
   checkTokenIds(
@@ -100,7 +101,7 @@ async function prepareCompletion(
   const plans: PreparedGeneration["plans"] = [];
   const echoes: EchoedPrompt[] = [];
   for (const prompt of prompts) {
-    const promptIds = await encodePrompt(prompt, model);
+    const promptIds = await encodePrompt(prompt, model, signal);
     const asked = scoring ? 1 : request.max_tokens;
     const maxTokens = resolveMaxTokens(asked, model, promptIds.length, {
       fallback: COMPLETION_MAX_TOKENS,
