@@ -105,15 +105,16 @@ describe("shutdown", () => {
 
   test("a second signal ends it at once", async () => {
     const { gate } = gateAt(1);
-    const { server, client, models } = start({ ...sayScript("abcd"), gate }, { drainSeconds: 600 });
+    const { server, client, models, lifecycle } = start(
+      { ...sayScript("abcd"), gate },
+      { drainSeconds: 600 },
+    );
     const reply = client.chat.completions.create({ model: MODEL, messages }).catch((thrown) => thrown);
     await until(() => models.engine.running === 1, "the request runs");
     const remove = drainOnSignals(server);
     process.kill(process.pid, "SIGTERM");
-    await until(
-      () => running.length === 1 && models.engine.running === 1,
-      "the first signal leaves it running",
-    );
+    await until(() => lifecycle.draining, "the first signal arrives");
+    expect(models.engine.running).toBe(1);
     expect((await fetch(`${server.url}/ready`)).status).toBe(503);
     process.kill(process.pid, "SIGTERM");
     await server.stopped;
