@@ -18,6 +18,9 @@ void cv_sampler_close(cv_sampler_scratch *s) {
     *s = (cv_sampler_scratch){0};
 }
 
+/* A table of the step. As an integer sum: the offset of an empty table is not checked and may be anything. */
+static const void *table(const uint8_t *step, uint64_t offset) { return (const void *)((uintptr_t)step + (uintptr_t)offset); }
+
 /* SplitMix64's finaliser (Steele, Lea, Flood 2014): a well-mixed function of its argument. */
 static uint64_t mix(uint64_t z) {
     z += 0x9e3779b97f4a7c15u;
@@ -32,14 +35,14 @@ static double uniform(uint64_t stream, uint32_t token) { return ((double)(mix(st
 /* Adjusts a copy of the logits. */
 static void adjust(const uint8_t *step, const cv_step_row *r, const float *logits, size_t vocab, float *x) {
     memcpy(x, logits, vocab * sizeof(float));
-    const cv_step_bias *bias = (const cv_step_bias *)(const void *)(step + r->bias_offset);
+    const cv_step_bias *bias = table(step, r->bias_offset);
     for (size_t i = 0; i < r->n_bias; i++) x[bias[i].token] += bias[i].bias;
     if (r->mask_offset) {
-        const uint32_t *mask = (const uint32_t *)(const void *)(step + r->mask_offset);
+        const uint32_t *mask = table(step, r->mask_offset);
         for (size_t i = 0; i < vocab; i++)
             if (!(mask[i >> 5] >> (i & 31) & 1)) x[i] = -INFINITY;
     }
-    const cv_step_history *h = (const cv_step_history *)(const void *)(step + r->history_offset);
+    const cv_step_history *h = table(step, r->history_offset);
     for (size_t i = 0; i < r->n_history; i++) {
         float *v = &x[h[i].token];
         if (h[i].in_context && r->repetition_penalty != 1) *v = *v < 0 ? *v * r->repetition_penalty : *v / r->repetition_penalty;
@@ -127,7 +130,7 @@ static void drop_below(candidates *c, float least) {
 /* XTC: with some probability, all tokens above the threshold but the least probable of them go. */
 static void exclude_top_choices(candidates *c, const uint8_t *step, const cv_step_row *r, uint64_t stream) {
     if (!(r->xtc_probability > 0) || uniform(stream, 0xfffffffeu) >= (double)r->xtc_probability) return;
-    const uint32_t *keep = (const uint32_t *)(const void *)(step + r->xtc_keep_offset);
+    const uint32_t *keep = table(step, r->xtc_keep_offset);
     double sum = total(c);
     float lowest = INFINITY;
     for (size_t i = 0; i < c->n; i++)

@@ -30,7 +30,8 @@ static bool inside(uint64_t total, uint64_t offset, uint64_t count, uint64_t siz
     return !count || (offset % align == 0 && offset <= total && count <= (total - offset) / size);
 }
 
-static const void *at(const void *base, uint64_t offset) { return (const uint8_t *)base + offset; }
+/* As an integer sum: the offset of an empty table is not checked and may be anything. */
+static const void *at(const void *base, uint64_t offset) { return (const void *)((uintptr_t)base + (uintptr_t)offset); }
 
 static int check_sampling(const cv_model *m, const void *base, uint64_t total, const cv_step_row *r, size_t row, cv_err err) {
     const float all[] = {r->temperature, r->top_p, r->min_p, r->xtc_probability, r->xtc_threshold, r->repetition_penalty, r->presence_penalty, r->frequency_penalty};
