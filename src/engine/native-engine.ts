@@ -7,6 +7,7 @@
 // net.Socket({fd}) delivers nothing for a pipe; fs.read 36 µs, and holds a thread of Bun's pool for ever. Nearly all
 // of it is the wake-up of a sleeping core, and a second step in flight hides it, so the sturdiest way was taken.
 
+import type { ReadableStreamDefaultReader } from "node:stream/web";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { EngineHandle, type NativeStats } from "./binding.ts";
 

@@ -1,0 +1,26 @@
+// What a runner is told about the model to load: the first line on its stdin.
+
+import * as v from "valibot";
+
+const count = (high: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(high));
+
+export const LoadOptionsSchema = v.strictObject({
+  /** Name that requests use. */
+  model: v.string(),
+  /** Folder with config.json and safetensors files. */
+  modelDir: v.string(),
+  /** Longest sequence in tokens; default: what the model and memory allow. */
+  context: v.exactOptional(count(1 << 28)),
+  /** Sequences that run at once; default: chosen from the context and memory. */
+  streams: v.exactOptional(count(4096)),
+  /** Requests that may wait beside those that run. */
+  maxQueue: v.exactOptional(v.pipe(v.number(), v.integer(), v.minValue(0))),
+  threads: v.exactOptional(count(256)),
+  device: v.exactOptional(v.picklist(["cpu", "metal"])),
+  compute: v.exactOptional(v.picklist(["fast", "exact"])),
+  /** Kernel set to force, by name (see cv_cpu_name). */
+  cpu: v.exactOptional(v.string()),
+  scheduling: v.exactOptional(v.picklist(["auto", "sequential", "batched"])),
+});
+
+export type LoadOptions = v.InferOutput<typeof LoadOptionsSchema>;
