@@ -378,7 +378,9 @@ export class Bpe {
 
 function readVocabulary(vocab: Record<string, unknown>, where: string): Map<string, number> {
   const ids = new Map<string, number>();
-  for (const [token, id] of Object.entries(vocab)) {
+  // Not Object.entries: its pairs would take 30 MB for Llama 4. The object comes from JSON.parse: all keys are its own.
+  for (const token in vocab) {
+    const id = vocab[token];
     if (typeof id !== "number" || !Number.isInteger(id) || id < 0 || id > MAX_TOKEN_ID) {
       throw new CaravanError("bad_file", `token ${JSON.stringify(token)} has the id ${JSON.stringify(id)}`, {
         where,

@@ -41,14 +41,16 @@ type MarkString = (text: string, role: string | null) => string;
 
 export class ChatTemplate {
   readonly #tokenizer: Tokenizer;
-  readonly #files: TokenizerFiles;
+  /** Only these: the rest of the files (vocabulary, merges) is large and must not stay in memory. */
+  readonly #files: Pick<TokenizerFiles, "where" | "namedTokens" | "chatTemplates">;
   readonly #compiled = new Map<string, SandboxedTemplate>();
   readonly #all: AddedTokens;
   readonly #specials: AddedTokens;
   readonly #limits: SandboxLimits | undefined;
 
   constructor(files: TokenizerFiles, tokenizer: Tokenizer, limits?: SandboxLimits) {
-    this.#files = files;
+    const { where, namedTokens, chatTemplates } = files;
+    this.#files = { where, namedTokens, chatTemplates };
     this.#tokenizer = tokenizer;
     this.#limits = limits;
     const whole = (token: AddedToken): AddedToken => ({ ...token, single_word: false });

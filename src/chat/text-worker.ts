@@ -1,8 +1,8 @@
 // Entry of the text worker: the thread that holds a model's tokenizer and chat template.
 //
 // Jobs are generators that pause every millisecond or so. The worker runs one for a short slice, then looks at its
-// messages, and gives a job that has just come its first slice before older ones get their next: so a small text is
-// encoded within milliseconds while a megabyte is at work.
+// messages, and gives a job that has just come its first slice before older ones get their next (within
+// limits): so a small text is encoded within milliseconds while a megabyte is at work.
 //
 // How it is found (Bun 1.4.5): text-service.ts starts it by a path that holds both from source and in an executable
 // that was built with this file as a second entry point; see the comment there.
@@ -17,8 +17,12 @@ declare const self: Worker;
 
 /** Time a job runs before the worker looks for others. */
 const SLICE_MS = 4;
+/** New jobs go first, but a long one at work gets a slice at least this often. */
+const LONGEST_WAIT_MS = 16;
 /** Working time of one job; 1 MB takes half a second at worst. */
 const MAX_JOB_MS = 60_000;
+/** A job that worked longer than this leaves enough garbage to collect it as soon as there is nothing else to do. */
+const LARGE_JOB_MS = 50;
 /** Tokens decoded between two pauses. */
 const DECODE_STEP = 4096;
 
@@ -38,6 +42,8 @@ class TextWorker {
   #fresh: Running[] = [];
   #started: Running[] = [];
   #active = false;
+  #lastStartedMs = 0;
+  #hasGarbage = false;
 
   constructor(tokenizer: Tokenizer, template: ChatTemplate, shared: Int32Array) {
     this.#tokenizer = tokenizer;
@@ -60,9 +66,14 @@ class TextWorker {
 
   /** One slice of one job; then messages get their chance before the next. */
   #turn(): void {
-    const running = this.#fresh.shift() ?? this.#started.shift();
+    const waited = performance.now() - this.#lastStartedMs > LONGEST_WAIT_MS;
+    const running =
+      (waited ? this.#started.shift() : undefined) ?? this.#fresh.shift() ?? this.#started.shift();
+    if (running !== undefined && running.spentMs > 0) this.#lastStartedMs = performance.now();
     if (running === undefined) {
       this.#active = false;
+      if (this.#hasGarbage) Bun.gc(true);
+      this.#hasGarbage = false;
       return;
     }
     Atomics.store(this.#shared, RUNNING, running.id);
@@ -93,6 +104,7 @@ class TextWorker {
         }
         if (ran < SLICE_MS) continue;
         running.spentMs += ran;
+        this.#hasGarbage ||= running.spentMs > LARGE_JOB_MS;
         this.#started.push(running);
         return;
       }
@@ -105,14 +117,14 @@ class TextWorker {
     switch (job.op) {
       case "render": {
         const { text, ids } = yield* this.#template.renderChatSteps(job.input);
-        return { text, ids: Uint32Array.from(ids) };
+        return { text, ids: new Uint32Array(ids) };
       }
       case "encode": {
         const { text, specials } = job;
         const ids = specials
           ? yield* this.#tokenizer.encodeWithSpecialsSteps(text)
           : yield* this.#tokenizer.encodeTextSteps(text);
-        return { text: "", ids: Uint32Array.from(ids) };
+        return { text: "", ids: new Uint32Array(ids) };
       }
       case "decode": {
         const detokenizer = new Detokenizer(this.#tokenizer.table);

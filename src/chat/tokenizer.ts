@@ -306,7 +306,8 @@ function readDecoder(decoder: Component | null, where: string): DecodeRule {
 function makeTable(files: TokenizerFiles, vocabularySize: number): TokenTable {
   const rule = readDecoder(files.decoder, files.where);
   const entries = new Array<TableEntry | undefined>(vocabularySize).fill(undefined);
-  for (const [token, id] of Object.entries(files.model.vocab)) entries[Number(id)] = rule.entry(token);
+  const { vocab } = files.model;
+  for (const token in vocab) entries[Number(vocab[token])] = rule.entry(token);
   const put = (token: AddedToken): void => {
     while (entries.length <= token.id) entries.push(undefined);
     const { bytes, flags } = rule.entry(token.content);
