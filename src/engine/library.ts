@@ -86,14 +86,17 @@ export function loadCopy<T>(bytes: Uint8Array, folders: readonly string[], load:
     const path = join(folder, `caravan-${process.pid}-${randomBytes(8).toString("hex")}.${EXTENSION}`);
     try {
       mkdirSync(folder, { recursive: true });
-      writePrivate(path, bytes);
-      return load(path);
+      const file = openSync(path, "wx", 0o600);
+      try {
+        writeAndClose(file, bytes);
+        return load(path);
+      } finally {
+        unlinkSync(path);
+      }
     } catch (thrown) {
       // A library that loads but is the wrong one would be wrong everywhere.
       if (thrown instanceof CaravanError) throw thrown;
       reasons.push(`${folder}: ${reason(thrown)}`);
-    } finally {
-      remove(path);
     }
   }
   throw new CaravanError(
@@ -105,21 +108,11 @@ export function loadCopy<T>(bytes: Uint8Array, folders: readonly string[], load:
   );
 }
 
-function writePrivate(path: string, bytes: Uint8Array): void {
-  const file = openSync(path, "wx", 0o600);
+function writeAndClose(file: number, bytes: Uint8Array): void {
   try {
     for (let written = 0; written < bytes.length; ) written += writeSync(file, bytes, written);
   } finally {
     closeSync(file);
-  }
-}
-
-function remove(path: string): void {
-  try {
-    unlinkSync(path);
-  } catch (thrown) {
-    // Never created: the reason is in the list already.
-    if (!(thrown instanceof Error && "code" in thrown && thrown.code === "ENOENT")) throw thrown;
   }
 }
 
