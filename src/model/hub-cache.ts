@@ -14,6 +14,10 @@ import { HUB_ID } from "./card.ts";
 export const COMMIT = /^[0-9a-f]{40}$/;
 const PREFIX = "models--";
 
+/** Ending of files in blobs/ whose download is under way. Other tools use `.incomplete` and mean by its length that
+ * all before it is there; ours may have holes (download/part-file.ts), so it must not have their name. */
+export const PART_SUFFIX = ".caravan-part";
+
 /** Throws invalid_argument unless `id` can name a repository of the hub. */
 export function checkHubId(id: string): void {
   if (id.length > 200 || !HUB_ID.test(id)) {

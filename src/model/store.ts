@@ -13,6 +13,7 @@ import {
   cachedIds,
   cachedSnapshots,
   checkRevision,
+  PART_SUFFIX,
   repoFolder,
   snapshotFolder,
 } from "./hub-cache.ts";
@@ -257,9 +258,6 @@ export function scanStore(store: ModelStore): { models: InstalledModel[]; partia
     a.source === b.source ? (a.name < b.name ? -1 : 1) : a.source === "imported" ? -1 : 1;
   return { models: [...models.values()].sort(order), partial };
 }
-
-/** Ending of files whose download is under way; next to it lies a map of what is there (download/chunk-map.ts). */
-export const PART_SUFFIX = ".caravan-part";
 
 /** Bytes on disk of downloads that are under way. */
 function pendingBytes(repo: string): number {
