@@ -1,13 +1,14 @@
 // Entry of the text worker: the thread that holds a model's tokenizer and chat template.
 //
 // Jobs are generators that pause every millisecond or so. The worker runs one for a short slice, then looks at its
-// messages, and gives a job that has just come its first slice before older ones get their next (within
-// limits): so a small text is encoded within milliseconds while a megabyte is at work.
+// messages and asks the queue whose turn it is: so a small text is encoded within milliseconds while megabytes are at
+// work.
 //
 // How it is found (Bun 1.4.5): text-service.ts starts it by a path that holds both from source and in an executable
 // that was built with this file as a second entry point; see the comment there.
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { Detokenizer } from "./detokenizer.ts";
+import { JobQueue } from "./job-queue.ts";
 import { ChatTemplate } from "./template.ts";
 import { BEAT, type FromWorker, type Job, type JobResult, RUNNING, type ToWorker } from "./text-protocol.ts";
 import { Tokenizer } from "./tokenizer.ts";
@@ -17,8 +18,6 @@ declare const self: Worker;
 
 /** Time a job runs before the worker looks for others. */
 const SLICE_MS = 4;
-/** New jobs go first, but a long one at work gets a slice at least this often. */
-const LONGEST_WAIT_MS = 16;
 /** Working time of one job; 1 MB takes half a second at worst. */
 const MAX_JOB_MS = 60_000;
 /** A job that worked longer than this leaves enough garbage to collect it as soon as there is nothing else to do. */
@@ -38,11 +37,8 @@ class TextWorker {
   readonly #tokenizer: Tokenizer;
   readonly #template: ChatTemplate;
   readonly #shared: Int32Array;
-  /** Jobs that have not run yet, and those that have, in turn. */
-  #fresh: Running[] = [];
-  #started: Running[] = [];
+  readonly #queue = new JobQueue<Running>();
   #active = false;
-  #lastStartedMs = 0;
   #hasGarbage = false;
 
   constructor(tokenizer: Tokenizer, template: ChatTemplate, shared: Int32Array) {
@@ -52,24 +48,19 @@ class TextWorker {
   }
 
   add(id: number, job: Job): void {
-    this.#fresh.push({ id, steps: this.#begin(job), spentMs: 0 });
+    this.#queue.add({ id, steps: this.#begin(job), spentMs: 0 }, sizeOf(job), performance.now());
     if (this.#active) return;
     this.#active = true;
     setImmediate(() => this.#turn());
   }
 
   cancel(id: number): void {
-    const others = (running: Running): boolean => running.id !== id;
-    this.#fresh = this.#fresh.filter(others);
-    this.#started = this.#started.filter(others);
+    this.#queue.remove((running) => running.id === id);
   }
 
   /** One slice of one job; then messages get their chance before the next. */
   #turn(): void {
-    const waited = performance.now() - this.#lastStartedMs > LONGEST_WAIT_MS;
-    const running =
-      (waited ? this.#started.shift() : undefined) ?? this.#fresh.shift() ?? this.#started.shift();
-    if (running !== undefined && running.spentMs > 0) this.#lastStartedMs = performance.now();
+    const running = this.#queue.next(performance.now());
     if (running === undefined) {
       this.#active = false;
       if (this.#hasGarbage) Bun.gc(true);
@@ -105,7 +96,7 @@ class TextWorker {
         if (ran < SLICE_MS) continue;
         running.spentMs += ran;
         this.#hasGarbage ||= running.spentMs > LARGE_JOB_MS;
-        this.#started.push(running);
+        this.#queue.putBack(running, performance.now());
         return;
       }
     } catch (thrown) {
@@ -138,6 +129,20 @@ class TextWorker {
       }
     }
   }
+}
+
+/** Rough size of a job's text: enough to tell a question from a book. */
+function sizeOf(job: Job): number {
+  if (job.op === "encode") return job.text.length;
+  if (job.op === "decode") return job.ids.length;
+  let size = 0;
+  const count = (value: unknown): void => {
+    if (typeof value === "string") size += value.length;
+    else if (typeof value === "object" && value !== null)
+      for (const part of Object.values(value)) count(part);
+  };
+  count(job.input);
+  return size;
 }
 
 function send(message: FromWorker, transfer: ArrayBuffer[] = []): void {

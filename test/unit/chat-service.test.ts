@@ -59,6 +59,12 @@ describe("a text service", () => {
     expect(error).toMatchObject({ code: "invalid_argument", param: "messages[0].role" });
     const uncopyable = await errorOf(service.renderChat({ messages: [() => 1] }));
     expect(uncopyable.code).toBe("invalid_argument");
+    const circle: unknown[] = [];
+    circle.push(circle);
+    for (const tools of [circle, [{ circle }]]) {
+      const nested = await errorOf(service.renderChat({ messages: [{ role: "user", content: "" }], tools }));
+      expect(nested.code).toBe("invalid_argument");
+    }
     expect(await service.encode("a", { specials: false })).toHaveLength(1);
   });
   test("drops a cancelled request", async () => {
