@@ -136,12 +136,13 @@ function sizeOf(job: Job): number {
   if (job.op === "encode") return job.text.length;
   if (job.op === "decode") return job.ids.length;
   let size = 0;
-  const count = (value: unknown): void => {
+  // Content parts lie five levels down; what is deeper is refused later (or is a circle).
+  const count = (value: unknown, depth: number): void => {
     if (typeof value === "string") size += value.length;
-    else if (typeof value === "object" && value !== null)
-      for (const part of Object.values(value)) count(part);
+    if (typeof value !== "object" || value === null || depth === 0) return;
+    for (const part of Object.values(value)) count(part, depth - 1);
   };
-  count(job.input);
+  count(job.input, 5);
   return size;
 }
 
