@@ -21,29 +21,29 @@ typedef struct {
     const float *sum;   /* [quads, 16] */
 } stream_act;
 
-/* Four weight rows. */
+/* Weight rows: `blocks` times four of them, `stride` bytes apart (0: one row, four times). */
 typedef struct {
-    const uint8_t *code[ROWS], *scale[ROWS], *bias[ROWS];
+    const uint8_t *code, *scale, *bias;
+    size_t stride, scale_stride, blocks, groups;
     uint32_t scale_type;
-    size_t groups;
-    size_t ahead; /* bytes from a code to the one to prefetch */
+    size_t ahead; /* blocks from the one that is computed to the one that is prefetched */
 } stream_rows;
 
 CV_INLINE_VNNI __mmask64 first_bytes(ptrdiff_t n) { return n <= 0 ? 0 : n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1; }
 
 /* Scales (or biases) of `groups` <= 4 groups from g on, four rows, as float32 [group][row]. */
-CV_INLINE_VNNI __m512 load_scales(const uint8_t *const row[ROWS], size_t g, uint32_t type, unsigned groups) {
+CV_INLINE_VNNI __m512 load_scales(const uint8_t *row, size_t stride, uint32_t type, unsigned groups) {
     if (type == CV_F32) {
         const __mmask8 m = (__mmask8)((1u << groups) - 1);
-        __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(m, row[0] + 4 * g));
-        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row[1] + 4 * g), 1);
-        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row[2] + 4 * g), 2);
-        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row[3] + 4 * g), 3);
+        __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(m, row));
+        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row + stride), 1);
+        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row + 2 * stride), 2);
+        v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row + 3 * stride), 3);
         return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), v);
     }
     __m128i h[ROWS];
     for (int r = 0; r < ROWS; r++) {
-        const uint8_t *p = row[r] + 2 * g;
+        const uint8_t *p = row + (size_t)r * stride;
         h[r] = groups == 4 ? _mm_loadl_epi64((const __m128i *)(const void *)p) : _mm_maskz_loadu_epi16((__mmask8)((1u << groups) - 1), p);
     }
     __m128i ab = _mm_unpacklo_epi16(h[0], h[1]), cd = _mm_unpacklo_epi16(h[2], h[3]);
@@ -82,7 +82,7 @@ CV_INLINE_VNNI void load_codes(const uint8_t *p, ptrdiff_t valid, bool tail, int
 }
 
 /* One quad of four rows for `tokens` activation rows. bits, group, tokens and tail are constants where this is inlined. */
-CV_INLINE_VNNI void quad(const stream_rows *w, size_t i, unsigned groups, bool tail, int bits, int group, int tokens, const stream_act *a, __m512 *chain) {
+CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale_at, size_t i, unsigned groups, bool tail, size_t ahead, int bits, int group, int tokens, const stream_act *a, __m512 *chain) {
     const int sums = bits == 4 ? group / 32 : group == 32 ? 2 : 4; /* partial sums a row: each lane inside one group */
     const int vectors = bits == 4 || group == 128 ? 2 : 1;         /* code vectors a partial sum */
     const size_t quad_bytes = (size_t)group * (size_t)bits / 2, sum_bytes = quad_bytes / (size_t)sums;
@@ -91,13 +91,13 @@ CV_INLINE_VNNI void quad(const stream_rows *w, size_t i, unsigned groups, bool t
 #pragma GCC unroll 4
     for (int p = 0; p < sums; p++) {
         __m512i c[ROWS][2];
-        const size_t at = i * quad_bytes + (size_t)p * sum_bytes;
+        const uint8_t *at = code + i * quad_bytes + (size_t)p * sum_bytes;
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
-            const uint8_t *code = w->code[r] + at;
+            const uint8_t *row = at + (size_t)r * w->stride;
             if (!tail)
-                for (size_t line = 0; line < sum_bytes; line += 64) _mm_prefetch((const char *)code + w->ahead + line, _MM_HINT_T0);
-            load_codes(code, valid - (ptrdiff_t)((size_t)p * sum_bytes), tail, bits, vectors, c[r]);
+                for (size_t line = 0; line < sum_bytes; line += 64) _mm_prefetch((const char *)row + ahead + line, _MM_HINT_T1);
+            load_codes(row, valid - (ptrdiff_t)((size_t)p * sum_bytes), tail, bits, vectors, c[r]);
         }
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; t++) {
@@ -111,7 +111,8 @@ CV_INLINE_VNNI void quad(const stream_rows *w, size_t i, unsigned groups, bool t
             x[p][t] = lane_sums(s[0], s[1], s[2], s[3]);
         }
     }
-    const __m512 sw = load_scales(w->scale, i * 4, w->scale_type, groups), bw = load_scales(w->bias, i * 4, w->scale_type, groups);
+    scale_at += i * (w->scale_type == CV_F32 ? 16 : 8);
+    const __m512 sw = load_scales(w->scale + scale_at, w->scale_stride, w->scale_type, groups), bw = load_scales(w->bias + scale_at, w->scale_stride, w->scale_type, groups);
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; t++) {
         __m512i dot = sums == 1 ? x[0][t] : sums == 2 ? fold_lanes(x[0][t], x[1][t]) : fold_lanes(fold_lanes(x[0][t], x[1][t]), fold_lanes(x[2][t], x[3][t]));
@@ -120,33 +121,38 @@ CV_INLINE_VNNI void quad(const stream_rows *w, size_t i, unsigned groups, bool t
     }
 }
 
-/* result[t] = the four rows' dots with activation row t. */
-CV_INLINE_VNNI void four_rows(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, __m128 *result) {
-    __m512 chain[MAX_TOKENS];
-    for (int t = 0; t < tokens; t++) chain[t] = _mm512_setzero_ps();
+/* out[t*ldo + r] for all rows of w and `tokens` activation rows. */
+CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, float *out, size_t ldo) {
     const size_t quads = w->groups / 4;
-    for (size_t i = 0; i < quads; i++) quad(w, i, 4, false, bits, group, tokens, a, chain);
-    if (w->groups % 4) quad(w, quads, (unsigned)(w->groups % 4), true, bits, group, tokens, a, chain);
-    for (int t = 0; t < tokens; t++) {
-        __m128 c01 = _mm_add_ps(_mm512_castps512_ps128(chain[t]), _mm512_extractf32x4_ps(chain[t], 1));
-        __m128 c23 = _mm_add_ps(_mm512_extractf32x4_ps(chain[t], 2), _mm512_extractf32x4_ps(chain[t], 3));
-        result[t] = _mm_add_ps(c01, c23);
+    const unsigned rest = (unsigned)(w->groups % 4);
+    for (size_t block = 0; block < w->blocks; block++) {
+        const uint8_t *code = w->code + block * ROWS * w->stride;
+        const size_t scale_at = block * ROWS * w->scale_stride, ahead = block + w->ahead < w->blocks ? w->ahead * ROWS * w->stride : 0;
+        __m512 chain[MAX_TOKENS];
+        for (int t = 0; t < tokens; t++) chain[t] = _mm512_setzero_ps();
+        for (size_t i = 0; i < quads; i++) quad(w, code, scale_at, i, 4, false, ahead, bits, group, tokens, a, chain);
+        if (rest) quad(w, code, scale_at, quads, rest, true, 0, bits, group, tokens, a, chain);
+        for (int t = 0; t < tokens; t++) {
+            __m128 c01 = _mm_add_ps(_mm512_castps512_ps128(chain[t]), _mm512_extractf32x4_ps(chain[t], 1));
+            __m128 c23 = _mm_add_ps(_mm512_extractf32x4_ps(chain[t], 2), _mm512_extractf32x4_ps(chain[t], 3));
+            _mm_storeu_ps(out + (size_t)t * ldo + block * ROWS, _mm_add_ps(c01, c23));
+        }
     }
 }
 
-#define FOUR_ROWS(bits, group, tokens) \
-    CV_TARGET_VNNI static void rows_##bits##_##group##_##tokens(const stream_rows *w, const stream_act *a, __m128 *result) { four_rows(w, bits, group, tokens, a, result); }
-#define FOUR_ROWS_TOKENS(bits, group) FOUR_ROWS(bits, group, 1) FOUR_ROWS(bits, group, 2) FOUR_ROWS(bits, group, 3) FOUR_ROWS(bits, group, 4)
-#define FOUR_ROWS_GROUPS(bits) FOUR_ROWS_TOKENS(bits, 32) FOUR_ROWS_TOKENS(bits, 64) FOUR_ROWS_TOKENS(bits, 128)
-FOUR_ROWS_GROUPS(4)
-FOUR_ROWS_GROUPS(6)
-FOUR_ROWS_GROUPS(8)
+#define STREAM(bits, group, tokens) \
+    CV_TARGET_VNNI static void stream_##bits##_##group##_##tokens(const stream_rows *w, const stream_act *a, float *out, size_t ldo) { stream(w, bits, group, tokens, a, out, ldo); }
+#define STREAM_TOKENS(bits, group) STREAM(bits, group, 1) STREAM(bits, group, 2) STREAM(bits, group, 3) STREAM(bits, group, 4)
+#define STREAM_GROUPS(bits) STREAM_TOKENS(bits, 32) STREAM_TOKENS(bits, 64) STREAM_TOKENS(bits, 128)
+STREAM_GROUPS(4)
+STREAM_GROUPS(6)
+STREAM_GROUPS(8)
 
-typedef void (*four_rows_kernel)(const stream_rows *w, const stream_act *a, __m128 *result);
+typedef void (*stream_kernel)(const stream_rows *w, const stream_act *a, float *out, size_t ldo);
 
-#define KERNELS_TOKENS(bits, group) { rows_##bits##_##group##_1, rows_##bits##_##group##_2, rows_##bits##_##group##_3, rows_##bits##_##group##_4 }
+#define KERNELS_TOKENS(bits, group) { stream_##bits##_##group##_1, stream_##bits##_##group##_2, stream_##bits##_##group##_3, stream_##bits##_##group##_4 }
 #define KERNELS(bits) { KERNELS_TOKENS(bits, 32), KERNELS_TOKENS(bits, 64), KERNELS_TOKENS(bits, 128) }
-static const four_rows_kernel kernels[3][3][MAX_TOKENS] = {KERNELS(4), KERNELS(6), KERNELS(8)};
+static const stream_kernel kernels[3][3][MAX_TOKENS] = {KERNELS(4), KERNELS(6), KERNELS(8)};
 
 static size_t quads_of(size_t groups) { return (groups + 3) / 4; }
 
@@ -181,30 +187,49 @@ CV_TARGET_VNNI static stream_act pack_row(const cv_qact *a, size_t t, unsigned b
     return (stream_act){q, scale, sum};
 }
 
-/* A block of activation rows is packed, then met by every weight row; the block is small, so weights are read n/BATCH times. */
+/* Rows that stay in the second-level cache while a batch of activation rows passes over them four at a time. */
+enum { BLOCK_BYTES = 128 * 1024, AHEAD_BYTES = 12 * 1024 };
+
+/* All rows of w times n <= BATCH packed activation rows. */
+static void stream_batch(const stream_rows *w, const stream_kernel kernel[MAX_TOKENS], const stream_act *act, size_t n, float *out, size_t ldo) {
+    const size_t block_bytes = ROWS * w->stride, per_pass = n <= MAX_TOKENS || block_bytes == 0 || block_bytes > BLOCK_BYTES ? w->blocks : BLOCK_BYTES / block_bytes;
+    for (size_t b = 0; b < w->blocks; b += per_pass) {
+        stream_rows part = *w;
+        part.code += b * block_bytes;
+        part.scale += b * ROWS * w->scale_stride;
+        part.bias += b * ROWS * w->scale_stride;
+        part.blocks = w->blocks - b < per_pass ? w->blocks - b : per_pass;
+        for (size_t t = 0; t < n; t += MAX_TOKENS) {
+            const size_t tokens = n - t < MAX_TOKENS ? n - t : MAX_TOKENS;
+            if (t == 0) /* the first blocks; after them each block prefetches a later one */
+                for (size_t i = 0; i < part.ahead * block_bytes && i < part.blocks * block_bytes; i += 64) _mm_prefetch((const char *)part.code + i, _MM_HINT_T1);
+            kernel[tokens - 1](&part, act + t, out + t * ldo + b * ROWS, ldo);
+        }
+    }
+}
+
 CV_TARGET_VNNI void cv_vnni_stream(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
-    const size_t groups = w->cols / w->group, stride = act_bytes(groups, w->group);
-    const four_rows_kernel *kernel = kernels[w->bits == 4 ? 0 : w->bits == 6 ? 1 : 2][w->group == 32 ? 0 : w->group == 64 ? 1 : 2];
-    const uint8_t *codes = w->data + e * w->expert_bytes, *scales = w->scales + e * w->expert_scale_bytes, *biases = w->biases + e * w->expert_scale_bytes;
-    const size_t block_bytes = ROWS * w->row_bytes, blocks_ahead = block_bytes < 8192 ? 8192 / (block_bytes + 1) + 1 : 1;
+    const size_t groups = w->cols / w->group, stride = act_bytes(groups, w->group), n_rows = row1 - row0;
+    const stream_kernel *kernel = kernels[w->bits == 4 ? 0 : w->bits == 6 ? 1 : 2][w->group == 32 ? 0 : w->group == 64 ? 1 : 2];
+    stream_rows rows = {
+        .code = w->data + e * w->expert_bytes + row0 * w->row_bytes,
+        .scale = w->scales + e * w->expert_scale_bytes + row0 * w->scale_row_bytes,
+        .bias = w->biases + e * w->expert_scale_bytes + row0 * w->scale_row_bytes,
+        .stride = w->row_bytes, .scale_stride = w->scale_row_bytes, .blocks = n_rows / ROWS, .groups = groups, .scale_type = w->scale_type,
+        .ahead = AHEAD_BYTES / (ROWS * w->row_bytes) + 1,
+    };
     for (size_t t0 = 0; t0 < a->n; t0 += BATCH) {
         const size_t n = a->n - t0 < BATCH ? a->n - t0 : BATCH;
         stream_act act[BATCH];
         for (size_t t = 0; t < n; t++) act[t] = pack_row(a, t0 + t, w->bits, (uint8_t *)scratch + t * stride);
-        for (size_t r = row0; r < row1; r += ROWS) {
-            stream_rows rows = {.scale_type = w->scale_type, .groups = groups, .ahead = r + (blocks_ahead + 1) * ROWS <= row1 ? blocks_ahead * block_bytes : 0};
-            for (size_t i = 0; i < ROWS; i++) {
-                const size_t row = r + i < row1 ? r + i : row1 - 1;
-                rows.code[i] = codes + row * w->row_bytes;
-                rows.scale[i] = scales + row * w->scale_row_bytes;
-                rows.bias[i] = biases + row * w->scale_row_bytes;
-            }
-            for (size_t t = 0; t < n; t += MAX_TOKENS) {
-                const size_t tokens = n - t < MAX_TOKENS ? n - t : MAX_TOKENS;
-                __m128 result[MAX_TOKENS];
-                kernel[tokens - 1](&rows, act + t, result);
-                const __mmask8 m = row1 - r >= ROWS ? 0x0f : (__mmask8)((1u << (row1 - r)) - 1);
-                for (size_t i = 0; i < tokens; i++) _mm_mask_storeu_ps(out + (t0 + t + i) * ldo + r, m, result[i]);
+        stream_batch(&rows, kernel, act, n, out + t0 * ldo + row0, ldo);
+        for (size_t r = n_rows / ROWS * ROWS; r < n_rows; r++) { /* the last one to three rows */
+            float four[ROWS];
+            const stream_rows row = {.code = rows.code + r * rows.stride, .scale = rows.scale + r * rows.scale_stride, .bias = rows.bias + r * rows.scale_stride,
+                                     .blocks = 1, .groups = groups, .scale_type = w->scale_type};
+            for (size_t t = 0; t < n; t++) {
+                kernel[0](&row, act + t, four, ROWS);
+                out[(t0 + t) * ldo + row0 + r] = four[0];
             }
         }
     }

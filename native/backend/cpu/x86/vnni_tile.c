@@ -11,26 +11,28 @@
 
 #include <string.h>
 
-enum { ROWS = 32, TOKENS = 8 };
+enum { ROWS = 32, TOKENS = 8, AHEAD_BYTES = 256 };
 
 typedef struct {
     uint8_t *codes;
     float *scale, *bias, *chain;
+    const uint8_t *next; /* packed codes of the next tile, `next_step` bytes of them prefetched each group */
+    size_t next_step;
 } tile;
 
 static size_t pad(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static tile tile_at(void *scratch, size_t cols, size_t groups) {
-    tile t;
+    tile t = {0};
     t.codes = scratch;
-    t.scale = (float *)(void *)(t.codes + pad(cols, 64) * ROWS);
+    t.scale = (float *)(void *)(t.codes + pad(cols, 128) * ROWS);
     t.bias = t.scale + pad(groups, 16) * ROWS;
     t.chain = t.bias + pad(groups, 16) * ROWS;
     return t;
 }
 
 size_t cv_vnni_tile_scratch(size_t cols) {
-    return pad(cols, 64) * ROWS + (2 * pad(cols / 32 + 1, 16) * ROWS + (size_t)TOKENS * 4 * ROWS) * sizeof(float);
+    return pad(cols, 128) * ROWS + (2 * pad(cols / 32 + 1, 16) * ROWS + (size_t)TOKENS * 4 * ROWS) * sizeof(float);
 }
 
 /* 16 x 16 dwords: r[i] element j becomes r[j] element i. */
@@ -57,23 +59,48 @@ CV_INLINE_VNNI void transpose(__m512i r[16]) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-/* 64 codes of a row as bytes, or 32 and zeros when `half`. */
+/* 64 codes of 6 or 8 bits as bytes, or 32 and zeros when `half`. */
 CV_INLINE_VNNI __m512i load_codes(const uint8_t *p, unsigned bits, bool half) {
-    if (bits == 8) return half ? _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p)) : _mm512_loadu_si512(p);
     if (bits == 6) return cv_vnni_codes6(_mm512_maskz_loadu_epi8(half ? 0xffffffull : 0xffffffffffffull, p));
-    __m256i v = half ? _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p)) : _mm256_loadu_si256((const __m256i *)(const void *)p);
-    __m512i wide = _mm512_cvtepu8_epi16(v);
-    return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(0x0f));
+    return half ? _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p)) : _mm512_loadu_si512(p);
 }
 
-/* Codes of rows first … first+15 (clamped to `last`) into half h of the tile. */
-CV_TARGET_VNNI static void unpack_codes(const uint8_t *data, size_t row_bytes, size_t first, size_t last, unsigned bits, size_t cols, size_t h, uint8_t *codes) {
+/* Codes of rows first … first+15 (clamped to `last`) into half h of the tile: 6 and 8 bits. */
+CV_TARGET_VNNI static void unpack_bytes(const uint8_t *data, size_t row_bytes, size_t first, size_t last, unsigned bits, size_t cols, size_t h, uint8_t *codes) {
     for (size_t k = 0; k < cols; k += 64) {
         const bool half = cols - k < 64;
         __m512i v[16];
-        for (size_t i = 0; i < 16; i++) v[i] = load_codes(data + (first + i < last ? first + i : last) * row_bytes + k * bits / 8, bits, half);
+        for (size_t i = 0; i < 16; i++) {
+            const uint8_t *p = data + (first + i < last ? first + i : last) * row_bytes + k * bits / 8;
+            _mm_prefetch((const char *)p + AHEAD_BYTES, _MM_HINT_T0);
+            v[i] = load_codes(p, bits, half);
+        }
         transpose(v);
         for (size_t i = 0; i < 16; i++) _mm512_store_si512(codes + ((k / 4 + i) * 2 + h) * 64, v[i]);
+    }
+}
+
+/* The same for 4 bits: 128 columns (one cache line) of each row are transposed as they are; then every dword of eight codes
+ * becomes two of four: byte b of the low (high) half goes to a word, which w | w << 4 spreads over its two bytes. */
+CV_TARGET_VNNI static void unpack_nibbles(const uint8_t *data, size_t row_bytes, size_t first, size_t last, size_t cols, size_t h, uint8_t *codes) {
+    const __m512i low_bytes = _mm512_broadcast_i32x4(_mm_set_epi8(-1, 13, -1, 12, -1, 9, -1, 8, -1, 5, -1, 4, -1, 1, -1, 0));
+    const __m512i high_bytes = _mm512_broadcast_i32x4(_mm_set_epi8(-1, 15, -1, 14, -1, 11, -1, 10, -1, 7, -1, 6, -1, 3, -1, 2));
+    const __m512i nibble = _mm512_set1_epi8(0x0f);
+    for (size_t k = 0; k < cols; k += 128) {
+        const __mmask16 m = cols - k >= 128 ? 0xffff : (__mmask16)((1u << ((cols - k) / 8)) - 1);
+        __m512i v[16];
+        for (size_t i = 0; i < 16; i++) {
+            const uint8_t *p = data + (first + i < last ? first + i : last) * row_bytes + k / 2;
+            _mm_prefetch((const char *)p + AHEAD_BYTES, _MM_HINT_T0);
+            v[i] = _mm512_maskz_loadu_epi32(m, p);
+        }
+        transpose(v);
+        uint8_t *to = codes + (k / 4 * 2 + h) * 64;
+        for (size_t i = 0; i < 16; i++) {
+            const __m512i a = _mm512_shuffle_epi8(v[i], low_bytes), b = _mm512_shuffle_epi8(v[i], high_bytes);
+            _mm512_store_si512(to + i * 256, _mm512_ternarylogic_epi32(a, _mm512_slli_epi16(a, 4), nibble, 0xa8)); /* (x | y) & z */
+            _mm512_store_si512(to + i * 256 + 128, _mm512_ternarylogic_epi32(b, _mm512_slli_epi16(b, 4), nibble, 0xa8));
+        }
     }
 }
 
@@ -103,6 +130,7 @@ CV_INLINE_VNNI void multiply(const tile *w, const int8_t *q, size_t q_stride, co
     const uint8_t *codes = w->codes;
     for (size_t g = 0; g < groups; g++) {
         __m512i dot[TOKENS][2];
+        for (size_t i = 0; i < w->next_step; i += 64) _mm_prefetch((const char *)w->next + g * w->next_step + i, _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) dot[t][0] = dot[t][1] = _mm512_setzero_si512();
         for (size_t k = 0; k < group; k += 4, codes += 128) {
@@ -155,18 +183,22 @@ static const multiply_kernel kernels[TOKENS][2] = {
 
 CV_TARGET_VNNI void cv_vnni_tile(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
     const size_t groups = w->cols / w->group;
-    const tile tl = tile_at(scratch, w->cols, groups);
+    tile tl = tile_at(scratch, w->cols, groups);
     const uint8_t *data = w->data + e * w->expert_bytes, *scales = w->scales + e * w->expert_scale_bytes, *biases = w->biases + e * w->expert_scale_bytes;
     const size_t pieces = (a->n + TOKENS - 1) / TOKENS;
     for (size_t r = row0; r < row1; r += ROWS) {
         const size_t halves = row1 - r > 16 ? 2 : 1, last = row1 - 1;
         for (size_t h = 0; h < halves; h++) {
-            unpack_codes(data, w->row_bytes, r + h * 16, last, w->bits, w->cols, h, tl.codes);
+            if (w->bits == 4) unpack_nibbles(data, w->row_bytes, r + h * 16, last, w->cols, h, tl.codes);
+            else unpack_bytes(data, w->row_bytes, r + h * 16, last, w->bits, w->cols, h, tl.codes);
             unpack_scales(scales, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, h, tl.scale);
             unpack_scales(biases, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, h, tl.bias);
         }
+        const size_t next_rows = r + ROWS >= row1 ? 0 : row1 - r - ROWS < ROWS ? row1 - r - ROWS : ROWS;
+        tl.next_step = next_rows ? pad(next_rows * w->row_bytes / (pieces * groups) + 1, 64) : 0;
         for (size_t piece = 0, t = 0; piece < pieces; piece++) { /* pieces as even as can be: 9 rows are 5 and 4 */
             const size_t end = (piece + 1) * a->n / pieces, tokens = end - t;
+            tl.next = data + (r + ROWS) * w->row_bytes + piece * groups * tl.next_step;
             kernels[tokens - 1][halves - 1](&tl, a->q + t * a->q_stride, a->q_stride, a->scale + t * a->g_stride, a->sum + t * a->g_stride, a->g_stride, groups, w->group);
             for (size_t i = 0; i < tokens; i++)
                 for (size_t h = 0; h < halves; h++) {

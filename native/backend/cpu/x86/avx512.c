@@ -1,0 +1,37 @@
+/* avx512.c — the two kernel sets with 512-bit float kernels. They differ in the quantized product: without VNNI it is the
+ * AVX2 one; with VNNI it is streamed for few activation rows and tiled for many. */
+#include "vec16_avx512.h"
+/* (vec16 first: the kernels are written in its words) */
+#include "float_kernels.h"
+
+#include "attention_kernels.h"
+#include "avx2_qmatmul.h"
+#include "cpu_features.h"
+#include "vnni.h"
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t scratch_bytes(size_t cols) { return larger(fmatmul_scratch(cols), cv_qmatmul_avx2_scratch(cols)); }
+
+static size_t scratch_bytes_vnni(size_t cols) {
+    return larger(fmatmul_scratch(cols), larger(cv_vnni_stream_scratch(cols), cv_vnni_tile_scratch(cols)));
+}
+
+static void qmatmul_vnni(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
+    if (a->n <= CV_VNNI_STREAM_ROWS) cv_vnni_stream(w, e, row0, row1, a, out, ldo, scratch);
+    else cv_vnni_tile(w, e, row0, row1, a, out, ldo, scratch);
+}
+
+#define FLOAT_SLOTS \
+    .quantize = quantize, .decode_row = decode_row, .fmatmul = fmatmul, .rms_norm = rms_norm, .swiglu = swiglu, .add = add, .rope = rope, \
+    .store_kv = store_kv, .attn_scores = attn_scores, .attn_softmax = attn_softmax, .attn_values = attn_values, .argmax = argmax
+
+const cv_cpu_kernels *cv_kernels_avx512(void) {
+    static const cv_cpu_kernels table = {.level = CV_CPU_AVX512, .qmatmul = cv_qmatmul_avx2, .scratch_bytes = scratch_bytes, FLOAT_SLOTS};
+    return cv_x86_detect().avx512 ? &table : NULL;
+}
+
+const cv_cpu_kernels *cv_kernels_avx512_vnni(void) {
+    static const cv_cpu_kernels table = {.level = CV_CPU_AVX512_VNNI, .qmatmul = qmatmul_vnni, .scratch_bytes = scratch_bytes_vnni, FLOAT_SLOTS};
+    return cv_x86_detect().avx512_vnni ? &table : NULL;
+}
