@@ -20,8 +20,8 @@ import { planTensors, type TensorPlan } from "./tensor-plan.ts";
 import { importTokenizer } from "./tokenizer.ts";
 
 export interface ImportProgress {
-  bytesDone: number;
-  bytesTotal: number;
+  doneBytes: number;
+  totalBytes: number;
   /** GGUF name of the tensor being converted. */
   tensor: string;
 }
@@ -41,18 +41,20 @@ export interface ImportOptions {
 export interface ImportReport {
   /** The GGUF files that were read. */
   sources: string[];
-  outDir: string;
+  /** The folder that was written. */
+  path: string;
   architecture: "llama" | "llama4";
   name: string | undefined;
   tensors: number;
   bytesRead: number;
-  bytesWritten: number;
+  /** Of all files written. */
+  bytes: number;
   files: string[];
   /** True where every weight has exactly the value it has in the GGUF. */
   lossless: boolean;
   /** One entry for each GGUF type in the file: what it became and what that cost. */
   types: TypeReport[];
-  /** Anything else a reader should know, as sentences. */
+  /** What was not kept exactly and anything else a reader should know, as sentences. */
   notes: string[];
 }
 
@@ -244,12 +246,12 @@ interface Written {
 
 async function writeAll(dir: string, prepared: Prepared, options: ImportOptions): Promise<Written> {
   const { shards } = prepared;
-  const bytesTotal = shards.flat().reduce((sum, c) => sum + c.planned.source.sizeBytes, 0);
+  const totalBytes = shards.flat().reduce((sum, c) => sum + c.planned.source.sizeBytes, 0);
   const written: Written = { files: [], bytesRead: 0, bytesWritten: 0, losses: new LossReport() };
   const moved = (bytes: number, tensor: string) => {
     if (options.signal?.aborted === true) throw new CaravanError("cancelled", "the import was cancelled");
     written.bytesRead += bytes;
-    options.onProgress?.({ bytesDone: written.bytesRead, bytesTotal, tensor });
+    options.onProgress?.({ doneBytes: written.bytesRead, totalBytes, tensor });
   };
   const weightMap: Json = {};
   for (const [k, shard] of shards.entries()) {
@@ -316,16 +318,16 @@ async function writeDocument(path: string, content: Json): Promise<number> {
 function report(model: GgufModel, outDir: string, prepared: Prepared, written: Written): ImportReport {
   return {
     sources: model.paths,
-    outDir,
+    path: outDir,
     architecture: prepared.hp.architecture,
     name: prepared.name,
     tensors: model.tensors.size,
     bytesRead: written.bytesRead,
-    bytesWritten: written.bytesWritten,
+    bytes: written.bytesWritten,
     files: written.files,
     lossless: written.losses.lossless,
     types: written.losses.types(),
-    notes: prepared.notes,
+    notes: [...written.losses.notes(), ...prepared.notes],
   };
 }
 

@@ -55,4 +55,18 @@ export class LossReport {
   types(): TypeReport[] {
     return [...this.#types.values()].sort((a, b) => b.weights - a.weights);
   }
+
+  /** One sentence for each type that was not kept exactly. */
+  notes(): string[] {
+    return this.types()
+      .filter((t) => !t.lossless)
+      .map((t) => {
+        const share = ((100 * t.inexactWeights) / t.weights).toFixed(1);
+        const worst = (100 * t.maxRelativeError).toPrecision(2);
+        return (
+          `${t.from} is not lossless: ${t.tensors} tensors became ${t.to}; ${share} % of their weights are rounded, ` +
+          `by at most ${worst} % of the largest weight of the tensor`
+        );
+      });
+  }
 }

@@ -31,7 +31,7 @@ interface Recipe {
 }
 
 const LLAMA3_RECIPE: Recipe = { patterns: [LLAMA3], ignoreMerges: true, addBos: true };
-const LLAMA4_RECIPE: Recipe = { patterns: [LLAMA4] };
+const LLAMA4_RECIPE: Recipe = { patterns: [LLAMA4], ignoreMerges: true };
 
 const RECIPES: ReadonlyMap<string, Recipe> = new Map([
   // single digits first; \p{N} instead of a Digits entry, which not every library applies to all numerals

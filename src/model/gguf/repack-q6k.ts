@@ -14,24 +14,40 @@ export function repackQ6K(src: Uint8Array, blocks: number, to: AffineTarget, los
   const half = halfTable();
   const w = new Uint16Array(src.buffer, src.byteOffset, (blocks * BLOCK_BYTES) / 2);
   const signed = new Int8Array(src.buffer, src.byteOffset, blocks * BLOCK_BYTES);
-  const values = new Int32Array(GROUP);
+  const values = new Float64Array(GROUP);
   for (let b = 0; b < blocks; b++) {
     const at = b * BLOCK_BYTES;
     const d = half[w[(at + 208) >> 1] ?? 0] ?? 0;
     for (let g = 0; g < 8; g++) {
-      // group g of 32 columns: which half of 128, and which of its four runs
-      const run = g & 3;
-      const low = at + (g >> 2) * 64 + (run & 1) * 32;
-      const high = at + 128 + (g >> 2) * 32;
-      const lowShift = (run >> 1) * 4;
       const s0 = signed[at + 192 + g * 2] ?? 0;
       const s1 = signed[at + 192 + g * 2 + 1] ?? 0;
-      for (let l = 0; l < GROUP; l++) {
-        const q = (((src[low + l] ?? 0) >> lowShift) & 15) | ((((src[high + l] ?? 0) >> (run * 2)) & 3) << 4);
-        values[l] = (l < 16 ? s0 : s1) * (q - 32);
-      }
-      storeGroup(values, d, divisor(s0, s1), b * 8 + g, to, loss);
+      decodeGroup(src, at, g, d * s0, d * s1, values);
+      storeGroup(values, Math.abs(d) * divisor(s0, s1), b * 8 + g, to, loss);
     }
+  }
+}
+
+/** The 32 values of group g; the products are exact in float64. */
+function decodeGroup(
+  src: Uint8Array,
+  at: number,
+  g: number,
+  first: number,
+  second: number,
+  out: Float64Array,
+): void {
+  const run = g & 3; // which of the four runs of 32 in a half of 128
+  const low = at + (g >> 2) * 64 + (run & 1) * 32;
+  const high = at + 128 + (g >> 2) * 32;
+  const lowShift = (run >> 1) * 4;
+  const highShift = run * 2;
+  for (let l = 0; l < 16; l++) {
+    const q = (((src[low + l] ?? 0) >> lowShift) & 15) | ((((src[high + l] ?? 0) >> highShift) & 3) << 4);
+    out[l] = first * (q - 32);
+  }
+  for (let l = 16; l < GROUP; l++) {
+    const q = (((src[low + l] ?? 0) >> lowShift) & 15) | ((((src[high + l] ?? 0) >> highShift) & 3) << 4);
+    out[l] = second * (q - 32);
   }
 }
 
@@ -39,14 +55,17 @@ export function repackQ6K(src: Uint8Array, blocks: number, to: AffineTarget, los
 function divisor(a: number, b: number): number {
   let x = Math.abs(a);
   let y = Math.abs(b);
-  while (y !== 0) [x, y] = [y, x % y];
+  while (y !== 0) {
+    const rest = x % y;
+    x = y;
+    y = rest;
+  }
   return x === 0 ? 1 : x;
 }
 
-/** `values` times `d` as one affine group; `step` divides every value. */
+/** Stores 32 values as one affine group; every value is a multiple of `step`. */
 function storeGroup(
-  values: Int32Array,
-  d: number,
+  values: Float64Array,
   step: number,
   group: number,
   to: AffineTarget,
@@ -57,33 +76,46 @@ function storeGroup(
   for (let l = 1; l < GROUP; l++) {
     const x = values[l] ?? 0;
     if (x < min) min = x;
-    if (x > max) max = x;
+    else if (x > max) max = x;
   }
-  // d may be negative: then the least value of the group is d * max
-  const least = d < 0 ? d * max : d * min;
-  const span = Math.abs(d) * (max - min);
-  const exact = (max - min) / step <= 255;
+  const span = max - min;
+  const exact = span <= 255 * step;
   const half = halfTable();
-  let scaleBits = toHalf(exact ? Math.abs(d) * step : span / 255);
+  let scaleBits = toHalf(exact ? step : span / 255);
   // rounded up, so that 255 steps still reach the greatest value
   if (!exact && (half[scaleBits] ?? 0) * 255 < span) scaleBits++;
-  const biasBits = toHalf(least);
+  const biasBits = toHalf(min);
   const scale = half[scaleBits] ?? 0;
   const bias = half[biasBits] ?? 0;
   if (!Number.isFinite(scale) || !Number.isFinite(bias)) loss.badGroups++;
   to.scales[group] = scaleBits;
   to.biases[group] = biasBits;
-  const at = group * GROUP;
-  let worst = 0;
-  for (let l = 0; l < GROUP; l++) {
-    const x = d * (values[l] ?? 0);
-    const code = scale === 0 ? 0 : Math.min(255, Math.max(0, Math.round((x - bias) / scale)));
-    to.codes[at + l] = code;
-    const error = Math.abs(code * scale + bias - x);
-    if (error > worst) worst = error;
-  }
+  const worst = storeCodes(values, scale, bias, to.codes, group * GROUP);
   if (worst > 0) loss.inexactWeights += GROUP;
   if (worst > loss.maxError) loss.maxError = worst;
-  const reach = Math.max(Math.abs(least), Math.abs(least + span));
+  const reach = Math.max(max, -min);
   if (reach > loss.maxMagnitude) loss.maxMagnitude = reach;
+}
+
+/** Writes the nearest codes and returns the largest error. */
+function storeCodes(
+  values: Float64Array,
+  scale: number,
+  bias: number,
+  codes: Uint8Array,
+  at: number,
+): number {
+  const inverse = scale === 0 ? 0 : 1 / scale;
+  let worst = 0;
+  for (let l = 0; l < GROUP; l++) {
+    const x = values[l] ?? 0;
+    let code = ((x - bias) * inverse + 0.5) | 0;
+    if (code > 255) code = 255;
+    else if (code < 0) code = 0;
+    codes[at + l] = code;
+    const error = code * scale + bias - x;
+    if (error > worst) worst = error;
+    else if (-error > worst) worst = -error;
+  }
+  return worst;
 }
