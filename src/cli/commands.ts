@@ -1,0 +1,28 @@
+// All commands, in the order in which the overview lists them.
+
+import { bench } from "./bench.ts";
+import type { Command } from "./command.ts";
+import { doctor } from "./doctor.ts";
+import { importCommand } from "./import.ts";
+import { logits } from "./logits.ts";
+import { models } from "./models.ts";
+import { pull } from "./pull.ts";
+import { run } from "./run.ts";
+import { runner } from "./runner.ts";
+import { serve } from "./serve.ts";
+import { template } from "./template.ts";
+import { tokenize } from "./tokenize.ts";
+
+export const commands: readonly Command[] = [
+  run,
+  serve,
+  pull,
+  importCommand,
+  models,
+  bench,
+  logits,
+  tokenize,
+  template,
+  doctor,
+  runner,
+];

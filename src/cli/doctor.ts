@@ -1,0 +1,113 @@
+// caravan doctor: what this machine has, and what stands in the way, each with the command that mends it.
+
+import { accessSync, constants, existsSync, statfsSync } from "node:fs";
+import { arch, cpus, platform, release } from "node:os";
+import { dirname } from "node:path";
+import { cpuReport } from "../engine/binding.ts";
+import { asCaravanError } from "../errors.ts";
+import { availableMemory } from "../model/machine-memory.ts";
+import { openStore, scanStore } from "../model/store.ts";
+import { resolvePaths } from "../paths.ts";
+import { loadSettings } from "../settings.ts";
+import { VERSION } from "../version.ts";
+import type { Command } from "./command.ts";
+import { formatBytes } from "./progress.ts";
+
+interface Check {
+  name: string;
+  ok: boolean;
+  detail: string;
+  fix?: string;
+}
+
+function attempt(name: string, check: () => Omit<Check, "name">): Check {
+  try {
+    return { name, ...check() };
+  } catch (thrown) {
+    const error = asCaravanError(thrown);
+    return {
+      name,
+      ok: false,
+      detail: error.toText(),
+      ...(error.hint === undefined ? {} : { fix: error.hint }),
+    };
+  }
+}
+
+/** The nearest folder above `path` that exists. */
+function existing(path: string): string {
+  let at = path;
+  while (!existsSync(at) && dirname(at) !== at) at = dirname(at);
+  return at;
+}
+
+function runChecks(): Check[] {
+  const paths = resolvePaths();
+  return [
+    attempt("caravan", () => ({
+      ok: true,
+      detail: `${VERSION}, Bun ${Bun.version}, ${platform()} ${arch()} ${release()}`,
+    })),
+    attempt("processor", () => {
+      const { best, library } = cpuReport();
+      return {
+        ok: best !== "scalar",
+        detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${best} (${library})`,
+      };
+    }),
+    attempt("memory", () => {
+      const { available, total } = availableMemory();
+      return { ok: available > 1e9, detail: `${formatBytes(available)} of ${formatBytes(total)} available` };
+    }),
+    attempt("settings", () => {
+      const { settings, warnings } = loadSettings();
+      return {
+        ok: warnings.length === 0,
+        detail: [`host ${settings.host}, port ${settings.port}`, ...warnings].join("; "),
+      };
+    }),
+    attempt("models folder", () => {
+      const folder = existing(paths.models);
+      accessSync(folder, constants.W_OK);
+      const { bavail, bsize } = statfsSync(folder);
+      return { ok: true, detail: `${paths.models}, ${formatBytes(bavail * bsize)} free` };
+    }),
+    attempt("hub cache", () => ({ ok: true, detail: paths.hub })),
+    attempt("cards", () => {
+      const { cards } = openStore();
+      const bad = [...cards.bad.values()].map((error) => error.toText());
+      return { ok: bad.length === 0, detail: [`${cards.cards.length} cards`, ...bad].join("; ") };
+    }),
+    attempt("models", () => {
+      const { models, partial } = scanStore(openStore(loadSettings().settings.models_dir));
+      return {
+        ok: partial.length === 0,
+        detail: `${models.length} here${partial.length === 0 ? "" : `, ${partial.length} incomplete`}`,
+        ...(partial[0] === undefined ? {} : { fix: partial[0].hint }),
+      };
+    }),
+  ];
+}
+
+export const doctor: Command = {
+  name: "doctor",
+  summary: "check this machine and say what to mend",
+  positionals: "",
+  count: [0, 0],
+  options: {
+    json: { help: "print JSON" },
+    selftest: { help: "run every kernel on the GPU", later: "the Metal backend" },
+  },
+  async run(args) {
+    const checks = runChecks();
+    if (args.flag("json")) {
+      process.stdout.write(`${JSON.stringify(checks)}\n`);
+    } else {
+      for (const { name, ok, detail, fix } of checks) {
+        process.stdout.write(`${ok ? "ok  " : "FAIL"}  ${name.padEnd(14)} ${detail}\n`);
+        if (!ok && fix !== undefined) process.stdout.write(`      ${"".padEnd(14)} → ${fix}\n`);
+      }
+    }
+    return checks.every(({ ok }) => ok) ? 0 : 1;
+  },
+};

@@ -1,0 +1,77 @@
+// caravan logits: raw logits of a token sequence, the way the engine is judged.
+
+import * as v from "valibot";
+import { runLogits } from "../engine/logits.ts";
+import { CaravanError } from "../errors.ts";
+import { NpyWriter } from "../model/npy.ts";
+import type { Command } from "./command.ts";
+import { readJsonFile } from "./json-file.ts";
+import { findModel } from "./model-argument.ts";
+import { ProgressLine } from "./progress.ts";
+
+export const logits: Command = {
+  name: "logits",
+  summary: "write the logits of a token sequence to a .npy file",
+  positionals: "MODEL",
+  count: [1, 1],
+  options: {
+    "tokens-file": { value: "T.json", help: '{"tokens":[…]}' },
+    out: { value: "OUT.npy", help: "float32 [tokens, vocabulary], in order" },
+    prefill: { value: "N", help: "tokens that are the prompt; the others go one at a time (default all)" },
+    piece: { value: "K", help: "most tokens of the prompt fed at once (default 512)" },
+    compute: { value: "exact|fast", help: "float32, or what serving uses (default fast)" },
+    device: { value: "cpu|metal", help: "default cpu" },
+    threads: { value: "T", help: "compute threads (default: the machine's)" },
+    cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
+    tensor: { value: "N", help: "tensor-parallel ranks", later: "the cluster" },
+    pipeline: { value: "N", help: "pipeline stages", later: "the cluster" },
+  },
+  async run(args) {
+    const compute = args.choice("compute", ["exact", "fast"]) ?? "fast";
+    if (args.choice("device", ["cpu", "metal"]) === "metal") {
+      throw new CaravanError("not_built_yet", "--device metal is not built yet");
+    }
+    const out = args.required("out");
+    const { tokens } = readJsonFile(
+      args.required("tokens-file"),
+      v.object({
+        tokens: v.pipe(
+          v.array(v.pipe(v.number(), v.integer(), v.minValue(0))),
+          v.minLength(1, "an empty list of tokens"),
+        ),
+      }),
+    );
+    const prefill = args.integer("prefill", 0, tokens.length);
+    const piece = args.integer("piece", 1, 65536);
+    const threads = args.integer("threads", 1, 256);
+    const cpu = args.text("cpu");
+    const model = findModel(args.positional(0));
+    const progress = new ProgressLine();
+    let writer: NpyWriter | undefined;
+    let done = 0;
+    try {
+      await runLogits({
+        modelDir: model.path,
+        tokens,
+        compute,
+        ...(prefill === undefined ? {} : { prefill }),
+        ...(piece === undefined ? {} : { piece }),
+        ...(threads === undefined ? {} : { threads }),
+        ...(cpu === undefined ? {} : { cpu }),
+        onLogits: async (rows, vocab) => {
+          writer ??= await NpyWriter.open(out, [tokens.length, vocab]);
+          await writer.write(rows);
+          done += rows.length / vocab;
+          progress.show("logits", done / tokens.length, `${done} of ${tokens.length} tokens`);
+        },
+      });
+      await writer?.close();
+    } catch (thrown) {
+      await writer?.abandon();
+      throw thrown;
+    } finally {
+      progress.clear();
+    }
+    return 0;
+  },
+};

@@ -1,0 +1,78 @@
+// caravan models: what is on this machine, and which cards there are.
+
+import { openStore, removeModel, scanStore } from "../model/store.ts";
+import { loadSettings } from "../settings.ts";
+import type { Command } from "./command.ts";
+import { formatBytes } from "./progress.ts";
+
+function table(rows: readonly (readonly string[])[]): string {
+  const widths: number[] = [];
+  for (const row of rows) {
+    row.forEach((cell, i) => {
+      widths[i] = Math.max(widths[i] ?? 0, cell.length);
+    });
+  }
+  return rows
+    .map((row) =>
+      row
+        .map((cell, i) => cell.padEnd(widths[i] ?? 0))
+        .join("  ")
+        .trimEnd(),
+    )
+    .map((line) => `${line}\n`)
+    .join("");
+}
+
+export const models: Command = {
+  name: "models",
+  summary: "list the models on this machine",
+  positionals: "",
+  count: [0, 0],
+  options: {
+    cards: { help: "list the models that caravan knows by name instead" },
+    remove: { value: "NAME", help: "delete a model from this machine" },
+    json: { help: "print JSON" },
+  },
+  async run(args) {
+    const store = openStore(loadSettings().settings.models_dir);
+    const remove = args.text("remove");
+    if (remove !== undefined) {
+      const removed = removeModel(store, remove);
+      process.stdout.write(args.flag("json") ? `${JSON.stringify(removed)}\n` : `removed ${removed.path}\n`);
+      return 0;
+    }
+    for (const warning of store.cards.warnings) process.stderr.write(`caravan: ${warning}\n`);
+    for (const error of store.cards.bad.values()) process.stderr.write(`caravan: ${error.toText()}\n`);
+    if (args.flag("cards")) {
+      const cards = store.cards.cards;
+      if (args.flag("json")) {
+        process.stdout.write(`${JSON.stringify(cards)}\n`);
+      } else {
+        const rows = cards.map((card) => [
+          card.name,
+          card.model_id,
+          card.storage_size === undefined ? "" : formatBytes(card.storage_size.in_bytes),
+        ]);
+        process.stdout.write(table([["NAME", "REPOSITORY", "SIZE"], ...rows]));
+      }
+      return 0;
+    }
+    const { models: whole, partial } = scanStore(store);
+    if (args.flag("json")) {
+      process.stdout.write(`${JSON.stringify({ models: whole, partial })}\n`);
+      return 0;
+    }
+    if (whole.length === 0 && partial.length === 0) {
+      process.stdout.write(
+        "no models here yet: `caravan pull MODEL` gets one, `caravan models --cards` lists names\n",
+      );
+      return 0;
+    }
+    const rows = whole.map((model) => [model.name, formatBytes(model.bytes), model.source, model.path]);
+    process.stdout.write(table([["NAME", "SIZE", "SOURCE", "FOLDER"], ...rows]));
+    for (const one of partial) {
+      process.stdout.write(`${one.name} is incomplete (${formatBytes(one.bytes)} here): ${one.hint}\n`);
+    }
+    return 0;
+  },
+};

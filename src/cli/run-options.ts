@@ -1,0 +1,30 @@
+// Options that `serve`, `run` and `bench` share: how a model is run on this machine.
+
+import { CaravanError } from "../errors.ts";
+import type { RunOptions } from "../node/open-model.ts";
+import type { LoadedSettings } from "../settings.ts";
+import type { Arguments, OptionSpec } from "./command.ts";
+
+export const RUN_OPTIONS: Record<string, OptionSpec> = {
+  context: { value: "N", help: "most tokens of prompt and answer together (default: what memory allows)" },
+  threads: { value: "T", help: "compute threads (default: the machine's)" },
+  scheduling: { value: "MODE", help: "sequential or batched (default: by the model's cache)" },
+  device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
+};
+
+export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOptions {
+  if (args.choice("device", ["auto", "cpu", "metal"]) === "metal") {
+    throw new CaravanError("not_built_yet", "--device metal is not built yet", {
+      hint: "Leave it out: the model then runs on the CPU.",
+    });
+  }
+  const context = args.integer("context", 1, 2 ** 40) ?? (settings.context || undefined);
+  const threads = args.integer("threads", 1, 256) ?? (settings.threads || undefined);
+  const scheduling = args.choice("scheduling", ["sequential", "batched"]);
+  return {
+    ...(context === undefined ? {} : { context }),
+    ...(threads === undefined ? {} : { threads }),
+    ...(scheduling === undefined ? {} : { scheduling }),
+    maxQueue: settings.max_queue,
+  };
+}

@@ -1,0 +1,206 @@
+// What a model needs of memory, known before anything is loaded: weights, cache pages, scratch. Chooses the context that
+// fits where none was asked for, and refuses with numbers what cannot fit. Pure.
+
+import { CaravanError } from "../errors.ts";
+import type { ModelConfig } from "./config.ts";
+import { isCopied, type LoadPlan, tensorBytes } from "./load-plan.ts";
+
+export interface MemoryRequest {
+  /** Longest sequence asked for; undefined = what fits, up to the model's limit. */
+  context?: number;
+  /** Sequences that run at once; undefined = what fits, up to MOST_STREAMS. */
+  streams?: number;
+  kvType: "f32" | "f16" | "bf16";
+  threads: number;
+  maxTokens: number;
+  maxLogits: number;
+  /** Bytes that may be used in all. */
+  available: number;
+}
+
+export interface MemoryPlan {
+  context: number;
+  streams: number;
+  pageTokens: number;
+  fullPages: number;
+  chunkPages: number;
+  /** Bytes. Mapped weights are shared with the file cache and can be dropped by the system; the others cannot. */
+  weightsMapped: number;
+  weightsCopied: number;
+  kvBytes: number;
+  scratchBytes: number;
+}
+
+/** Sequences at once where nobody says otherwise and memory is plenty. */
+export const MOST_STREAMS = 16;
+/** A context that most conversations fit into: streams are added beyond one only for contexts up to this. */
+const COMFORTABLE_CONTEXT = 8192;
+/** Share of the available memory that is planned; the rest is for the text worker, buffers and others. */
+const PLANNED_SHARE = 0.9;
+
+const KV_BYTES = { f32: 4, f16: 2, bf16: 2 } as const;
+
+/** Tokens a page: 64, or the largest power of two from 16 on that divides the attention chunk. */
+export function pageTokensOf(chunk: number): number {
+  for (const size of [64, 32, 16]) if (chunk % size === 0) return size;
+  throw new CaravanError("unsupported_model", `attention_chunk_size ${chunk} is not a multiple of 16`);
+}
+
+/** Bytes of one page of each pool, all layers together. */
+export function pageBytes(
+  config: ModelConfig,
+  kvType: MemoryRequest["kvType"],
+  pageTokens: number,
+): { full: number; chunked: number } {
+  const layer = 2 * config.kvHeads * config.headDim * pageTokens * KV_BYTES[kvType];
+  const chunked = config.layers.filter((each) => each.chunked).length;
+  return { full: layer * (config.layers.length - chunked), chunked: layer * chunked };
+}
+
+/** Pages that one sequence of `context` tokens needs. */
+function pagesOf(
+  config: ModelConfig,
+  context: number,
+  pageTokens: number,
+): { full: number; chunked: number } {
+  const all = Math.ceil(context / pageTokens);
+  const hasFull = config.layers.some((layer) => !layer.chunked);
+  // While a piece crosses a chunk's edge both chunks are held; one page more than a chunk is enough, since pieces
+  // are cut to what is free (scheduler/pages.ts).
+  const chunk = config.chunk === 0 ? 0 : Math.min(all, config.chunk / pageTokens + 1);
+  return { full: hasFull ? all : 0, chunked: chunk };
+}
+
+/** Bytes of activations and tables in the engine, and of the CPU backend's scratch (native/backend/cpu/cpu.c). */
+export function scratchBytes(
+  config: ModelConfig,
+  request: Pick<MemoryRequest, "threads" | "maxTokens" | "maxLogits">,
+): number {
+  const { hiddenSize: hidden, headDim, heads, kvHeads, vocabSize: vocab } = config;
+  const { threads, maxTokens: tokens, maxLogits: logits } = request;
+  const moe = config.experts > 0;
+  const dense = config.layers.some((layer) => !layer.moe);
+  const ff = Math.max(dense ? config.intermediateSize : 0, moe ? config.expertSize : 0);
+  const q = heads * headDim;
+  const graph = tokens * (hidden + 2 * q + 2 * kvHeads * headDim) * 4 + logits * vocab * 4;
+  // float32 and int8 by three group sizes, with their scales and sums
+  const act = (rows: number, cols: number) =>
+    rows * (cols * (4 + 3) + 8 * (cols / 32 + cols / 64 + cols / 128));
+  const places = moe ? tokens * config.expertsPerToken : 0;
+  const backend =
+    act(Math.max(tokens, logits), Math.max(hidden, q)) +
+    act(tokens, ff) +
+    act(places, hidden) +
+    act(places, ff) +
+    (places + (moe ? tokens : 0)) * hidden * 4 +
+    tokens * headDim * 4;
+  const split = threads > 1 ? heads * 512 * (headDim + 2) * 4 : 0;
+  const thread = 2 * 128 * 256 * 4 + 64 * (256 + 3 * headDim) * 4 + 64 * Math.max(hidden, q, ff);
+  return Math.round(graph + backend + split + threads * thread + vocab * 12);
+}
+
+/** Throws out_of_memory, saying by how much, or context_length_exceeded for more than the model can. */
+export function planMemory(plan: LoadPlan, request: MemoryRequest): MemoryPlan {
+  const { config } = plan;
+  if (request.context !== undefined && request.context > config.contextLength) {
+    throw new CaravanError(
+      "invalid_argument",
+      `a context of ${request.context} tokens was asked for; the model's limit is ${config.contextLength}`,
+      { where: config.where, param: "context" },
+    );
+  }
+  const pageTokens = config.chunk === 0 ? 64 : pageTokensOf(config.chunk);
+  const bytes = pageBytes(config, request.kvType, pageTokens);
+  let weightsMapped = 0;
+  let weightsCopied = 0;
+  for (const tensor of plan.tensors) {
+    if (isCopied(tensor)) weightsCopied += tensorBytes(tensor);
+    else weightsMapped += tensorBytes(tensor);
+  }
+  const scratch = scratchBytes(config, request);
+  const room = request.available * PLANNED_SHARE - weightsMapped - weightsCopied - scratch;
+  const cost = (context: number): number => {
+    const { full, chunked } = pagesOf(config, context, pageTokens);
+    return full * bytes.full + chunked * bytes.chunked;
+  };
+  const context = request.context ?? largestContext(config, pageTokens, cost, room);
+  if (context === 0 || cost(context) > room)
+    throw tooLarge(
+      config,
+      request,
+      weightsMapped + weightsCopied,
+      scratch,
+      cost(Math.max(context, pageTokens)),
+    );
+  const each = pagesOf(config, context, pageTokens);
+  const streams = request.streams ?? streamsThatFit(config, context, cost, room);
+  // Several sequences share the pool; one alone may use all of it.
+  const typical = pagesOf(config, Math.min(context, COMFORTABLE_CONTEXT), pageTokens);
+  const asked = request.streams === undefined ? typical : each;
+  const fullPages = each.full + (streams - 1) * asked.full;
+  const chunkPages = each.chunked + (streams - 1) * asked.chunked;
+  const kvBytes = fullPages * bytes.full + chunkPages * bytes.chunked;
+  if (kvBytes > room) throw tooLarge(config, request, weightsMapped + weightsCopied, scratch, kvBytes);
+  return {
+    context,
+    streams,
+    pageTokens,
+    fullPages,
+    chunkPages,
+    weightsMapped,
+    weightsCopied,
+    kvBytes,
+    scratchBytes: scratch,
+  };
+}
+
+/** The most tokens, in whole pages, whose cache fits; 0 when not even one page does. */
+function largestContext(
+  config: ModelConfig,
+  pageTokens: number,
+  cost: (context: number) => number,
+  room: number,
+): number {
+  let low = 0;
+  let high = Math.ceil(config.contextLength / pageTokens);
+  while (low < high) {
+    const middle = Math.ceil((low + high) / 2);
+    if (cost(middle * pageTokens) <= room) low = middle;
+    else high = middle - 1;
+  }
+  return Math.min(low * pageTokens, config.contextLength);
+}
+
+function streamsThatFit(
+  config: ModelConfig,
+  context: number,
+  cost: (context: number) => number,
+  room: number,
+): number {
+  const more = (room - cost(context)) / cost(Math.min(context, COMFORTABLE_CONTEXT, config.contextLength));
+  return Math.max(1, Math.min(MOST_STREAMS, 1 + Math.floor(more)));
+}
+
+function tooLarge(
+  config: ModelConfig,
+  request: MemoryRequest,
+  weights: number,
+  scratch: number,
+  kv: number,
+): CaravanError {
+  const gigabytes = (n: number) => `${(n / 1e9).toFixed(2)} GB`;
+  const usable = request.available * PLANNED_SHARE;
+  const needed = weights + scratch + kv;
+  return new CaravanError(
+    "out_of_memory",
+    `the model needs ${gigabytes(needed)} (weights ${gigabytes(weights)}, cache ${gigabytes(kv)}, scratch ${gigabytes(scratch)}), ` +
+      `${gigabytes(usable)} can be used: ${gigabytes(needed - usable)} too much`,
+    {
+      where: config.where,
+      hint:
+        weights + scratch < usable
+          ? "Ask for a shorter context with --context."
+          : "Use a smaller or more strongly quantized model.",
+    },
+  );
+}

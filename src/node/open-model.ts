@@ -1,0 +1,101 @@
+// Opens one model on this node: a runner process for the arithmetic, a text worker for tokenizer and template, and
+// what the model says about how to sample it. The result is what the API and the terminal chat generate with.
+
+import { existsSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import type { TextService as ApiText, LoadedModel } from "../api/model-directory.ts";
+import { samplingFromGenerationConfig } from "../api/sampling-defaults.ts";
+import { Detokenizer } from "../chat/detokenizer.ts";
+import { StopMatcher } from "../chat/stop.ts";
+import { TextService } from "../chat/text-service.ts";
+import { bytesOf } from "../chat/token-table.ts";
+import { RunnerClient } from "../engine/runner-client.ts";
+import { CaravanError } from "../errors.ts";
+import type { InstalledModel } from "../model/store.ts";
+
+/** How a model is run; absent = chosen by the runner from the machine and the model. */
+export interface RunOptions {
+  context?: number;
+  threads?: number;
+  maxQueue?: number;
+  /** "sequential" or "batched" instead of what the policy chooses. */
+  scheduling?: "sequential" | "batched";
+}
+
+export interface OpenModel extends LoadedModel {
+  readonly engine: RunnerClient;
+  close(): Promise<void>;
+}
+
+/** Starts the runner and the text worker together and waits for both. On failure nothing is left running. */
+export async function openModel(
+  model: InstalledModel,
+  options: RunOptions,
+  onProgress?: (fraction: number, detail: string) => void,
+): Promise<OpenModel> {
+  const engine = new RunnerClient({
+    model: model.name,
+    modelDir: model.path,
+    ...options,
+    ...(onProgress === undefined ? {} : { onProgress }),
+  });
+  const [text, ready] = await Promise.allSettled([TextService.start(model.path), engine.ready()]);
+  if (text.status === "rejected" || ready.status === "rejected") {
+    if (text.status === "fulfilled") text.value.close();
+    await engine.close();
+    throw text.status === "rejected" ? text.reason : (ready as PromiseRejectedResult).reason;
+  }
+  return assemble(model, engine, text.value);
+}
+
+function assemble(model: InstalledModel, engine: RunnerClient, text: TextService): OpenModel {
+  const status = engine.status();
+  const { table, vocabSize, beginIds, eosIds } = text.info;
+  const decoder = new TextDecoder();
+  const apiText: ApiText = {
+    renderChat: ({ messages, addGenerationPrompt }, options) =>
+      text.renderChat({ messages: [...messages], add_generation_prompt: addGenerationPrompt }, options),
+    encode: (value, options) => text.encode(value, options),
+    decode: (ids) => {
+      const detokenizer = new Detokenizer(table);
+      return ids.map((id) => detokenizer.push(id)).join("") + detokenizer.flush();
+    },
+    tokenBytes: (id) => bytesOf(table, id),
+  };
+  const samplingPath = join(model.path, "generation_config.json");
+  return {
+    id: model.name,
+    created: model.created,
+    ownedBy: model.hubId?.split("/")[0] ?? "local",
+    contextLength: status.context ?? 0,
+    vocabSize,
+    fingerprint: `fp_${Bun.hash(`${model.path} ${model.commit ?? model.created} ${status.cpu ?? ""}`).toString(36)}`,
+    engine,
+    text: apiText,
+    beginIds,
+    eosIds,
+    defaults: {
+      generationConfig: existsSync(samplingPath)
+        ? samplingFromGenerationConfig(readJson(samplingPath, decoder), samplingPath)
+        : {},
+      card: model.card?.sampling_defaults ?? {},
+    },
+    ...(status.policy === undefined ? {} : { policy: status.policy }),
+    newDetokenizer: ({ skipSpecials }) => new Detokenizer(table, { skipSpecials }),
+    newStopMatcher: (stops) => new StopMatcher([...stops]),
+    async close() {
+      text.close();
+      await engine.close();
+    },
+  };
+}
+
+function readJson(path: string, decoder: TextDecoder): unknown {
+  try {
+    return JSON.parse(decoder.decode(readFileSync(path)));
+  } catch (thrown) {
+    throw new CaravanError("bad_file", `is not JSON: ${thrown instanceof Error ? thrown.message : thrown}`, {
+      where: path,
+    });
+  }
+}
