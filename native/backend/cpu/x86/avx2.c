@@ -1,4 +1,5 @@
 /* avx2.c — the kernel set for processors with AVX2, FMA and F16C. */
+#if defined(__x86_64__)
 #include "vec16_avx2.h"
 /* (vec16 first: the kernels are written in its words) */
 #include "float_kernels.h"
@@ -20,3 +21,5 @@ const cv_cpu_kernels *cv_kernels_avx2(void) {
     };
     return cv_x86_detect().avx2 ? &table : NULL;
 }
+
+#endif

@@ -5,6 +5,7 @@
  * Four weight rows at a time; per group an xmm holds the four rows' integer dots, and four xmm are the contract's chains.
  * Activations are copied once a batch into the order in which codes unpack: 4 bits: of each 64 columns (32 where groups are
  * 32) the even ones, then the odd ones; 6 and 8 bits: columns in order. */
+#if defined(__x86_64__)
 #include "avx2_qmatmul.h"
 
 #include <immintrin.h>
@@ -212,3 +213,5 @@ CV_TARGET void cv_qmatmul_avx2(const cv_weight *w, size_t e, size_t row0, size_t
 }
 
 size_t cv_qmatmul_avx2_scratch(size_t cols) { return BATCH * ((cols + 63) & ~(size_t)63); }
+
+#endif

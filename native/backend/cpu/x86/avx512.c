@@ -1,5 +1,6 @@
 /* avx512.c — the two kernel sets with 512-bit float kernels. They differ in the quantized product: without VNNI it is the
  * AVX2 one; with VNNI it is streamed for few activation rows and tiled for many. */
+#if defined(__x86_64__)
 #include "vec16_avx512.h"
 /* (vec16 first: the kernels are written in its words) */
 #include "float_kernels.h"
@@ -35,3 +36,5 @@ const cv_cpu_kernels *cv_kernels_avx512_vnni(void) {
     static const cv_cpu_kernels table = {.level = CV_CPU_AVX512_VNNI, .qmatmul = qmatmul_vnni, .scratch_bytes = scratch_bytes_vnni, FLOAT_SLOTS};
     return cv_x86_detect().avx512_vnni ? &table : NULL;
 }
+
+#endif

@@ -8,6 +8,7 @@
  *   6 and 8 bits: columns in order.
  * Scales and sums are repeated four times, so that they lie as [group][row] too. Missing groups of the last quad have zero
  * codes, scales and sums: they add +0 to a chain, which changes no bit (a chain that started at +0 is never -0). */
+#if defined(__x86_64__)
 #include "vnni.h"
 
 #include <string.h>
@@ -239,3 +240,5 @@ size_t cv_vnni_stream_scratch(size_t cols) {
     const size_t quads = cols / 128 + 4; /* of 32 columns a group, which need the most floats; larger groups round up further */
     return BATCH * (cols + 512 + quads * 2 * 16 * sizeof(float));
 }
+
+#endif

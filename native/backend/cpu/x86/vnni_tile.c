@@ -7,6 +7,7 @@
  *   scale, bias  [groups padded to 16, 2, 16 rows]   float32
  *   chain  [TOKENS, 4, 2, 16 rows]   float32, the contract's four chains of each result
  */
+#if defined(__x86_64__)
 #include "vnni.h"
 
 #include <string.h>
@@ -211,3 +212,5 @@ CV_TARGET_VNNI void cv_vnni_tile(const cv_weight *w, size_t e, size_t row0, size
         }
     }
 }
+
+#endif
