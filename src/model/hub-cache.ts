@@ -38,6 +38,17 @@ export function checkRevision(revision: string): void {
   }
 }
 
+/** Splits `org/name@revision`. `id` is undefined when it is no hub name at all. Throws
+ * invalid_argument for a malformed revision. */
+export function hubName(name: string): { id: string | undefined; revision: string | undefined } {
+  const at = name.indexOf("@");
+  const id = at < 0 ? name : name.slice(0, at);
+  if (!HUB_ID.test(id)) return { id: undefined, revision: undefined };
+  if (at < 0) return { id, revision: undefined };
+  checkRevision(name.slice(at + 1));
+  return { id, revision: name.slice(at + 1) };
+}
+
 /** Why a file name from the hub must not be used as a path below a folder; undefined when it may. */
 export function pathFault(path: string): string | undefined {
   if (path === "" || path.length > 1024) return "it is empty or too long";

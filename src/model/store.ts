@@ -7,12 +7,12 @@ import { homedir } from "node:os";
 import { join, resolve } from "node:path";
 import { CaravanError } from "../errors.ts";
 import { resolvePaths } from "../paths.ts";
-import { type Card, type CardSet, HUB_ID, loadCards, SHORT_NAME } from "./card.ts";
+import { type Card, type CardSet, loadCards, SHORT_NAME } from "./card.ts";
 import {
   cachedCommit,
   cachedIds,
   cachedSnapshots,
-  checkRevision,
+  hubName,
   PART_SUFFIX,
   repoFolder,
   snapshotFolder,
@@ -73,7 +73,8 @@ export function resolveModel(store: ModelStore, name: string, options: ResolveOp
   const card = store.cards.find(name);
   const incomplete: { path: string; state: FolderState }[] = [];
 
-  for (const short of new Set([name, ...(card === undefined ? [] : [card.name])])) {
+  // Who writes a repository's whole name means its files, not an import under the card's name.
+  for (const short of name.includes("/") ? [] : new Set([name, ...(card === undefined ? [] : [card.name])])) {
     if (!SHORT_NAME.test(short)) continue;
     const path = join(store.models, short);
     const state = inspectFolder(path, options);
@@ -125,16 +126,6 @@ function imported(name: string, path: string, state: FolderState, card: Card | u
     created: changed(path),
     ...(card === undefined ? {} : { card }),
   };
-}
-
-/** Splits `org/name@revision`. `id` is undefined when it is no hub name at all. */
-function hubName(name: string): { id: string | undefined; revision: string | undefined } {
-  const at = name.indexOf("@");
-  const id = at < 0 ? name : name.slice(0, at);
-  if (!HUB_ID.test(id)) return { id: undefined, revision: undefined };
-  if (at < 0) return { id, revision: undefined };
-  checkRevision(name.slice(at + 1));
-  return { id, revision: name.slice(at + 1) };
 }
 
 type HubResult = { model: InstalledModel } | { partial: { path: string; state: FolderState } | undefined };

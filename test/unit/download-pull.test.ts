@@ -134,6 +134,13 @@ describe("a good hub", () => {
     expectWhole(await pull());
   });
 
+  test("a revision may be part of the name, as in the hints of other commands", async () => {
+    const { path } = await pullModel(`${ID}@v1`, { endpoint: hub.url, hub: root, env: { HOME: root } });
+    expect(hub.requests[0]?.url).toEndWith("/revision/v1");
+    expect(readFileSync(join(repo(), "refs", "v1"), "utf8")).toBe(COMMIT);
+    expect(existsSync(path)).toBe(true);
+  });
+
   test("a revision with a slash is encoded and gets a reference of its own", async () => {
     await pull({ revision: "refs/pr/1" });
     expect(hub.requests[0]?.url).toEndWith("/revision/refs%2Fpr%2F1");
@@ -495,8 +502,11 @@ describe("stopping", () => {
       mkdirSync(join(repo(), "blobs"));
       writeFileSync(part, new Uint8Array(100));
       writeFileSync(`${part}.json`, map);
-      const result = await pull();
+      const heard: string[] = [];
+      const result = await pull({ onRetry: (message) => heard.push(message) });
       expectWhole(result);
+      // Found when it was read, not by the hash at the end.
+      expect(heard).toEqual([]);
       expect(lstatSync(join(repo(), "blobs", hash)).size).toBe(size);
     }
   });

@@ -99,6 +99,7 @@ describe("a name means", () => {
     const path = makeModel(join(store.models, "smollm2"));
     expect(resolveModel(store, "smollm2")).toMatchObject({ path, source: "imported" });
     expect(resolveModel(store, "smollm2").card?.name).toBe("smollm2");
+    expect(resolveModel(store, "HuggingFaceTB/SmolLM2-135M-Instruct").source).toBe("hub");
     expect(listModels(store).map((model) => model.name)).toEqual([
       "smollm2",
       "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -1,16 +1,17 @@
 // `caravan pull`: brings a model of the hub into the hub's cache. Asks for the commit and its files, checks the disk,
 // fetches what is missing over several connections, and makes the snapshot when every hash is right.
 
-import { open, rm, statfs } from "node:fs/promises";
+import { open, readdir, rm, statfs } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { asCaravanError, CaravanError } from "../../errors.ts";
 import { type Environment, makeFolder, resolvePaths } from "../../paths.ts";
-import { type Card, HUB_ID, loadCards } from "../card.ts";
+import { type Card, loadCards } from "../card.ts";
 import {
   blobFile,
   cachedCommit,
   checkHubId,
   checkRevision,
+  hubName,
   repoFolder,
   snapshotFolder,
 } from "../hub-cache.ts";
@@ -79,8 +80,8 @@ const SPARE_BYTES = 1024 * 1024;
  */
 export async function pullModel(model: string | Card, options: PullOptions = {}): Promise<PullResult> {
   const env = options.env ?? process.env;
-  const id = hubIdOf(model, env);
-  const revision = options.revision ?? "main";
+  const { id, named } = hubIdOf(model, env);
+  const revision = options.revision ?? named ?? "main";
   checkRevision(revision);
   const hub = options.hub ?? resolvePaths(env).hub;
   const around = hubEnvironment(env);
@@ -112,32 +113,35 @@ export async function pullModel(model: string | Card, options: PullOptions = {})
   }
 }
 
-function hubIdOf(model: string | Card, env: Environment): string {
-  const card =
-    typeof model !== "string" || HUB_ID.test(model) ? model : loadCards(resolvePaths(env).cards).find(model);
+function hubIdOf(model: string | Card, env: Environment): { id: string; named: string | undefined } {
+  if (typeof model === "string") {
+    const { id, revision } = hubName(model);
+    if (id !== undefined) {
+      checkHubId(id);
+      return { id, named: revision };
+    }
+  }
+  const card = typeof model === "string" ? loadCards(resolvePaths(env).cards).find(model) : model;
   if (card === undefined) {
     throw new CaravanError("model_not_found", `there is no card ${JSON.stringify(model)}`, {
       hint: "name a model of the hub as org/name, or one of caravan's cards (caravan models lists them)",
     });
-  }
-  if (typeof card === "string") {
-    checkHubId(card);
-    return card;
   }
   if (!card.tasks.includes("TextGeneration")) {
     throw new CaravanError("unsupported_model", "the card is of a model that makes no text", {
       where: card.file,
     });
   }
-  return card.model_id;
+  return { id: card.model_id, named: undefined };
 }
 
-function offlineResult(hub: string, id: string, revision: string): PullResult {
+async function offlineResult(hub: string, id: string, revision: string): Promise<PullResult> {
   const commit = cachedCommit(repoFolder(hub, id), revision);
   const path = commit === undefined ? undefined : snapshotFolder(repoFolder(hub, id), commit);
   const state = path === undefined ? undefined : inspectFolder(path);
   if (commit !== undefined && path !== undefined && state?.missing.length === 0) {
-    return { path, id, commit, totalBytes: state.bytes, downloadedBytes: 0, misaligned: [] };
+    const misaligned = await misalignedFiles(path);
+    return { path, id, commit, totalBytes: state.bytes, downloadedBytes: 0, misaligned };
   }
   throw new CaravanError("download_failed", "HF_HUB_OFFLINE is set and the model is not here", {
     where: id,
@@ -162,7 +166,7 @@ async function pull(
     const downloadedBytes = await fetchMissing(repo, id, commit, files, api, stop, options);
     const path = await writeSnapshot(repo, commit, revision, files);
     const totalBytes = files.reduce((sum, file) => sum + file.size, 0);
-    return { path, id, commit, totalBytes, downloadedBytes, misaligned: await misalignedFiles(path, files) };
+    return { path, id, commit, totalBytes, downloadedBytes, misaligned: await misalignedFiles(path) };
   } finally {
     await lock.release();
   }
@@ -293,12 +297,13 @@ function gigabytes(bytes: number): string {
   return bytes >= 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
-async function misalignedFiles(path: string, files: readonly PlannedFile[]): Promise<string[]> {
+/** Names of the weight files in `path` that hold a tensor which cannot be mapped where it lies. */
+async function misalignedFiles(path: string): Promise<string[]> {
   const names: string[] = [];
-  for (const file of files) {
-    if (!file.path.endsWith(".safetensors")) continue;
-    const header = await readSafetensorsHeader(join(path, file.path));
-    if (![...header.tensors.values()].every(isAligned)) names.push(file.path);
+  for (const name of (await readdir(path)).sort()) {
+    if (!name.endsWith(".safetensors")) continue;
+    const header = await readSafetensorsHeader(join(path, name));
+    if (![...header.tensors.values()].every(isAligned)) names.push(name);
   }
   return names;
 }
