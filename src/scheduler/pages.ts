@@ -15,7 +15,7 @@ export interface CacheGeometry {
   chunk: number;
   /** Pages of the pool for full attention; 0 = no such layers. */
   fullPages: number;
-  /** Pages of the pool for chunked layers, at least chunk/pageTokens; 0 = no such layers. */
+  /** Pages of the pool for chunked layers; 0 = no such layers. Fewer than a chunk's hold only shorter sequences. */
   chunkPages: number;
 }
 
@@ -156,24 +156,17 @@ export class PagePools {
         "internal_error",
         `page of ${pageTokens} tokens does not divide the chunk of ${chunk}`,
       );
-    if (chunk > 0 && chunkPages > 0 && chunkPages * pageTokens < chunk)
-      throw new CaravanError(
-        "out_of_memory",
-        `the cache holds ${chunkPages * pageTokens} tokens of chunked layers, less than one chunk of ${chunk}`,
-        {
-          hint: "lower the number of streams or the context, or free memory",
-        },
-      );
     this.geometry = geometry;
     this.full = new PagePool(fullPages);
     this.chunked = new PagePool(chunk > 0 ? chunkPages : 0);
   }
 
-  /** Longest sequence that fits when it is alone, in tokens; Infinity when no layer attends to everything. */
+  /** Longest sequence that fits when it is alone, in tokens; Infinity when only current chunks are kept. */
   get longestSequence(): number {
-    return this.full.capacity === 0
-      ? Number.POSITIVE_INFINITY
-      : this.full.capacity * this.geometry.pageTokens;
+    const { pageTokens, chunk } = this.geometry;
+    const full = this.full.capacity === 0 ? Number.POSITIVE_INFINITY : this.full.capacity * pageTokens;
+    const chunked = this.chunked.capacity * pageTokens;
+    return this.chunked.capacity === 0 || chunked >= chunk ? full : Math.min(full, chunked);
   }
 
   /** Pages that a sequence of `length` tokens holds at its end. */

@@ -36,7 +36,7 @@ export interface SchedulerOptions {
 }
 
 /** Prompt positions a step whose logits come back for prompt_logprobs: each costs a vocabulary of floats in JavaScript. */
-const PROMPT_LOGITS_A_STEP = 8;
+export const PROMPT_LOGITS_A_STEP = 8;
 
 export class Scheduler {
   readonly contextTokens: number;

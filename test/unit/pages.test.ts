@@ -119,10 +119,13 @@ describe("a sequence's page tables", () => {
     expect(onlyChunked.fitting(0, 100)).toBe(8);
   });
 
-  test("are refused when the chunked pool is smaller than one chunk", () => {
-    expect(() => new PagePools({ pageTokens: 4, chunk: 16, fullPages: 9, chunkPages: 3 })).toThrow(
-      "less than one chunk",
-    );
+  test("limit the longest sequence: by the full pool, and by a chunked pool smaller than one chunk", () => {
+    const longest = (fullPages: number, chunkPages: number): number =>
+      new PagePools({ pageTokens: 4, chunk: 16, fullPages, chunkPages }).longestSequence;
+    expect(longest(9, 4)).toBe(36);
+    expect(longest(9, 3)).toBe(12);
+    expect(longest(0, 4)).toBe(Number.POSITIVE_INFINITY);
+    expect(longest(0, 2)).toBe(8);
     expect(() => new PagePools({ pageTokens: 5, chunk: 16, fullPages: 9, chunkPages: 9 })).toThrow(
       "does not divide",
     );

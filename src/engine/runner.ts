@@ -1,0 +1,160 @@
+// The runner process (`caravan runner`, started by RunnerClient): loads one model and generates with it. One JSON
+// object a line: load options and then RunnerCommands on stdin, RunnerMessages on stdout, the log on stderr. It ends
+// when stdin does, so it never outlives the node that started it.
+
+import * as v from "valibot";
+import { CaravanError } from "../errors.ts";
+import { choosePolicy } from "../scheduler/policy.ts";
+import { Scheduler } from "../scheduler/scheduler.ts";
+import { StepLoop } from "../scheduler/step-loop.ts";
+import { errorRecord } from "./error-record.ts";
+import { LineSplitter } from "./line-splitter.ts";
+import { type LoadedEngine, loadModel } from "./load-model.ts";
+import { type LoadOptions, LoadOptionsSchema } from "./load-options.ts";
+import { MessageWriter } from "./message-writer.ts";
+import type { EngineStatus, RunnerCommand } from "./protocol.ts";
+import { RunnerCommandSchema } from "./runner-commands.ts";
+
+/** Steps in flight: the next decode step is queued while one is computed. */
+const PIPELINE_DEPTH = 2;
+const DEFAULT_MAX_QUEUE = 256;
+
+/** Runs until stdin ends or a shutdown command comes; gives the exit code. */
+export async function runRunner(): Promise<number> {
+  // An interrupt in the terminal reaches the whole group; the node decides when its runners end.
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+  const writer = new MessageWriter(process.stdout);
+  const lines = new LineSplitter();
+  let runner: Runner | undefined;
+  try {
+    for await (const chunk of Bun.stdin.stream())
+      for (const line of lines.push(chunk)) {
+        if (runner === undefined) {
+          runner = await Runner.load(parse(LoadOptionsSchema, line), writer);
+          continue;
+        }
+        const command = parse(RunnerCommandSchema, line);
+        if (command.type === "shutdown") return await end(runner, writer, 0);
+        runner.obey(command);
+      }
+    return await end(runner, writer, 0);
+  } catch (thrown) {
+    writer.add({ type: "fatal", error: errorRecord(thrown) });
+    return await end(runner, writer, 1);
+  }
+}
+
+async function end(runner: Runner | undefined, writer: MessageWriter, code: number): Promise<number> {
+  await runner?.close();
+  await writer.end();
+  return code;
+}
+
+function parse<T>(schema: v.GenericSchema<unknown, T>, line: string): T {
+  const result = v.safeParse(schema, JSON.parse(line));
+  if (result.success) return result.output;
+  const { message, path } = result.issues[0];
+  const where = path?.map((item) => String(item.key)).join(".");
+  throw new CaravanError("internal_error", `the runner got a line that it does not understand: ${message}`, {
+    ...(where === undefined ? {} : { where }),
+  });
+}
+
+class Runner {
+  readonly #options: LoadOptions;
+  readonly #model: LoadedEngine;
+  readonly #writer: MessageWriter;
+  readonly #policy: { mode: "sequential" | "batched"; reason: string };
+  readonly #scheduler: Scheduler;
+  readonly #loop: StepLoop;
+
+  private constructor(options: LoadOptions, model: LoadedEngine, writer: MessageWriter) {
+    this.#options = options;
+    this.#model = model;
+    this.#writer = writer;
+    this.#policy = choosePolicy({
+      cacheKinds: model.cacheKinds,
+      backend: model.backend,
+      requested: options.scheduling ?? "auto",
+    });
+    this.#scheduler = new Scheduler({
+      geometry: model.geometry,
+      limits: model.limits,
+      contextTokens: model.contextTokens,
+      mode: this.#policy.mode,
+      maxWaiting: options.maxQueue ?? DEFAULT_MAX_QUEUE,
+      now: () => performance.now(),
+      emit: (event) => writer.add(event),
+    });
+    this.#loop = new StepLoop({
+      scheduler: this.#scheduler,
+      engine: model.engine,
+      depth: PIPELINE_DEPTH,
+      onFatal: (error) => this.#die(error),
+      onTurn: () => writer.flush(),
+    });
+  }
+
+  static async load(options: LoadOptions, writer: MessageWriter): Promise<Runner> {
+    const model = await loadModel(options, (progress, detail) => {
+      writer.add({ type: "loading", progress, detail });
+      writer.flush();
+    });
+    const runner = new Runner(options, model, writer);
+    writer.add({ type: "ready", status: runner.#status() });
+    writer.flush();
+    return runner;
+  }
+
+  obey(command: RunnerCommand): void {
+    switch (command.type) {
+      case "generate":
+        this.#loop.add(command.request);
+        return;
+      case "cancel":
+        this.#loop.cancel(command.id);
+        return;
+      case "status":
+        this.#writer.add({ type: "status", status: this.#status() });
+        this.#writer.flush();
+        return;
+      case "shutdown":
+        return;
+    }
+  }
+
+  async close(): Promise<void> {
+    this.#loop.stop(
+      new CaravanError("shutting_down", "the model is being unloaded", { retryAfterSeconds: 5 }),
+    );
+    await this.#model.close();
+  }
+
+  /** The engine is gone: every request has its error, the node starts another runner. */
+  #die(error: CaravanError): void {
+    this.#writer.add({ type: "fatal", error: errorRecord(error) });
+    this.#writer.end().then(() => process.exit(1));
+  }
+
+  #status(): EngineStatus {
+    const { full, chunked } = this.#scheduler.pools;
+    const { memory, cpu, device, threads } = this.#model;
+    return {
+      model: this.#options.model,
+      state: "ready",
+      progress: 1,
+      policy: this.#policy,
+      device,
+      threads,
+      cpu,
+      context: this.#scheduler.contextTokens,
+      running: this.#scheduler.running,
+      waiting: this.#scheduler.waiting,
+      pages: {
+        full: { total: full.capacity, free: full.free },
+        chunked: { total: chunked.capacity, free: chunked.free },
+      },
+      memory,
+    };
+  }
+}

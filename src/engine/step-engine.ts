@@ -1,0 +1,41 @@
+// The scheduler's StepEngine on the native one: steps and results in their typed form.
+
+import type { CaravanError } from "../errors.ts";
+import type { Step, StepEngine, StepResult } from "../scheduler/step.ts";
+import type { NativeStats } from "./binding.ts";
+import { NativeEngine } from "./native-engine.ts";
+import { decodeResult } from "./result-decoder.ts";
+import { StepEncoder } from "./step-encoder.ts";
+
+export class NativeStepEngine implements StepEngine {
+  readonly #engine: NativeEngine;
+  readonly #encoder = new StepEncoder();
+  readonly #decode: (result: Uint8Array) => StepResult;
+
+  /** Opens an engine from a load plan's bytes; blocks while weights are mapped or read. */
+  constructor(plan: Uint8Array, vocab: number) {
+    this.#engine = NativeEngine.open(plan);
+    this.#decode = (result) => decodeResult(result, vocab);
+  }
+
+  get failed(): CaravanError | undefined {
+    return this.#engine.failed;
+  }
+
+  submit(step: Step): Promise<StepResult> {
+    return this.#engine.submit(this.#encoder.encode(step), this.#decode);
+  }
+
+  stats(): NativeStats {
+    return this.#engine.stats();
+  }
+
+  /** Ends running and queued steps with an error. */
+  abort(): void {
+    this.#engine.abort();
+  }
+
+  close(): Promise<void> {
+    return this.#engine.close();
+  }
+}
