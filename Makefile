@@ -59,7 +59,7 @@ native-tests: $(NATIVE_TESTS) ## build the C tests (bun test runs them)
 
 dist/caravan: $(LIB) $(TS_SRC) node_modules/.installed
 	@mkdir -p dist
-	$(BUN) build --compile --minify-syntax --minify-whitespace --sourcemap=none src/main.ts src/chat/text-worker.ts --outfile $@.tmp
+	$(BUN) build --compile --minify-syntax --minify-whitespace --root src src/main.ts src/chat/text-worker.ts $(LIB) --outfile $@.tmp
 	@mv $@.tmp $@
 
 # ---- use ---------------------------------------------------------------------------------------------------------

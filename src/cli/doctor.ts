@@ -3,7 +3,7 @@
 import { accessSync, constants, existsSync, statfsSync } from "node:fs";
 import { arch, cpus, platform, release } from "node:os";
 import { dirname } from "node:path";
-import { cpuReport } from "../engine/binding.ts";
+import { bestCpu } from "../engine/binding.ts";
 import { asCaravanError } from "../errors.ts";
 import { availableMemory } from "../model/machine-memory.ts";
 import { openStore, scanStore } from "../model/store.ts";
@@ -49,10 +49,10 @@ function runChecks(): Check[] {
       detail: `${VERSION}, Bun ${Bun.version}, ${platform()} ${arch()} ${release()}`,
     })),
     attempt("processor", () => {
-      const { best, library } = cpuReport();
+      const { name } = bestCpu();
       return {
-        ok: best !== "scalar",
-        detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${best} (${library})`,
+        ok: name !== "scalar",
+        detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${name}`,
       };
     }),
     attempt("memory", () => {

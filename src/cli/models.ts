@@ -51,7 +51,7 @@ export const models: Command = {
         const rows = cards.map((card) => [
           card.name,
           card.model_id,
-          card.storage_size === undefined ? "" : formatBytes(card.storage_size.in_bytes),
+          card.storage_bytes === undefined ? "" : formatBytes(card.storage_bytes),
         ]);
         process.stdout.write(table([["NAME", "REPOSITORY", "SIZE"], ...rows]));
       }
