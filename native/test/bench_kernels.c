@@ -1,6 +1,7 @@
 /* bench_kernels.c — speed of every kernel set on one thread, beside what the machine can do: reading memory, int8 and
  * float32 multiply-adds. Each figure is the median of RUNS runs in this process with the best in parentheses; compare only
- * figures of one run of the program. Arguments: megabytes of weights that decode reads (default 160), "quick" for fewer runs. */
+ * figures of one run of the program. Arguments: megabytes of weights that decode reads (default 160), "quick" for fewer runs, a
+ * set's name for that set alone. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,7 +60,7 @@ static void read_all(void *context) {
     read_job *j = context;
     uint64_t s[8] = {0};
     for (size_t i = 0; i + 64 <= j->n; i += 64) {
-        __builtin_prefetch(j->p + i + 16384, 0, 2);
+        __builtin_prefetch(j->p + i + 4096, 0, 2);
         uint64_t v[8];
         memcpy(v, j->p + i, 64);
         for (int l = 0; l < 8; l++) s[l] ^= v[l];
@@ -216,8 +217,10 @@ static void report_attention(const cv_cpu_kernels *k, int runs) {
 int main(int argc, char **argv) {
     size_t megabytes = 160;
     int runs = 5;
+    const char *only = NULL;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "quick")) runs = 3;
+        else if (argv[i][0] < '0' || argv[i][0] > '9') only = argv[i];
         else megabytes = (size_t)strtoul(argv[i], NULL, 10);
     }
     if (megabytes < 16) megabytes = 16;
@@ -243,7 +246,8 @@ int main(int argc, char **argv) {
     }
 #endif
     for (size_t i = n; i-- > 0;) {
-        if (i + 1 < n && sets[i]->qmatmul == sets[i + 1]->qmatmul && sets[i]->fmatmul == sets[i + 1]->fmatmul) continue;
+        if (only && strcmp(only, cv_cpu_name(sets[i]->level))) continue;
+        if (!only && i + 1 < n && sets[i]->qmatmul == sets[i + 1]->qmatmul && sets[i]->fmatmul == sets[i + 1]->fmatmul) continue;
         report_set(sets[i], data, bytes, runs);
         report_attention(sets[i], runs);
     }

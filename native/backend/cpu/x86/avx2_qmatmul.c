@@ -115,8 +115,10 @@ CV_INLINE void quad(const four_rows *w, size_t g, size_t n, int bits, int group,
     __m128 sw[4], bw[4];
     load_scales(w->scale, g, w->scale_type, n, sw);
     load_scales(w->bias, g, w->scale_type, n, bw);
+#pragma GCC unroll 4
     for (size_t i = 0; i < n; i++) {
         __m256i part[TOKENS][ROWS];
+#pragma GCC unroll 2
         for (int b = 0; b < group / columns; b++) {
             const size_t at = ((g + i) * (size_t)(group / columns) + (size_t)b) * (size_t)bytes;
 #pragma GCC unroll 4
@@ -124,6 +126,7 @@ CV_INLINE void quad(const four_rows *w, size_t g, size_t n, int bits, int group,
                 __m256i c[2];
                 load_codes(w->code[r] + at, bits, columns, c);
                 _mm_prefetch((const char *)w->code[r] + at + w->ahead, _MM_HINT_T1);
+#pragma GCC unroll 2
                 for (int t = 0; t < tokens; t++) {
                     const __m256i d = dot(c, a[t].q + (g + i) * (size_t)group + (size_t)(b * columns), bits, columns);
                     part[t][r] = b == 0 ? d : _mm256_add_epi32(part[t][r], d);

@@ -21,6 +21,13 @@ size_t cv_vnni_tile_scratch(size_t cols);
 /* Measured crossover of the two on Zen 4: up to this many activation rows streaming is faster. */
 enum { CV_VNNI_STREAM_ROWS = 8 };
 
+/* acc + the dots of four unsigned codes and four activations a lane. Assembly because GCC 12 copies (and spills) the
+ * accumulators of its intrinsic around loops; "+v" ties them to their registers. */
+CV_INLINE_VNNI __m512i cv_vnni_dot(__m512i acc, __m512i codes, __m512i activations) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "vm"(activations));
+    return acc;
+}
+
 /* 64 six-bit codes from 48 bytes (in the low bytes of `packed`): six bytes to each quadword, then eight fields of it. */
 CV_INLINE_VNNI __m512i cv_vnni_codes6(__m512i packed) {
     const __m512i spread = _mm512_set_epi8(

@@ -106,8 +106,8 @@ CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale
             __m512i s[ROWS];
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
-                s[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c[r][0], _mm512_load_si512(q));
-                if (vectors == 2) s[r] = _mm512_dpbusd_epi32(s[r], c[r][1], _mm512_load_si512(q + 64));
+                s[r] = cv_vnni_dot(_mm512_setzero_si512(), c[r][0], _mm512_load_si512(q));
+                if (vectors == 2) s[r] = cv_vnni_dot(s[r], c[r][1], _mm512_load_si512(q + 64));
             }
             x[p][t] = lane_sums(s[0], s[1], s[2], s[3]);
         }

@@ -143,8 +143,8 @@ CV_INLINE_VNNI void multiply(const tile *w, const int8_t *q, size_t q_stride, co
                 int32_t four;
                 memcpy(&four, x + (size_t)t * q_stride, 4);
                 const __m512i b = _mm512_set1_epi32(four);
-                dot[t][0] = _mm512_dpbusd_epi32(dot[t][0], c0, b);
-                if (halves == 2) dot[t][1] = _mm512_dpbusd_epi32(dot[t][1], c1, b);
+                dot[t][0] = cv_vnni_dot(dot[t][0], c0, b);
+                if (halves == 2) dot[t][1] = cv_vnni_dot(dot[t][1], c1, b);
             }
         }
         float *chain = w->chain + (g & 3) * ROWS;
