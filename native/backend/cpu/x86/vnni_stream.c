@@ -13,7 +13,7 @@
 
 #include <string.h>
 
-enum { ROWS = 4, MAX_TOKENS = 4, BATCH = 8 };
+enum { ROWS = 4, BATCH = 8, N_SIZES = 6 };
 
 /* Activations of one row in stream order. */
 typedef struct {
@@ -32,10 +32,17 @@ typedef struct {
 
 CV_INLINE_VNNI __mmask64 first_bytes(ptrdiff_t n) { return n <= 0 ? 0 : n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1; }
 
-/* Scales (or biases) of `groups` <= 4 groups from g on, four rows, as float32 [group][row]. */
-CV_INLINE_VNNI __m512 load_scales(const uint8_t *row, size_t stride, uint32_t type, unsigned groups) {
+CV_INLINE_VNNI __mmask16 first_dwords(int bytes) { return bytes <= 0 ? 0 : (__mmask16)((1u << bytes / 4) - 1); }
+
+/* What of a quad is there: dwords of each code vector's load, groups of the scales. All of it but in a row's last quad. */
+typedef struct {
+    __mmask16 codes[8];
+    __mmask8 groups;
+} quad_masks;
+
+/* Scales (or biases) of four groups, four rows, as float32 [group][row]. */
+CV_INLINE_VNNI __m512 load_scales(const uint8_t *row, size_t stride, uint32_t type, __mmask8 m) {
     if (type == CV_F32) {
-        const __mmask8 m = (__mmask8)((1u << groups) - 1);
         __m512 v = _mm512_castps128_ps512(_mm_maskz_loadu_ps(m, row));
         v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row + stride), 1);
         v = _mm512_insertf32x4(v, _mm_maskz_loadu_ps(m, row + 2 * stride), 2);
@@ -45,7 +52,7 @@ CV_INLINE_VNNI __m512 load_scales(const uint8_t *row, size_t stride, uint32_t ty
     __m128i h[ROWS];
     for (int r = 0; r < ROWS; r++) {
         const uint8_t *p = row + (size_t)r * stride;
-        h[r] = groups == 4 ? _mm_loadl_epi64((const __m128i *)(const void *)p) : _mm_maskz_loadu_epi16((__mmask8)((1u << groups) - 1), p);
+        h[r] = m == 0x0f ? _mm_loadl_epi64((const __m128i *)(const void *)p) : _mm_maskz_loadu_epi16(m, p);
     }
     __m128i ab = _mm_unpacklo_epi16(h[0], h[1]), cd = _mm_unpacklo_epi16(h[2], h[3]);
     __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(ab, cd)), _mm_unpackhi_epi32(ab, cd), 1);
@@ -66,29 +73,39 @@ CV_INLINE_VNNI __m512i fold_lanes(__m512i a, __m512i b) {
 }
 
 /* The code vectors of one partial sum of one row: 4 bits give two from 64 bytes, the others one or two of 64 codes. */
-CV_INLINE_VNNI void load_codes(const uint8_t *p, ptrdiff_t valid, bool tail, int bits, int vectors, __m512i c[2]) {
+CV_INLINE_VNNI void load_codes(const uint8_t *p, const __mmask16 *m, int bits, int vectors, __m512i c[2]) {
     if (bits == 4) {
-        const __m512i low = _mm512_set1_epi8(0x0f);
-        __m512i v = tail ? _mm512_maskz_loadu_epi8(first_bytes(valid), p) : _mm512_loadu_si512(p);
+        const __m512i low = _mm512_set1_epi8(0x0f), v = _mm512_maskz_loadu_epi32(m[0], p);
         c[0] = _mm512_and_si512(v, low);
         c[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
         return;
     }
-    const ptrdiff_t bytes = 8 * bits;
     for (int i = 0; i < vectors; i++) {
-        const ptrdiff_t left = valid - i * bytes;
-        if (bits == 8) c[i] = tail ? _mm512_maskz_loadu_epi8(first_bytes(left), p + i * bytes) : _mm512_loadu_si512(p + i * bytes);
-        else c[i] = cv_vnni_codes6(_mm512_maskz_loadu_epi8(first_bytes(tail && left < bytes ? left : bytes), p + i * bytes));
+        const __m512i v = _mm512_maskz_loadu_epi32(m[i], p + i * 8 * bits);
+        c[i] = bits == 8 ? v : cv_vnni_codes6(v);
     }
 }
 
-/* One quad of four rows for `tokens` activation rows. bits, group, tokens and tail are constants where this is inlined. */
-CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale_at, size_t i, unsigned groups, bool tail, size_t ahead, int bits, int group, int tokens, const stream_act *a, __m512 *chain) {
-    const int sums = bits == 4 ? group / 32 : group == 32 ? 2 : 4; /* partial sums a row: each lane inside one group */
-    const int vectors = bits == 4 || group == 128 ? 2 : 1;         /* code vectors a partial sum */
+/* Partial sums a quad and row: each 128-bit lane of one lies inside one group. And code vectors a partial sum. */
+CV_INLINE_VNNI int sums_of(int bits, int group) { return bits == 4 ? group / 32 : group == 32 ? 2 : 4; }
+CV_INLINE_VNNI int vectors_of(int bits, int group) { return bits == 4 || group == 128 ? 2 : 1; }
+
+/* The masks of a quad of which `groups` are there. */
+CV_INLINE_VNNI quad_masks masks_of(unsigned groups, int bits, int group) {
+    quad_masks m = {.groups = (__mmask8)((1u << groups) - 1)};
+    const int loads = sums_of(bits, group) * (bits == 4 ? 1 : vectors_of(bits, group)), bytes = group * bits / 2 / loads;
+    for (int i = 0; i < loads; i++) {
+        const int left = (int)groups * group * bits / 8 - i * bytes;
+        m.codes[i] = first_dwords(left < bytes ? left : bytes);
+    }
+    return m;
+}
+
+/* One quad of four rows for `tokens` activation rows. bits, group and tokens are constants where this is inlined. */
+CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale_at, size_t i, const quad_masks *m, size_t ahead, int bits, int group, int tokens, const stream_act *a, __m512 *chain) {
+    const int sums = sums_of(bits, group), vectors = vectors_of(bits, group), loads = bits == 4 ? 1 : vectors;
     const size_t quad_bytes = (size_t)group * (size_t)bits / 2, sum_bytes = quad_bytes / (size_t)sums;
-    const ptrdiff_t valid = (ptrdiff_t)(groups * (unsigned)(group * bits) / 8);
-    __m512i x[4][MAX_TOKENS];
+    __m512i x[4][BATCH];
 #pragma GCC unroll 4
     for (int p = 0; p < sums; p++) {
         __m512i c[ROWS][2];
@@ -96,11 +113,10 @@ CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
             const uint8_t *row = at + (size_t)r * w->stride;
-            if (!tail)
-                for (size_t line = 0; line < sum_bytes; line += 64) _mm_prefetch((const char *)row + ahead + line, _MM_HINT_T1);
-            load_codes(row, valid - (ptrdiff_t)((size_t)p * sum_bytes), tail, bits, vectors, c[r]);
+            for (size_t line = 0; line < sum_bytes; line += 64) _mm_prefetch((const char *)row + ahead + line, _MM_HINT_T1);
+            load_codes(row, m->codes + p * loads, bits, vectors, c[r]);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) {
             const int8_t *q = a[t].q + i * 4 * (size_t)group + (size_t)(p * vectors) * 64;
             __m512i s[ROWS];
@@ -113,8 +129,8 @@ CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale
         }
     }
     scale_at += i * (w->scale_type == CV_F32 ? 16 : 8);
-    const __m512 sw = load_scales(w->scale + scale_at, w->scale_stride, w->scale_type, groups), bw = load_scales(w->bias + scale_at, w->scale_stride, w->scale_type, groups);
-#pragma GCC unroll 4
+    const __m512 sw = load_scales(w->scale + scale_at, w->scale_stride, w->scale_type, m->groups), bw = load_scales(w->bias + scale_at, w->scale_stride, w->scale_type, m->groups);
+#pragma GCC unroll 8
     for (int t = 0; t < tokens; t++) {
         __m512i dot = sums == 1 ? x[0][t] : sums == 2 ? fold_lanes(x[0][t], x[1][t]) : fold_lanes(fold_lanes(x[0][t], x[1][t]), fold_lanes(x[2][t], x[3][t]));
         __m512 s = _mm512_mul_ps(sw, _mm512_load_ps(a[t].scale + i * 16)), b = _mm512_mul_ps(bw, _mm512_load_ps(a[t].sum + i * 16));
@@ -122,38 +138,43 @@ CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale
     }
 }
 
-/* out[t*ldo + r] for all rows of w and `tokens` activation rows. */
-CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, float *out, size_t ldo) {
-    const size_t quads = w->groups / 4;
-    const unsigned rest = (unsigned)(w->groups % 4);
+/* out[t][r] for all rows of w and `tokens` activation rows. */
+CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, float *const *out) {
+    const size_t full = w->groups / 4;
+    const quad_masks all = masks_of(4, bits, group), rest = masks_of((unsigned)(w->groups % 4), bits, group);
     for (size_t block = 0; block < w->blocks; block++) {
         const uint8_t *code = w->code + block * ROWS * w->stride;
         const size_t scale_at = block * ROWS * w->scale_stride, ahead = block + w->ahead < w->blocks ? w->ahead * ROWS * w->stride : 0;
-        __m512 chain[MAX_TOKENS];
+        __m512 chain[BATCH];
         for (int t = 0; t < tokens; t++) chain[t] = _mm512_setzero_ps();
-        for (size_t i = 0; i < quads; i++) quad(w, code, scale_at, i, 4, false, ahead, bits, group, tokens, a, chain);
-        if (rest) quad(w, code, scale_at, quads, rest, true, 0, bits, group, tokens, a, chain);
+        quad_masks m = all;
+        for (size_t i = 0; i < (w->groups + 3) / 4; i++) {
+            if (i == full) m = rest;
+            quad(w, code, scale_at, i, &m, ahead, bits, group, tokens, a, chain);
+        }
         for (int t = 0; t < tokens; t++) {
             __m128 c01 = _mm_add_ps(_mm512_castps512_ps128(chain[t]), _mm512_extractf32x4_ps(chain[t], 1));
             __m128 c23 = _mm_add_ps(_mm512_extractf32x4_ps(chain[t], 2), _mm512_extractf32x4_ps(chain[t], 3));
-            _mm_storeu_ps(out + (size_t)t * ldo + block * ROWS, _mm_add_ps(c01, c23));
+            _mm_storeu_ps(out[t] + block * ROWS, _mm_add_ps(c01, c23));
         }
     }
 }
 
 #define STREAM(bits, group, tokens) \
-    CV_TARGET_VNNI static void stream_##bits##_##group##_##tokens(const stream_rows *w, const stream_act *a, float *out, size_t ldo) { stream(w, bits, group, tokens, a, out, ldo); }
-#define STREAM_TOKENS(bits, group) STREAM(bits, group, 1) STREAM(bits, group, 2) STREAM(bits, group, 3) STREAM(bits, group, 4)
+    CV_TARGET_VNNI static void stream_##bits##_##group##_##tokens(const stream_rows *w, const stream_act *a, float *const *out) { stream(w, bits, group, tokens, a, out); }
+#define STREAM_TOKENS(bits, group) \
+    STREAM(bits, group, 1) STREAM(bits, group, 2) STREAM(bits, group, 3) STREAM(bits, group, 4) STREAM(bits, group, 6) STREAM(bits, group, 8)
 #define STREAM_GROUPS(bits) STREAM_TOKENS(bits, 32) STREAM_TOKENS(bits, 64) STREAM_TOKENS(bits, 128)
 STREAM_GROUPS(4)
 STREAM_GROUPS(6)
 STREAM_GROUPS(8)
 
-typedef void (*stream_kernel)(const stream_rows *w, const stream_act *a, float *out, size_t ldo);
+typedef void (*stream_kernel)(const stream_rows *w, const stream_act *a, float *const *out);
 
-#define KERNELS_TOKENS(bits, group) { stream_##bits##_##group##_1, stream_##bits##_##group##_2, stream_##bits##_##group##_3, stream_##bits##_##group##_4 }
+#define KERNELS_TOKENS(bits, group) { stream_##bits##_##group##_1, stream_##bits##_##group##_2, stream_##bits##_##group##_3, stream_##bits##_##group##_4, stream_##bits##_##group##_6, stream_##bits##_##group##_8 }
 #define KERNELS(bits) { KERNELS_TOKENS(bits, 32), KERNELS_TOKENS(bits, 64), KERNELS_TOKENS(bits, 128) }
-static const stream_kernel kernels[3][3][MAX_TOKENS] = {KERNELS(4), KERNELS(6), KERNELS(8)};
+static const size_t kernel_tokens[N_SIZES] = {1, 2, 3, 4, 6, 8}; /* 5 and 7 rows are computed as 6 and 8, the last one twice */
+static const stream_kernel kernels[3][3][N_SIZES] = {KERNELS(4), KERNELS(6), KERNELS(8)};
 
 static size_t quads_of(size_t groups) { return (groups + 3) / 4; }
 
@@ -188,49 +209,38 @@ CV_TARGET_VNNI static stream_act pack_row(const cv_qact *a, size_t t, unsigned b
     return (stream_act){q, scale, sum};
 }
 
-/* Rows that stay in the second-level cache while a batch of activation rows passes over them four at a time. */
-enum { BLOCK_BYTES = 128 * 1024, AHEAD_BYTES = 12 * 1024 };
-
-/* All rows of w times n <= BATCH packed activation rows. */
-static void stream_batch(const stream_rows *w, const stream_kernel kernel[MAX_TOKENS], const stream_act *act, size_t n, float *out, size_t ldo) {
-    const size_t block_bytes = ROWS * w->stride, per_pass = n <= MAX_TOKENS || block_bytes == 0 || block_bytes > BLOCK_BYTES ? w->blocks : BLOCK_BYTES / block_bytes;
-    for (size_t b = 0; b < w->blocks; b += per_pass) {
-        stream_rows part = *w;
-        part.code += b * block_bytes;
-        part.scale += b * ROWS * w->scale_stride;
-        part.bias += b * ROWS * w->scale_stride;
-        part.blocks = w->blocks - b < per_pass ? w->blocks - b : per_pass;
-        for (size_t t = 0; t < n; t += MAX_TOKENS) {
-            const size_t tokens = n - t < MAX_TOKENS ? n - t : MAX_TOKENS;
-            if (t == 0) /* the first blocks; after them each block prefetches a later one */
-                for (size_t i = 0; i < part.ahead * block_bytes && i < part.blocks * block_bytes; i += 64) _mm_prefetch((const char *)part.code + i, _MM_HINT_T1);
-            kernel[tokens - 1](&part, act + t, out + t * ldo + b * ROWS, ldo);
-        }
-    }
-}
+enum { AHEAD_BYTES = 12 * 1024 };
 
 CV_TARGET_VNNI void cv_vnni_stream(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
-    const size_t groups = w->cols / w->group, stride = act_bytes(groups, w->group), n_rows = row1 - row0;
+    const size_t groups = w->cols / w->group, stride = act_bytes(groups, w->group), n_rows = row1 - row0, block_bytes = ROWS * w->row_bytes;
     const stream_kernel *kernel = kernels[w->bits == 4 ? 0 : w->bits == 6 ? 1 : 2][w->group == 32 ? 0 : w->group == 64 ? 1 : 2];
-    stream_rows rows = {
+    const stream_rows rows = {
         .code = w->data + e * w->expert_bytes + row0 * w->row_bytes,
         .scale = w->scales + e * w->expert_scale_bytes + row0 * w->scale_row_bytes,
         .bias = w->biases + e * w->expert_scale_bytes + row0 * w->scale_row_bytes,
         .stride = w->row_bytes, .scale_stride = w->scale_row_bytes, .blocks = n_rows / ROWS, .groups = groups, .scale_type = w->scale_type,
-        .ahead = AHEAD_BYTES / (ROWS * w->row_bytes) + 1,
+        .ahead = AHEAD_BYTES / block_bytes + 1,
     };
     for (size_t t0 = 0; t0 < a->n; t0 += BATCH) {
         const size_t n = a->n - t0 < BATCH ? a->n - t0 : BATCH;
+        size_t size = 0;
+        while (kernel_tokens[size] < n) size++;
+        /* the first blocks are asked for here; after them each block prefetches a later one */
+        for (size_t i = 0; i < rows.ahead * block_bytes && i < rows.blocks * block_bytes; i += 64) _mm_prefetch((const char *)rows.code + i, _MM_HINT_T1);
         stream_act act[BATCH];
-        for (size_t t = 0; t < n; t++) act[t] = pack_row(a, t0 + t, w->bits, (uint8_t *)scratch + t * stride);
-        stream_batch(&rows, kernel, act, n, out + t0 * ldo + row0, ldo);
-        for (size_t r = n_rows / ROWS * ROWS; r < n_rows; r++) { /* the last one to three rows */
-            float four[ROWS];
+        float *to[BATCH];
+        for (size_t t = 0; t < kernel_tokens[size]; t++) {
+            act[t] = t < n ? pack_row(a, t0 + t, w->bits, (uint8_t *)scratch + t * stride) : act[n - 1];
+            to[t] = out + (t0 + (t < n ? t : n - 1)) * ldo + row0;
+        }
+        kernel[size](&rows, act, to);
+        for (size_t r = n_rows / ROWS * ROWS; r < n_rows; r++) { /* the last one to three rows, each as four equal ones */
             const stream_rows row = {.code = rows.code + r * rows.stride, .scale = rows.scale + r * rows.scale_stride, .bias = rows.bias + r * rows.scale_stride,
                                      .blocks = 1, .groups = groups, .scale_type = w->scale_type};
             for (size_t t = 0; t < n; t++) {
-                kernel[0](&row, act + t, four, ROWS);
-                out[(t0 + t) * ldo + row0 + r] = four[0];
+                float four[ROWS], *const only[1] = {four};
+                kernel[0](&row, act + t, only);
+                to[t][r] = four[0];
             }
         }
     }
