@@ -18,6 +18,8 @@ import { RunnerCommandSchema } from "./runner-commands.ts";
 /** Steps in flight: the next decode step is queued while one is computed. */
 const PIPELINE_DEPTH = 2;
 const DEFAULT_MAX_QUEUE = 256;
+/** Between two status messages that nobody asked for. */
+const STATUS_PAUSE_MS = 100;
 
 /** Runs until stdin ends or a shutdown command comes; gives the exit code. */
 export async function runRunner(): Promise<number> {
@@ -67,6 +69,7 @@ class Runner {
   readonly #policy: { mode: "sequential" | "batched"; reason: string };
   readonly #scheduler: Scheduler;
   readonly #loop: StepLoop;
+  #told = { running: 0, waiting: 0, atMs: 0 };
 
   private constructor(options: LoadOptions, model: LoadedEngine, writer: MessageWriter) {
     this.#options = options;
@@ -91,7 +94,7 @@ class Runner {
       engine: model.engine,
       depth: PIPELINE_DEPTH,
       onFatal: (error) => this.#die(error),
-      onTurn: () => writer.flush(),
+      onTurn: () => this.#endTurn(),
     });
   }
 
@@ -128,6 +131,18 @@ class Runner {
       new CaravanError("shutting_down", "the model is being unloaded", { retryAfterSeconds: 5 }),
     );
     await this.#model.close();
+  }
+
+  /** Sends what the turn produced, and the counts of requests when they changed, but not for every short request. */
+  #endTurn(): void {
+    const now = performance.now();
+    const { running, waiting } = this.#scheduler;
+    const changed = running !== this.#told.running || waiting !== this.#told.waiting;
+    if (changed && now - this.#told.atMs >= STATUS_PAUSE_MS) {
+      this.#told = { running, waiting, atMs: now };
+      this.#writer.add({ type: "status", status: this.#status() });
+    }
+    this.#writer.flush();
   }
 
   /** The engine is gone: every request has its error, the node starts another runner. */

@@ -21,9 +21,8 @@ export function checkRequest(
   const { logprobs } = request;
   if (logprobs !== undefined && !(Number.isInteger(logprobs) && logprobs >= 0 && logprobs <= 20))
     return wrong(`logprobs is ${logprobs}, it must be 0 to 20`, "logprobs");
-  const stop = request.stop_tokens.find((token) => !isToken(token));
-  if (stop !== undefined)
-    return wrong(`stop token ${stop} is not in the vocabulary of ${vocab}`, "stop_tokens");
+  const stop = request.stop_tokens.find((token) => !(Number.isInteger(token) && token >= 0));
+  if (stop !== undefined) return wrong(`stop token ${stop} is not a token id`, "stop_tokens");
   // The first new token needs a position of its own.
   if (request.tokens.length >= contextTokens)
     return new CaravanError(

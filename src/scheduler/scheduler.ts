@@ -90,7 +90,13 @@ export class Scheduler {
       this.#options.emit({ type: "error", id: request.id, error: errorRecord(refusal) });
       return;
     }
-    const sequence = new Sequence(request, this.#nextOrder, this.#options.now(), this.pools);
+    const sequence = new Sequence(
+      request,
+      this.#nextOrder,
+      this.#options.now(),
+      this.pools,
+      this.#options.limits.vocab,
+    );
     this.#nextOrder++;
     this.#live.set(request.id, sequence);
     if (sequence.deadlineMs !== Number.POSITIVE_INFINITY) this.#withDeadline++;

@@ -43,8 +43,10 @@ export class Sequence {
   readonly #history: TokenHistory | undefined;
   readonly #historyOfPrompt: boolean;
 
-  constructor(request: GenerateRequest, order: number, nowMs: number, pools: PagePools) {
+  /** `vocab`: stop tokens outside it are never sampled and are left out. */
+  constructor(request: GenerateRequest, order: number, nowMs: number, pools: PagePools, vocab: number) {
     const { sampling } = request;
+    const stops = request.stop_tokens.filter((token) => token < vocab);
     this.request = request;
     this.order = order;
     this.arrivedMs = nowMs;
@@ -55,9 +57,9 @@ export class Sequence {
     this.#tokens = new Uint32Array(this.promptTokens + Math.min(request.max_tokens, 256));
     this.#tokens.set(request.tokens);
     this.#known = this.promptTokens;
-    this.stopTokens = new Set(request.ban_stop_tokens === true ? [] : request.stop_tokens);
-    this.xtcKeep = sampling.xtc_probability > 0 ? Uint32Array.from(request.stop_tokens) : NO_TRIPLES;
-    this.bias = biases(request);
+    this.stopTokens = new Set(request.ban_stop_tokens === true ? [] : stops);
+    this.xtcKeep = sampling.xtc_probability > 0 ? Uint32Array.from(stops) : NO_TRIPLES;
+    this.bias = biases(request, stops);
     this.promptLogprobs =
       request.prompt_logprobs === true
         ? new PromptLogprobs(this.promptTokens, request.logprobs ?? 0)
@@ -115,13 +117,11 @@ export class Sequence {
 }
 
 /** Biases as the sampler takes them: -100 or less bans. */
-function biases(request: GenerateRequest): readonly (readonly [number, number])[] {
+function biases(request: GenerateRequest, stops: readonly number[]): readonly (readonly [number, number])[] {
   const asked = request.sampling.logit_bias.map(
     ([token, bias]) => [token, bias <= -100 ? Number.NEGATIVE_INFINITY : bias] as const,
   );
   const banned =
-    request.ban_stop_tokens === true
-      ? request.stop_tokens.map((token) => [token, Number.NEGATIVE_INFINITY] as const)
-      : [];
+    request.ban_stop_tokens === true ? stops.map((token) => [token, Number.NEGATIVE_INFINITY] as const) : [];
   return [...asked, ...banned];
 }

@@ -454,6 +454,15 @@ describe("a request", () => {
     for (const token of alone.slice(0, 3)) expect(r.tokens("a")).not.toContain(token);
   });
 
+  test("may name stop tokens that the vocabulary does not have", async () => {
+    const r = rig();
+    r.loop.add(request("a", range(6), { stop_tokens: [5000], ban_stop_tokens: true }));
+    r.loop.add(request("b", range(6), { stop_tokens: [5000] }));
+    await r.drain();
+    expect(r.tokens("a").length).toBe(10);
+    expect(r.tokens("b")).toEqual(r.tokens("a"));
+  });
+
   test("measures waiting, prefill and decoding on the scheduler's clock", async () => {
     const r = rig({ mode: "sequential", depth: 1 });
     r.loop.add(request("a", range(4), { max_tokens: 5 }));
