@@ -12,7 +12,7 @@
 
 typedef struct { __m256 a, b; } v16;
 
-enum { V16_BLOCK = 1, V16_WIDE = 2 };
+enum { V16_BLOCK = 1, V16_SCORES = 1, V16_VALUES = 2, V16_WIDE = 2 };
 
 #define V16_EACH(f, x, y) ((v16){f((x).a, (y).a), f((x).b, (y).b)})
 

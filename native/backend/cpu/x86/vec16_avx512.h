@@ -12,9 +12,9 @@
 
 typedef __m512 v16;
 
-/* How many rows of accumulators fit the registers: fmatmul and attn_scores keep 4 x V16_BLOCK of them, attn_values
- * V16_BLOCK queries x V16_WIDE vectors of a head. */
-enum { V16_BLOCK = 4, V16_WIDE = 4 };
+/* How many accumulators fit the registers: fmatmul keeps 4 x V16_BLOCK of them, attn_scores 4 keys x V16_SCORES queries,
+ * attn_values V16_VALUES queries x V16_WIDE vectors of a head. Llama 4 has five queries to a key. */
+enum { V16_BLOCK = 4, V16_SCORES = 5, V16_VALUES = 5, V16_WIDE = 4 };
 
 CV_INLINE __mmask16 v16_first(size_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
 
