@@ -209,19 +209,25 @@ export class Scheduler {
     }
   }
 
-  /** Whether the pools hold what the running sequences' prompts still need, a page of growth for each, and `next`. */
+  /** Whether the pools hold what the running sequences' prompts still need, a page of growth for each that will grow,
+   * and `next`. */
   #roomFor(next: Sequence): boolean {
     if (this.#running.length === 0) return true;
     let full = this.pools.full.free;
     let chunked = this.pools.chunked.free;
+    const { pageTokens } = this.#options.geometry;
     for (const sequence of [...this.#running, next]) {
-      const demand = this.pools.demand(sequence.total + 1);
-      const growth = sequence === next ? 0 : 1;
-      full -= Math.max(0, demand.full - (sequence.pages.full?.count ?? 0)) + Math.min(growth, demand.full);
-      chunked -=
-        Math.max(0, demand.chunked - (sequence.pages.chunked?.count ?? 0)) + Math.min(growth, demand.chunked);
+      const growth = sequence === next ? 0 : pageTokens;
+      const demand = this.pools.demand(Math.min(sequence.total + 1 + growth, this.#finalLength(sequence)));
+      full -= Math.max(0, demand.full - (sequence.pages.full?.count ?? 0));
+      chunked -= Math.max(0, demand.chunked - (sequence.pages.chunked?.count ?? 0));
     }
     return full >= 0 && chunked >= 0;
+  }
+
+  /** Most tokens that a sequence can have at its end. */
+  #finalLength(sequence: Sequence): number {
+    return Math.min(sequence.promptTokens + sequence.request.max_tokens, this.contextTokens);
   }
 
   #freeSlot(): number {
@@ -232,10 +238,7 @@ export class Scheduler {
 
   /** Whether another token may be sampled behind the ones known and in flight. */
   #continues(sequence: Sequence): boolean {
-    return (
-      sequence.total - sequence.promptTokens < sequence.request.max_tokens &&
-      sequence.total < this.contextTokens
-    );
+    return sequence.total < this.#finalLength(sequence);
   }
 
   /** One row for each running sequence that is one token short of sampling. */

@@ -312,6 +312,17 @@ describe("a batch", () => {
     expectAllPagesFree(r);
   });
 
+  test("takes in everything that fits to its end, even when the pages are just enough", async () => {
+    // Four pages each: 10 tokens of prompt and 6 of output.
+    const model = { ...MODEL, geometry: { ...MODEL.geometry, fullPages: 16 } };
+    const r = rig({ model });
+    for (const id of ["a", "b", "c", "d", "e"]) r.loop.add(request(id, range(10), { max_tokens: 6 }));
+    await turn();
+    expect(r.scheduler.running).toBe(4);
+    await r.drain();
+    expect(r.scheduler.preemptions).toBe(0);
+  });
+
   test("makes the youngest wait when it is the one that lacks a page", async () => {
     const model = { ...MODEL, geometry: { ...MODEL.geometry, fullPages: 16 } };
     const r = rig({ model, depth: 1 });
