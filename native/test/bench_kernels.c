@@ -131,17 +131,17 @@ static cv_weight take_matrix(uint32_t format, unsigned bits, size_t group, size_
 }
 
 static void report_set(const cv_cpu_kernels *k, const uint8_t *data, size_t bytes, int runs) {
-    static const struct { const char *name; uint32_t format; unsigned bits; size_t group; } kinds[] = {
-        {"4 bits, group 64", CV_FORMAT_AFFINE, 4, 64}, {"4 bits, group 32", CV_FORMAT_AFFINE, 4, 32}, {"6 bits, group 64", CV_FORMAT_AFFINE, 6, 64},
-        {"8 bits, group 64", CV_FORMAT_AFFINE, 8, 64}, {"bf16", CV_FORMAT_BF16, 16, 0}, {"f16", CV_FORMAT_F16, 16, 0},
+    static const struct { const char *name; uint32_t format; unsigned bits; size_t group; bool exact; } kinds[] = {
+        {"4 bits, group 64", CV_FORMAT_AFFINE, 4, 64, false}, {"4 bits, group 32", CV_FORMAT_AFFINE, 4, 32, false}, {"6 bits, group 64", CV_FORMAT_AFFINE, 6, 64, false},
+        {"8 bits, group 64", CV_FORMAT_AFFINE, 8, 64, false}, {"bf16", CV_FORMAT_BF16, 16, 0, true}, {"f16", CV_FORMAT_F16, 16, 0, true}, {"4 bits, as floats", CV_FORMAT_AFFINE, 4, 64, true},
     };
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
         product p = {.k = k, .w = take_matrix(kinds[i].format, kinds[i].bits, kinds[i].group, bytes, data)};
         p.scratch = take(k->scratch_bytes(COLS));
         p.x = take(PREFILL_TOKENS * COLS * sizeof(float));
         for (size_t j = 0; j < PREFILL_TOKENS * COLS; j++) p.x[j] = (float)(j % 251) - 125.0f;
-        void (*run)(void *) = kinds[i].group ? run_quantized : run_float;
-        if (kinds[i].group) {
+        void (*run)(void *) = kinds[i].exact ? run_float : run_quantized;
+        if (!kinds[i].exact) {
             const size_t groups = COLS / kinds[i].group, g_stride = cv_pad16(groups);
             int8_t *q = take(PREFILL_TOKENS * COLS);
             float *scale = take(PREFILL_TOKENS * g_stride * sizeof(float)), *sum = take(PREFILL_TOKENS * g_stride * sizeof(float));

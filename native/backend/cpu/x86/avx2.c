@@ -1,10 +1,11 @@
 /* avx2.c — the kernel set for processors with AVX2, FMA and F16C. */
 #if defined(__x86_64__)
 #include "vec16_avx2.h"
-/* (vec16 first: the kernels are written in its words) */
+/* (vec16 first: the kernels are written in its words; then in the order in which they use each other) */
+#include "decode_kernels.h"
 #include "float_kernels.h"
-
 #include "attention_kernels.h"
+
 #include "avx2_qmatmul.h"
 #include "cpu_features.h"
 

@@ -2,10 +2,11 @@
  * AVX2 one; with VNNI it is streamed for few activation rows and tiled for many. */
 #if defined(__x86_64__)
 #include "vec16_avx512.h"
-/* (vec16 first: the kernels are written in its words) */
+/* (vec16 first: the kernels are written in its words; then in the order in which they use each other) */
+#include "decode_kernels.h"
 #include "float_kernels.h"
-
 #include "attention_kernels.h"
+
 #include "avx2_qmatmul.h"
 #include "cpu_features.h"
 #include "vnni.h"

@@ -1,5 +1,5 @@
 /* float_kernels.h — row kernels on sixteen float lanes: products with float weights, norms, activations, conversions. A set
- * includes its vec16 header first, then this file, and gets static functions to put into its table. */
+ * includes its vec16 header and decode_kernels.h first, and gets static functions to put into its table. */
 #ifndef CV_X86_FLOAT_KERNELS_H
 #define CV_X86_FLOAT_KERNELS_H
 
@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include "../number_formats.h"
-#include "../scalar.h"
 
 /* scalar.c's cv_exp_scalar on sixteen lanes. */
 CV_INLINE v16 v16_exp(v16 x) {
@@ -38,63 +37,6 @@ CV_TARGET static void quantize(const float *x, size_t n, size_t group, int8_t *q
         for (size_t i = 0; i < group; i += 16) total += v16_store_int8(q + g * group + i, v16_mul(v16_load(v + i), v16_set(inverse)));
         scale[g] = s;
         sum[g] = s * (float)total;
-    }
-}
-
-/* ---- weights as floats ---- */
-
-/* Sixteen codes of 4, 6 or 8 bits as bytes. */
-CV_INLINE __m128i codes16(const uint8_t *p, unsigned bits) {
-    if (bits == 8) return _mm_loadu_si128((const __m128i *)(const void *)p);
-    const __m128i eight = _mm_loadl_epi64((const __m128i *)(const void *)p);
-    if (bits == 4) return _mm_and_si128(_mm_unpacklo_epi8(eight, _mm_srli_epi16(eight, 4)), _mm_set1_epi8(0x0f));
-    int32_t last;
-    memcpy(&last, p + 8, 4);
-    /* three bytes to a dword, whose fields 0, 6, 12, 18 go to its bytes */
-    const __m128i d = _mm_shuffle_epi8(_mm_insert_epi32(eight, last, 2), _mm_set_epi8(-1, 11, 10, 9, -1, 8, 7, 6, -1, 5, 4, 3, -1, 2, 1, 0));
-    const __m128i c0 = _mm_and_si128(d, _mm_set1_epi32(0x3f)), c1 = _mm_and_si128(_mm_slli_epi32(d, 2), _mm_set1_epi32(0x3f00));
-    const __m128i c2 = _mm_and_si128(_mm_slli_epi32(d, 4), _mm_set1_epi32(0x3f0000)), c3 = _mm_and_si128(_mm_slli_epi32(d, 6), _mm_set1_epi32(0x3f000000));
-    return _mm_or_si128(_mm_or_si128(c0, c1), _mm_or_si128(c2, c3));
-}
-
-CV_INLINE void decode_affine(const cv_weight *w, const uint8_t *row, const uint8_t *scales, const uint8_t *biases, unsigned bits, float *out) {
-    for (size_t g = 0; g < w->cols / w->group; g++) {
-        const v16 s = v16_set(cv_scale_to_f32(scales, g, w->scale_type)), b = v16_set(cv_scale_to_f32(biases, g, w->scale_type));
-        for (size_t k = g * w->group; k < (g + 1) * w->group; k += 16) v16_store(out + k, v16_fma(v16_from_bytes(codes16(row + k * bits / 8, bits)), s, b));
-    }
-}
-
-CV_INLINE v16 load_weight(const uint8_t *row, size_t k, uint32_t format) {
-    if (format == CV_FORMAT_F32) return v16_load((const float *)(const void *)(row + 4 * k));
-    return v16_load16((const uint16_t *)(const void *)(row + 2 * k), format == CV_FORMAT_F16 ? CV_F16 : CV_BF16);
-}
-
-CV_INLINE v16 load_weight_part(const uint8_t *row, size_t k, uint32_t format, size_t n) {
-    if (format == CV_FORMAT_F32) return v16_load_part((const float *)(const void *)(row + 4 * k), n);
-    return v16_load16_part((const uint16_t *)(const void *)(row + 2 * k), format == CV_FORMAT_F16 ? CV_F16 : CV_BF16, n);
-}
-
-CV_INLINE void widen_row(const uint8_t *row, uint32_t format, size_t cols, float *out) {
-    size_t k = 0;
-    for (; k + 16 <= cols; k += 16) v16_store(out + k, load_weight(row, k, format));
-    if (k < cols) v16_store(out + k, load_weight_part(row, k, format, cols - k));
-}
-
-CV_TARGET static void decode_row(const cv_weight *w, size_t e, size_t r, float *out) {
-    const uint8_t *row = w->data + e * w->expert_bytes + r * w->row_bytes;
-    if (w->format == CV_FORMAT_F32) {
-        widen_row(row, CV_FORMAT_F32, w->cols, out);
-    } else if (w->format == CV_FORMAT_F16) {
-        widen_row(row, CV_FORMAT_F16, w->cols, out);
-    } else if (w->format == CV_FORMAT_BF16) {
-        widen_row(row, CV_FORMAT_BF16, w->cols, out);
-    } else if (w->format == CV_FORMAT_AFFINE && w->group % 16 == 0 && w->cols % w->group == 0 && (w->bits == 4 || w->bits == 6 || w->bits == 8)) {
-        const size_t at = e * w->expert_scale_bytes + r * w->scale_row_bytes;
-        if (w->bits == 4) decode_affine(w, row, w->scales + at, w->biases + at, 4, out);
-        else if (w->bits == 6) decode_affine(w, row, w->scales + at, w->biases + at, 6, out);
-        else decode_affine(w, row, w->scales + at, w->biases + at, 8, out);
-    } else {
-        cv_decode_row_scalar(w, e, r, out);
     }
 }
 

@@ -97,6 +97,15 @@ CV_INLINE void v16_store_bf16(uint16_t *p, v16 x) {
 CV_INLINE v16 v16_from_bytes(__m128i x) {
     return (v16){_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};
 }
+CV_INLINE __m256 v8_negate_where(__m256 x, __m128i bytes) {
+    return _mm256_xor_ps(x, _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_set1_ps(-0.0f)));
+}
+CV_INLINE v16 v16_negate_where(v16 x, __m128i bytes) { return (v16){v8_negate_where(x.a, bytes), v8_negate_where(x.b, _mm_srli_si128(bytes, 8))}; }
+CV_INLINE v16 v16_from_e4m3(__m128i bytes) {
+    const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+    const v16 x = {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(low), 20)), _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)), 20))};
+    return v16_negate_where(v16_mul(x, v16_set(0x1p120f)), bytes);
+}
 CV_INLINE int32_t v16_store_int8(int8_t *p, v16 x) {
     const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b), words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
     _mm_storeu_si128((__m128i *)(void *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));

@@ -65,6 +65,15 @@ CV_INLINE void v16_store_bf16(uint16_t *p, v16 x) {
 
 /* Sixteen unsigned bytes as floats; sixteen floats of at most 127 in size rounded to int8, their sum returned. */
 CV_INLINE v16 v16_from_bytes(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x)); }
+/* x, negated where the top bit of a byte is set. */
+CV_INLINE v16 v16_negate_where(v16 x, __m128i bytes) {
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_and_si512(_mm512_cvtepi8_epi32(bytes), _mm512_set1_epi32(INT32_MIN))));
+}
+/* E4M3's seven low bits as exponent and fraction of a float32 whose exponent is 120 too small. */
+CV_INLINE v16 v16_from_e4m3(__m128i bytes) {
+    const __m512i low = _mm512_cvtepu8_epi32(_mm_and_si128(bytes, _mm_set1_epi8(0x7f)));
+    return v16_negate_where(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(low, 20)), _mm512_set1_ps(0x1p120f)), bytes);
+}
 CV_INLINE int32_t v16_store_int8(int8_t *p, v16 x) {
     const __m512i v = _mm512_cvtps_epi32(x);
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(v));
