@@ -82,6 +82,11 @@ check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as error
 	$(BUN) x tsc -p .
 	$(BUN) x biome check --config-path=.config --error-on-warnings src test
 
+# The sweeps that are too slow or need too much for `make test`. Each prints `N pass`, `N fail`, `N skip` and why.
+VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh)
+verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime
+	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
+
 bench: dist/caravan $(SMOLLM2)/config.json ## speed of the default model on this machine
 	./dist/caravan bench $(SMOLLM2)
 
@@ -94,7 +99,7 @@ build/asan/%: native/test/%.c $(NATIVE_SRC) $(NATIVE_HDR)
 
 .PHONY: native-asan
 native-asan: $(patsubst native/test/%.c,build/asan/%,$(wildcard native/test/test_*.c))
-	@for t in $^; do echo "== $$t"; $$t || exit 1; done
+	@for t in $^; do echo "== $$t"; $$t > $$t.log 2>&1; code=$$?; grep -v '^ok' $$t.log; [ $$code -eq 0 ] || exit 1; done
 
 clean: ## remove what was built (not .tools and .models)
 	rm -rf build dist

@@ -15,7 +15,11 @@ describe("the C library", () => {
       const run = Bun.spawn([program], { stdout: "pipe", stderr: "pipe" });
       const [out, err, code] = await Promise.all([run.stdout.text(), run.stderr.text(), run.exited]);
       const failures = out.split("\n").filter((line) => line.startsWith("not ok"));
-      expect({ failures, stderr: code === 0 ? "" : err, code }).toEqual({ failures: [], stderr: "", code: 0 });
+      expect({ failures, stderr: code === 0 ? "" : err, code }).toEqual({
+        failures: [],
+        stderr: "",
+        code: 0,
+      });
       expect(out).toMatch(/\d+ passed, 0 failed/);
     }, 300_000);
   }
