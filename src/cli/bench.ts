@@ -4,7 +4,7 @@ import { cpus } from "node:os";
 import { type BenchReport, runBench, type Spread } from "../engine/bench-run.ts";
 import { CaravanError } from "../errors.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
-import { findModel } from "./model-argument.ts";
+import { findWeights } from "./model-argument.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
 
 /** A list of whole numbers, `1,8,16`. */
@@ -63,7 +63,7 @@ export const bench: Command = {
     if (args.choice("device", ["auto", "cpu", "metal"]) === "metal") {
       throw new CaravanError("not_built_yet", "--device metal is not built yet");
     }
-    const model = findModel(args.positional(0));
+    const model = findWeights(args.positional(0));
     const threads = args.integer("threads", 1, 256);
     const cpu = args.text("cpu");
     const scheduling = args.choice("scheduling", ["sequential", "batched"]);

@@ -6,7 +6,7 @@ import { CaravanError } from "../errors.ts";
 import { NpyWriter } from "../model/npy.ts";
 import type { Command } from "./command.ts";
 import { readJsonFile } from "./json-file.ts";
-import { findModel } from "./model-argument.ts";
+import { findWeights } from "./model-argument.ts";
 import { ProgressLine } from "./progress.ts";
 
 export const logits: Command = {
@@ -45,7 +45,7 @@ export const logits: Command = {
     const piece = args.integer("piece", 1, 65536);
     const threads = args.integer("threads", 1, 256);
     const cpu = args.text("cpu");
-    const model = findModel(args.positional(0));
+    const model = findWeights(args.positional(0));
     const progress = new ProgressLine();
     let writer: NpyWriter | undefined;
     let done = 0;

@@ -10,6 +10,14 @@ export function findModel(name: string): InstalledModel {
   return resolveModel(openStore(loadSettings().settings.models_dir), name, { allowFolder: true });
 }
 
+/** The same for commands that feed token ids: weights and config.json are enough. */
+export function findWeights(name: string): InstalledModel {
+  return resolveModel(openStore(loadSettings().settings.models_dir), name, {
+    allowFolder: true,
+    withoutTokenizer: true,
+  });
+}
+
 /** The folder of MODEL's tokenizer: a folder with only the tokenizer's files is enough. */
 export function textFolder(name: string): string {
   const folder = resolve(name);
