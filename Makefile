@@ -41,17 +41,20 @@ node_modules/.installed: package.json bun.lock | $(filter .tools/%,$(BUN))
 
 build/obj/%.o: native/%.c $(NATIVE_HDR)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS_BASE) $(CFLAGS) -c $< -o $@
+	@echo "cc $<"
+	@$(CC) $(CFLAGS_BASE) $(CFLAGS) -c $< -o $@
 
 $(LIB): $(NATIVE_OBJ)
-	$(CC) -shared -pthread $(LDFLAGS) $(NATIVE_OBJ) -lm -o $@.tmp && mv $@.tmp $@
+	@echo "ld $@"
+	@$(CC) -shared -pthread $(LDFLAGS) $(NATIVE_OBJ) -lm -o $@.tmp && mv $@.tmp $@
 
 lib: $(LIB) ## build the C library
 
 NATIVE_TESTS := $(patsubst native/test/%.c,build/test/%,$(wildcard native/test/test_*.c))
 build/test/%: native/test/%.c $(NATIVE_OBJ) $(NATIVE_HDR)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS_BASE) $(CFLAGS) $< $(NATIVE_OBJ) -lm -o $@
+	@echo "cc $<"
+	@$(CC) $(CFLAGS_BASE) $(CFLAGS) $< $(NATIVE_OBJ) -lm -o $@
 
 native-tests: $(NATIVE_TESTS) ## build the C tests (bun test runs them)
 
@@ -97,13 +100,17 @@ asan: ## the C library's tests under AddressSanitizer and UndefinedBehaviorSanit
 CFLAGS_ASAN := $(filter-out -Werror,$(CFLAGS_BASE)) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -w
 ASAN_OBJ := $(NATIVE_SRC:native/%.c=build/asan/obj/%.o)
 
+# The objects are kept: three test programs share them.
+.PRECIOUS: build/asan/obj/%.o
 build/asan/obj/%.o: native/%.c $(NATIVE_HDR)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS_ASAN) -c $< -o $@
+	@echo "cc $< (sanitized)"
+	@$(CC) $(CFLAGS_ASAN) -c $< -o $@
 
 build/asan/%: native/test/%.c $(ASAN_OBJ) $(NATIVE_HDR)
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS_ASAN) $< $(ASAN_OBJ) -lm -o $@
+	@echo "cc $< (sanitized)"
+	@$(CC) $(CFLAGS_ASAN) $< $(ASAN_OBJ) -lm -o $@
 
 .PHONY: native-asan
 native-asan: $(patsubst native/test/%.c,build/asan/%,$(wildcard native/test/test_*.c))

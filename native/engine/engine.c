@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine.h"
 #include "graph.h"
 #include "sampler.h"
 #include "step.h"
@@ -163,15 +164,14 @@ static void *compute_main(void *arg) {
 
 int cv_event_fd(cv_engine *engine) { return engine ? engine->event[0] : CV_E_ARGUMENT; }
 
-int cv_open(const void *plan, size_t plan_size, cv_engine **out, char *text, size_t text_size) {
-    cv_err err = {text, text_size};
+int cv_engine_open(const void *plan, size_t plan_size, cv_load_progress *progress, cv_engine **out, cv_err err) {
     if (!out) return cv_fail(err, CV_E_ARGUMENT, "nowhere to put the engine");
     cv_engine *e = calloc(1, sizeof *e);
     if (!e) return cv_fail(err, CV_E_MEMORY, "no memory");
     e->event[0] = e->event[1] = -1;
     e->next_ticket = 1;
-    int code = cv_model_open(plan, plan_size, &e->model, err);
-    if (!code) code = cv_backend_cpu_open(&e->model->shape, &e->backend, text, text_size);
+    int code = cv_model_open(plan, plan_size, progress, &e->model, err);
+    if (!code) code = cv_backend_cpu_open(&e->model->shape, &e->backend, err.text, err.size);
     if (!code) code = cv_graph_open(e->model, e->backend, &e->act, err);
     if (!code) {
         e->last = malloc(e->model->n_slots * sizeof *e->last);

@@ -162,7 +162,7 @@ static int reserve_pool(cv_model *m, bool chunked, size_t n_pages, cv_err err) {
     return CV_OK;
 }
 
-int cv_model_open(const void *plan, size_t plan_size, cv_model **out, cv_err err) {
+int cv_model_open(const void *plan, size_t plan_size, cv_load_progress *progress, cv_model **out, cv_err err) {
     int code = check_head(plan, plan_size, err);
     if (code) return code;
     const cv_plan *p = plan;
@@ -178,7 +178,7 @@ int cv_model_open(const void *plan, size_t plan_size, cv_model **out, cv_err err
     if (!m->inv_freq) code = cv_fail(err, CV_E_MEMORY, "no memory");
     else memcpy(m->inv_freq, (const uint8_t *)plan + p->inv_freq_offset, p->head_dim / 2 * sizeof(float));
     m->shape.inv_freq = m->inv_freq;
-    if (!code) code = cv_weights_open(plan, p, &m->weights, err);
+    if (!code) code = cv_weights_open(plan, p, progress, &m->weights, err);
     if (!code) code = read_layers(m, plan, p, err);
     if (!code) code = reserve_pool(m, false, p->n_full_pages, err);
     if (!code) code = reserve_pool(m, true, p->n_chunk_pages, err);

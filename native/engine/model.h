@@ -39,7 +39,7 @@ typedef struct cv_model {
 } cv_model;
 
 /* Reads and checks the plan, maps the weights, reserves the cache. On failure nothing is left behind. */
-int cv_model_open(const void *plan, size_t plan_size, cv_model **out, cv_err err);
+int cv_model_open(const void *plan, size_t plan_size, cv_load_progress *progress, cv_model **out, cv_err err);
 void cv_model_close(cv_model *m);
 
 #endif

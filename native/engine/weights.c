@@ -34,6 +34,7 @@ struct cv_weights {
     void **copies;
     size_t n_copies;
     uint64_t mapped_bytes, copied_bytes;
+    cv_load_progress *progress; /* while loading */
 };
 
 /* a*b, false when it does not fit. */
@@ -119,6 +120,14 @@ static void *new_copy(cv_weights *w, uint64_t bytes) {
     return p;
 }
 
+/* Counts n bytes as done; false when loading should stop. */
+static bool advance(cv_weights *w, uint64_t n) {
+    atomic_fetch_add_explicit(&w->progress->bytes_done, n, memory_order_relaxed);
+    return !atomic_load_explicit(&w->progress->stop, memory_order_relaxed);
+}
+
+static int stopped(cv_err err) { return cv_fail(err, CV_E_ABORTED, "loading was stopped"); }
+
 /* A view as [outer, rows, bytes]: mapped when its pointers are aligned to `align`, else copied and packed. */
 static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_t rows, uint64_t bytes, size_t align, const uint8_t **data, size_t *row_stride, size_t *outer_stride, cv_err err) {
     file *f = &w->files[s->file];
@@ -132,7 +141,7 @@ static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_
         *row_stride = (size_t)s->row_stride;
         *outer_stride = (size_t)s->outer_stride;
         w->mapped_bytes += total;
-        return CV_OK;
+        return advance(w, total) ? CV_OK : stopped(err);
     }
     uint8_t *to = new_copy(w, total);
     if (!to) return cv_fail(err, CV_E_MEMORY, "%s: no memory for a copy of %llu bytes", f->path, (unsigned long long)total);
@@ -141,12 +150,10 @@ static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_
     *outer_stride = (size_t)(rows * bytes);
     for (uint64_t e = 0; e < outer; e++) {
         const uint8_t *from = f->map + s->offset + e * s->outer_stride;
-        if (s->row_stride == bytes) {
-            memcpy(to, from, (size_t)(rows * bytes));
-            to += rows * bytes;
-            continue;
+        for (uint64_t r = 0; r < rows; r++, to += bytes) {
+            memcpy(to, from + r * s->row_stride, (size_t)bytes);
+            if (!advance(w, bytes)) return stopped(err);
         }
-        for (uint64_t r = 0; r < rows; r++, to += bytes) memcpy(to, from + r * s->row_stride, (size_t)bytes);
     }
     return CV_OK;
 }
@@ -164,11 +171,13 @@ static int place_transposed(cv_weights *w, const cv_plan_tensor *t, cv_weight *m
     m->data = to;
     m->expert_bytes = (size_t)(t->rows * m->row_bytes);
     for (uint64_t e = 0; e < t->experts; e++)
-        for (uint64_t r0 = 0; r0 < t->rows; r0 += 32)
+        for (uint64_t r0 = 0; r0 < t->rows; r0 += 32) {
+            if (!advance(w, (t->rows - r0 < 32 ? t->rows - r0 : 32) * m->row_bytes)) return stopped(err);
             for (uint64_t c = 0; c < t->cols; c++) {
                 const uint8_t *from = f->map + t->weight.offset + e * t->weight.outer_stride + c * t->weight.row_stride;
                 for (uint64_t r = r0; r < t->rows && r < r0 + 32; r++) memcpy(to + e * m->expert_bytes + r * m->row_bytes + c * size, from + r * size, size);
             }
+        }
     return CV_OK;
 }
 
@@ -263,9 +272,10 @@ static int open_files(cv_weights *w, const uint8_t *plan, const cv_plan *head, c
     return CV_OK;
 }
 
-int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_weights **out, cv_err err) {
+int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_load_progress *progress, cv_weights **out, cv_err err) {
     cv_weights *w = calloc(1, sizeof *w);
     if (!w) return cv_fail(err, CV_E_MEMORY, "no memory");
+    w->progress = progress;
     w->files = calloc(head->n_files ? head->n_files : 1, sizeof *w->files);
     w->tensors = calloc(head->n_tensors ? head->n_tensors : 1, sizeof *w->tensors);
     int code = w->files && w->tensors ? open_files(w, plan, head, err) : cv_fail(err, CV_E_MEMORY, "no memory for the tensor table");
@@ -285,6 +295,7 @@ int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_weights **out, 
             cv_weights_close(w);
             return code;
         }
+    w->progress = NULL;
     *out = w;
     return CV_OK;
 }

@@ -3,13 +3,21 @@
 #ifndef CV_WEIGHTS_H
 #define CV_WEIGHTS_H
 
+#include <stdatomic.h>
+
 #include "../backend/backend.h"
 #include "error.h"
 
 typedef struct cv_weights cv_weights;
 
+/* What a loading thread and its watcher share. */
+typedef struct {
+    _Atomic uint64_t bytes_done; /* of weights in place */
+    atomic_bool stop;            /* loading should end with CV_E_ABORTED */
+} cv_load_progress;
+
 /* paths: the plan's files, already opened and checked here. The plan's records must lie inside `plan` (model.c checks). */
-int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_weights **out, cv_err err);
+int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_load_progress *progress, cv_weights **out, cv_err err);
 void cv_weights_close(cv_weights *w);
 
 /* The tensor of a slot in a layer (-1: global), NULL when the plan has none. */

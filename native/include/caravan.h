@@ -262,6 +262,14 @@ CV_API const char *cv_cpu_name(uint32_t level);
  * against itself and against the files before anything is mapped or read. */
 CV_API int cv_open(const void *plan, size_t plan_size, cv_engine **out, char *err, size_t err_size);
 
+/* The same in a thread of its own, for callers that must not block: start, then poll until it is not CV_E_AGAIN. Polling gives
+ * the bytes of weights that are in place. The last poll (CV_OK with *out, or the error) frees the loader. cv_load_cancel
+ * makes loading end with CV_E_ABORTED soon; the loader must still be polled to its end. The plan is copied. */
+typedef struct cv_loader cv_loader;
+CV_API int cv_load_start(const void *plan, size_t plan_size, cv_loader **out, char *err, size_t err_size);
+CV_API int cv_load_poll(cv_loader *loader, uint64_t *bytes_done, cv_engine **out, char *err, size_t err_size);
+CV_API void cv_load_cancel(cv_loader *loader);
+
 /* Readable end of a pipe: one byte arrives for each step that ended. Owned by the engine. */
 CV_API int cv_event_fd(cv_engine *engine);
 

@@ -252,6 +252,32 @@ static void test_damaged_files(cv_checks *c) {
     tm_free(&m);
 }
 
+static void test_loader(cv_checks *c) {
+    tiny_model m;
+    char err[256] = "";
+    cv_engine *e = NULL;
+    cv_loader *l = NULL;
+    uint64_t done = 0;
+    int code;
+    cv_case(c, "loading in a thread of its own gives the engine, its progress, and its errors; it can be stopped");
+    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 1) && !cv_load_start(m.plan, m.plan_size, &l, err, sizeof err), "start: %s", err);
+    while ((code = cv_load_poll(l, &done, &e, err, sizeof err)) == CV_E_AGAIN) usleep(100);
+    cv_check(c, !code && e && done >= m.file_size, "%d %s, %llu bytes", code, err, (unsigned long long)done);
+    cv_close(e);
+    cv_check(c, !cv_load_start(m.plan, m.plan_size, &l, err, sizeof err), "start: %s", err);
+    cv_load_cancel(l);
+    e = NULL;
+    while ((code = cv_load_poll(l, &done, &e, err, sizeof err)) == CV_E_AGAIN) usleep(100);
+    cv_check(c, code == CV_E_ABORTED || !code, "stopped: %d %s", code, err); /* it may have been faster */
+    cv_close(e);
+    unlink(m.path);
+    cv_check(c, !cv_load_start(m.plan, m.plan_size, &l, err, sizeof err), "start: %s", err);
+    while ((code = cv_load_poll(l, &done, &e, err, sizeof err)) == CV_E_AGAIN) usleep(100);
+    cv_check(c, code == CV_E_IO && strstr(err, m.path), "missing file: %d %s", code, err);
+    cv_end_case(c);
+    tm_free(&m);
+}
+
 int main(void) {
     cv_checks c = {0};
     uint32_t tokens[N];
@@ -265,6 +291,7 @@ int main(void) {
     test_damaged_plans(&c, 3000);
     test_damaged_steps(&c, 3000, tokens);
     test_damaged_files(&c);
+    test_loader(&c);
     free(result);
     return cv_report(&c);
 }

@@ -10,6 +10,10 @@ const ABI_VERSION = 1;
 const ERROR_BYTES = 1024;
 const STATS_BYTES = 72;
 
+/** How often loading is looked at: at once for small models, rarely for large ones. Milliseconds. */
+const FIRST_POLL_MS = 1;
+const LAST_POLL_MS = 50;
+
 const CV_E_AGAIN = -6;
 const CV_E_ABORTED = -8;
 const CV_E_BUFFER = -9;
@@ -49,6 +53,9 @@ const FUNCTIONS = {
   cv_cpu_best: { args: [], returns: u32 },
   cv_cpu_name: { args: [u32], returns: cstring },
   cv_open: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_load_start: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_load_poll: { args: [ptr, ptr, ptr, ptr, usize], returns: i32 },
+  cv_load_cancel: { args: [ptr], returns: nothing },
   cv_event_fd: { args: [ptr], returns: i32 },
   cv_submit: { args: [ptr, ptr, usize, ptr, ptr, usize], returns: i32 },
   cv_collect: { args: [ptr, u64, ptr, usize, ptr, ptr, usize], returns: i32 },
@@ -141,6 +148,31 @@ export class EngineHandle {
     const code = symbols.cv_open(plan, plan.byteLength, out, error, error.length);
     if (code !== 0) throw nativeError(code, error, "loading the model");
     return new EngineHandle(symbols, Number(out[0] ?? 0n) as Pointer);
+  }
+
+  /** Opens an engine in a thread of the library: the event loop stays free. `onBytes` hears how many bytes of weights
+   * are in place; aborting the signal stops loading. Throws what cv_open would. */
+  static async load(
+    plan: Uint8Array,
+    onBytes: (done: number) => void = () => {},
+    signal?: AbortSignal,
+  ): Promise<EngineHandle> {
+    const symbols = library();
+    const error = new Uint8Array(ERROR_BYTES);
+    const out = new BigUint64Array(2);
+    const started = symbols.cv_load_start(plan, plan.byteLength, out, error, error.length);
+    if (started !== 0) throw nativeError(started, error, "loading the model");
+    const loader = Number(out[0] ?? 0n) as Pointer;
+    const done = out.subarray(0, 1);
+    const engine = out.subarray(1, 2);
+    for (let pauseMs = FIRST_POLL_MS; ; pauseMs = Math.min(pauseMs * 2, LAST_POLL_MS)) {
+      if (signal?.aborted) symbols.cv_load_cancel(loader);
+      const code = symbols.cv_load_poll(loader, done, engine, error, error.length);
+      if (code === 0) return new EngineHandle(symbols, Number(engine[0] ?? 0n) as Pointer);
+      if (code !== CV_E_AGAIN) throw nativeError(code, error, "loading the model");
+      onBytes(Number(done[0] ?? 0n));
+      await Bun.sleep(pauseMs);
+    }
   }
 
   /** Readable end of a pipe: a byte for each step that ended. Owned by the engine. */

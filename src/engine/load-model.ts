@@ -21,6 +21,8 @@ import { NativeStepEngine } from "./step-engine.ts";
 const MOST_THREADS = 256;
 /** New tokens a step: enough for matrix products at full speed, few enough to answer a cancel soon. */
 const STEP_TOKENS = 512;
+/** Share of the progress that reading config and headers stands for. */
+const HEADERS_SHARE = 0.05;
 /** CV_CPU_* of caravan.h. */
 const CPU_LEVELS = [1, 2, 3, 4, 5, 16, 17, 18];
 /** The graph has one batched attention kernel that reads both kinds of pages. */
@@ -94,9 +96,12 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
     cpuLevel,
   });
 
-  const gigabytes = ((memory.weightsMapped + memory.weightsCopied) / 1e9).toFixed(2);
-  onProgress?.(0.05, `loading ${gigabytes} GB of weights`);
-  const engine = new NativeStepEngine(bytes, config.vocabSize);
+  const weights = memory.weightsMapped + memory.weightsCopied;
+  const detail = `loading ${(weights / 1e9).toFixed(2)} GB of weights`;
+  onProgress?.(HEADERS_SHARE, detail);
+  const engine = await NativeStepEngine.load(bytes, config.vocabSize, (done) =>
+    onProgress?.(HEADERS_SHARE + (1 - HEADERS_SHARE) * Math.min(1, done / weights), detail),
+  );
   const stats = engine.stats();
   if (cpuLevel !== 0 && stats.cpuLevel !== cpuLevel) {
     await engine.close();

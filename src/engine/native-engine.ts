@@ -38,6 +38,15 @@ export class NativeEngine {
     return new NativeEngine(EngineHandle.open(plan));
   }
 
+  /** The same without blocking. `onBytes` hears how many bytes of weights are in place. */
+  static async load(
+    plan: Uint8Array,
+    onBytes?: (done: number) => void,
+    signal?: AbortSignal,
+  ): Promise<NativeEngine> {
+    return new NativeEngine(await EngineHandle.load(plan, onBytes, signal));
+  }
+
   /** Why the engine takes no further steps; undefined while it lives. */
   get failed(): CaravanError | undefined {
     return this.#failed;

@@ -12,9 +12,17 @@ export class NativeStepEngine implements StepEngine {
   readonly #encoder = new StepEncoder();
   readonly #decode: (result: Uint8Array) => StepResult;
 
-  /** Opens an engine from a load plan's bytes; blocks while weights are mapped or read. */
-  constructor(plan: Uint8Array, vocab: number) {
-    this.#engine = NativeEngine.open(plan);
+  /** Opens an engine from a load plan's bytes, in a thread of the library. */
+  static async load(
+    plan: Uint8Array,
+    vocab: number,
+    onBytes?: (done: number) => void,
+  ): Promise<NativeStepEngine> {
+    return new NativeStepEngine(await NativeEngine.load(plan, onBytes), vocab);
+  }
+
+  private constructor(engine: NativeEngine, vocab: number) {
+    this.#engine = engine;
     this.#decode = (result) => decodeResult(result, vocab);
   }
 
