@@ -1,8 +1,10 @@
 // Picks the command. Everything else is in cli/.
 
+import { PORT_TAKEN_EXIT_CODE } from "./api/server.ts";
 import { helpText, readArguments, USAGE_EXIT_CODE } from "./cli/command.ts";
-import { commands } from "./cli/commands.ts";
-import { asCaravanError } from "./errors.ts";
+import { commands, LATER_COMMANDS } from "./cli/commands.ts";
+import { endWhenOutputFails, ignoreOutputFailures } from "./cli/standard-streams.ts";
+import { asCaravanError, CaravanError } from "./errors.ts";
 import { VERSION } from "./version.ts";
 
 const DEFAULT_COMMAND = "serve";
@@ -24,6 +26,7 @@ function overview(): string {
 
 async function main(argv: readonly string[]): Promise<number> {
   const first = argv[0];
+  endWhenOutputFails();
   if (first === "--version" || first === "-V" || first === "version") {
     process.stdout.write(`caravan ${VERSION}\n`);
     return 0;
@@ -36,6 +39,10 @@ async function main(argv: readonly string[]): Promise<number> {
   const named = first !== undefined && !first.startsWith("-");
   const name = named ? first : DEFAULT_COMMAND;
   const command = commands.find((candidate) => candidate.name === name);
+  const later = LATER_COMMANDS[name];
+  if (later !== undefined) {
+    throw new CaravanError("not_built_yet", `\`caravan ${name}\` is not built yet: it comes with ${later}`);
+  }
   if (command === undefined) {
     process.stderr.write(`caravan: there is no command "${name}"\n\n${overview()}`);
     return USAGE_EXIT_CODE;
@@ -45,7 +52,14 @@ async function main(argv: readonly string[]): Promise<number> {
     process.stdout.write(helpText(command));
     return 0;
   }
+  if (command.outlivesOutput === true) ignoreOutputFailures();
   return await command.run(args);
+}
+
+/** 2: the command line or its input is wrong. 69: the port is taken. 1: everything else. */
+function exitCode(error: CaravanError): number {
+  if (error.code !== "invalid_argument") return 1;
+  return error.param === "--port" ? PORT_TAKEN_EXIT_CODE : USAGE_EXIT_CODE;
 }
 
 try {
@@ -56,5 +70,5 @@ try {
   if (error.code === "internal_error" && thrown instanceof Error && process.env.CARAVAN_DEBUG) {
     process.stderr.write(`${thrown.stack}\n`);
   }
-  process.exitCode = error.code === "invalid_argument" ? USAGE_EXIT_CODE : 1;
+  process.exitCode = exitCode(error);
 }

@@ -30,6 +30,15 @@ const FIELDS = {
   context: count(0, 16 * 1024 * 1024),
   /** Requests that may wait; one more is refused with 429. */
   max_queue: count(0, 1_000_000),
+  /** Longest life of a request in seconds, waiting included; 0: no limit. */
+  request_seconds: count(0, 1_000_000),
+  /** How long running requests may go on when the node is told to stop. */
+  drain_seconds: count(0, 86_400),
+  max_body_bytes: count(1024, 999_999_999),
+  /** Origins that browsers may call from besides the node's own; "*" for all. */
+  cors_origins: v.array(text),
+  /** Further names that a Host header may carry. */
+  allowed_hosts: v.array(text),
   log_level: v.picklist(LOG_LEVELS),
   log_format: v.picklist(LOG_FORMATS),
 } as const;
@@ -67,7 +76,17 @@ export interface LoadSettingsOptions {
   read?: (file: string) => string | undefined;
 }
 
-const NUMBERS: readonly string[] = ["port", "threads", "context", "max_queue"] satisfies SettingName[];
+const NUMBERS: readonly string[] = [
+  "port",
+  "threads",
+  "context",
+  "max_queue",
+  "request_seconds",
+  "drain_seconds",
+  "max_body_bytes",
+] satisfies SettingName[];
+/** Comma-separated in variables. */
+const LISTS: readonly string[] = ["api_keys", "cors_origins", "allowed_hosts"] satisfies SettingName[];
 /** Variables that others read: paths.ts, and CARAVAN_CONFIG below. */
 const OTHER_VARIABLES = new Set([
   "CARAVAN_CONFIG",
@@ -130,11 +149,11 @@ function fromFile(file: string, content: string): Partial<Settings> {
 /** Turns a variable's text into the field's type; text that does not fit is left for the schema to refuse. */
 function fromText(name: string, value: string): unknown {
   if (NUMBERS.includes(name)) return /^\d{1,9}$/.test(value.trim()) ? Number(value) : value;
-  if (name === "api_keys")
+  if (LISTS.includes(name))
     return value
       .split(",")
-      .map((key) => key.trim())
-      .filter((key) => key !== "");
+      .map((item) => item.trim())
+      .filter((item) => item !== "");
   return value;
 }
 
@@ -199,6 +218,11 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     threads: 0,
     context: 0,
     max_queue: 256,
+    request_seconds: 0,
+    drain_seconds: 30,
+    max_body_bytes: 32 * 1024 * 1024,
+    cors_origins: [],
+    allowed_hosts: [],
     log_level: "info",
     log_format: "text",
   };

@@ -120,8 +120,13 @@ export interface LoadedModel {
   newStopMatcher(stops: readonly string[]): StopMatcher;
 }
 
+export interface FindOptions {
+  /** Ends the wait for a model that loads; the promise then rejects with its reason. */
+  signal?: AbortSignal;
+}
+
 export interface ModelDirectory {
   list(): ModelInfo[];
   /** Loads the model on demand. Rejects with model_not_found, model_loading (with progress), or why it cannot load. */
-  find(name: string): Promise<LoadedModel>;
+  find(name: string, options?: FindOptions): Promise<LoadedModel>;
 }

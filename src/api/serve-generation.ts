@@ -79,7 +79,7 @@ export async function serveGeneration(
   let handedOver = false;
   try {
     context.env?.keepOpen?.();
-    const model = await deps.models.find(request.model);
+    const model = await deps.models.find(request.model, { signal: ticket.signal });
     requireReady(model);
     const prepared = await prepare(model, ticket.signal);
     const events =

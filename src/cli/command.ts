@@ -26,6 +26,8 @@ export interface Command {
   options: Record<string, OptionSpec>;
   /** Not shown in the list of commands. */
   internal?: boolean;
+  /** It goes on when nobody reads its output any more. */
+  outlivesOutput?: boolean;
   /** More text for its own help. */
   details?: string;
   /** Returns the exit code. */

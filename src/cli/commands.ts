@@ -26,3 +26,8 @@ export const commands: readonly Command[] = [
   doctor,
   runner,
 ];
+
+/** Commands of which nothing is built, and what they will come with. */
+export const LATER_COMMANDS: Readonly<Record<string, string>> = {
+  plan: "the cluster",
+};

@@ -1,8 +1,9 @@
 // JSON files that commands take and give.
 
-import { readFileSync, writeFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import * as v from "valibot";
 import { CaravanError } from "../errors.ts";
+import { AtomicFile } from "../model/atomic-file.ts";
 
 /** Reads and checks a JSON file. Throws invalid_argument naming the file and what is wrong in it. */
 export function readJsonFile<T extends v.GenericSchema>(path: string, schema: T): v.InferOutput<T> {
@@ -27,15 +28,11 @@ export function readJsonFile<T extends v.GenericSchema>(path: string, schema: T)
   });
 }
 
-export function writeJsonFile(path: string, value: unknown): void {
-  try {
-    writeFileSync(path, `${JSON.stringify(value)}\n`);
-  } catch (thrown) {
-    const full = thrown instanceof Error && "code" in thrown && thrown.code === "ENOSPC";
-    throw new CaravanError(full ? "disk_full" : "invalid_argument", `cannot be written: ${message(thrown)}`, {
-      where: path,
-    });
-  }
+/** Writes `value` so that the file appears under its name only when it is whole. Throws disk_full or bad_file. */
+export async function writeJsonFile(path: string, value: unknown): Promise<void> {
+  const file = await AtomicFile.create(path);
+  await file.write(new TextEncoder().encode(`${JSON.stringify(value)}\n`), 0);
+  await file.commit();
 }
 
 function message(thrown: unknown): string {

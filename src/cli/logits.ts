@@ -1,10 +1,14 @@
 // caravan logits: raw logits of a token sequence, the way the engine is judged.
 
+import { accessSync, constants } from "node:fs";
+import { dirname, resolve } from "node:path";
 import * as v from "valibot";
 import { runLogits } from "../engine/logits.ts";
-import { CaravanError } from "../errors.ts";
+import { asCaravanError, CaravanError } from "../errors.ts";
+import { writeError } from "../model/atomic-file.ts";
 import { NpyWriter } from "../model/npy.ts";
 import type { Command } from "./command.ts";
+import { interruptible } from "./interrupt.ts";
 import { readJsonFile } from "./json-file.ts";
 import { findWeights } from "./model-argument.ts";
 import { ProgressLine } from "./progress.ts";
@@ -32,46 +36,67 @@ export const logits: Command = {
       throw new CaravanError("not_built_yet", "--device metal is not built yet");
     }
     const out = args.required("out");
-    const { tokens } = readJsonFile(
-      args.required("tokens-file"),
-      v.object({
-        tokens: v.pipe(
-          v.array(v.pipe(v.number(), v.integer(), v.minValue(0))),
-          v.minLength(1, "an empty list of tokens"),
-        ),
-      }),
-    );
+    const tokensFile = args.required("tokens-file");
+    const { tokens } = readJsonFile(tokensFile, TOKENS_FILE);
     const prefill = args.integer("prefill", 0, tokens.length);
     const piece = args.integer("piece", 1, 65536);
     const threads = args.integer("threads", 1, 256);
     const cpu = args.text("cpu");
     const model = findWeights(args.positional(0));
-    const progress = new ProgressLine();
-    let writer: NpyWriter | undefined;
-    let done = 0;
-    try {
-      await runLogits({
-        modelDir: model.path,
-        tokens,
-        compute,
-        ...(prefill === undefined ? {} : { prefill }),
-        ...(piece === undefined ? {} : { piece }),
-        ...(threads === undefined ? {} : { threads }),
-        ...(cpu === undefined ? {} : { cpu }),
-        onLogits: async (rows, vocab) => {
-          writer ??= await NpyWriter.open(out, [tokens.length, vocab]);
-          await writer.write(rows);
-          done += rows.length / vocab;
-          progress.show("logits", done / tokens.length, `${done} of ${tokens.length} tokens`);
-        },
-      });
-      await writer?.close();
-    } catch (thrown) {
-      await writer?.abandon();
-      throw thrown;
-    } finally {
-      progress.clear();
-    }
-    return 0;
+    requireFolder(out);
+    return await interruptible(async (signal) => {
+      const progress = new ProgressLine();
+      let writer: NpyWriter | undefined;
+      let done = 0;
+      try {
+        await runLogits({
+          modelDir: model.path,
+          tokens,
+          compute,
+          ...(prefill === undefined ? {} : { prefill }),
+          ...(piece === undefined ? {} : { piece }),
+          ...(threads === undefined ? {} : { threads }),
+          ...(cpu === undefined ? {} : { cpu }),
+          onLogits: async (rows, vocab) => {
+            signal.throwIfAborted();
+            writer ??= await NpyWriter.open(out, [tokens.length, vocab]);
+            await writer.write(rows);
+            done += rows.length / vocab;
+            progress.show("logits", done / tokens.length, `${done} of ${tokens.length} tokens`);
+          },
+        });
+        signal.throwIfAborted();
+        await writer?.close();
+      } catch (thrown) {
+        await writer?.abandon();
+        throw placed(thrown, tokensFile);
+      } finally {
+        progress.clear();
+      }
+      return 0;
+    });
   },
 };
+
+const TOKENS_FILE = v.object({
+  tokens: v.pipe(
+    v.array(v.pipe(v.number(), v.integer(), v.minValue(0))),
+    v.minLength(1, "an empty list of tokens"),
+  ),
+});
+
+/** The model takes longer to load than a wrong folder to find. */
+function requireFolder(out: string): void {
+  try {
+    accessSync(dirname(resolve(out)), constants.W_OK);
+  } catch (cause) {
+    throw writeError(out, cause);
+  }
+}
+
+/** Names the tokens' file in errors about the tokens. */
+function placed(thrown: unknown, tokensFile: string): CaravanError {
+  const error = asCaravanError(thrown);
+  if (error.param !== "tokens" || error.where !== undefined) return error;
+  return new CaravanError(error.code, error.message, { where: tokensFile, param: "tokens", cause: thrown });
+}

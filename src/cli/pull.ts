@@ -2,6 +2,7 @@
 
 import { pullModel } from "../model/download/pull.ts";
 import type { Command } from "./command.ts";
+import { interruptible } from "./interrupt.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
 
 export const pull: Command = {
@@ -11,32 +12,44 @@ export const pull: Command = {
   count: [1, 1],
   options: {
     revision: { value: "REV", help: "branch, tag or commit (default main)" },
+    verify: { help: "check the hashes of files that are here already" },
     json: { help: "print the result as JSON" },
   },
   details:
     "MODEL is a card's name (caravan models --cards) or a hub repository, org/name.\nA download that was stopped goes on where it was. HF_TOKEN, HF_ENDPOINT and HF_HOME are honoured.",
   async run(args) {
-    const progress = new ProgressLine();
-    const abort = new AbortController();
-    const stop = () => abort.abort();
-    process.once("SIGINT", stop);
-    try {
-      const result = await pullModel(args.positional(0), {
-        signal: abort.signal,
-        ...(args.text("revision") === undefined ? {} : { revision: args.text("revision") as string }),
-        onProgress: ({ doneBytes, totalBytes, bytesPerSecond }) =>
-          progress.show(
-            "pull",
-            totalBytes === 0 ? 0 : doneBytes / totalBytes,
-            `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s`,
-          ),
-      });
-      progress.clear();
-      process.stdout.write(args.flag("json") ? `${JSON.stringify(result)}\n` : `${result.path}\n`);
-      return 0;
-    } finally {
-      progress.clear();
-      process.off("SIGINT", stop);
-    }
+    const name = args.positional(0);
+    const revision = args.text("revision");
+    return await interruptible(async (signal) => {
+      const progress = new ProgressLine();
+      try {
+        const result = await pullModel(name, {
+          signal,
+          verify: args.flag("verify"),
+          ...(revision === undefined ? {} : { revision }),
+          onRetry: (message) => {
+            progress.clear();
+            process.stderr.write(`caravan: ${message}\n`);
+          },
+          onProgress: ({ doneBytes, totalBytes, bytesPerSecond }) =>
+            progress.show(
+              `pull ${name}`,
+              totalBytes === 0 ? 0 : doneBytes / totalBytes,
+              `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s`,
+            ),
+        });
+        progress.clear();
+        if (args.flag("json")) {
+          process.stdout.write(`${JSON.stringify(result)}\n`);
+          return 0;
+        }
+        process.stdout.write(`${result.path}\n`);
+        if (result.downloadedBytes === 0) process.stderr.write("it was here already, whole\n");
+        process.stderr.write(`run it with: caravan run ${name}\n`);
+        return 0;
+      } finally {
+        progress.clear();
+      }
+    });
   },
 };

@@ -1,24 +1,27 @@
-// caravan run: one answer, or a chat in the terminal.
+// caravan run: one answer, or a chat in the terminal. The answer goes to standard output; all else to standard error.
 
-import { createInterface, type Interface } from "node:readline";
 import type { ChatMessage } from "../api/model-directory.ts";
 import type { SamplingRequest } from "../api/sampling-defaults.ts";
 import { asCaravanError } from "../errors.ts";
 import { DEFAULT_MODEL } from "../model/card.ts";
-import { loadSettings } from "../settings.ts";
-import { type AnswerStats, type ChatSource, findNode, openHere } from "./chat-source.ts";
-import type { Arguments, Command } from "./command.ts";
+import { type LoadedSettings, loadSettings } from "../settings.ts";
+import { VERSION } from "../version.ts";
+import { type AnswerStats, type ChatSource, openHere } from "./chat-source.ts";
+import { type Arguments, type Command, usage } from "./command.ts";
 import { findModel } from "./model-argument.ts";
+import { findNode } from "./node-chat.ts";
 import { ProgressLine } from "./progress.ts";
 import { RUN_OPTIONS, runOptions } from "./run-options.ts";
+import { TerminalInput } from "./terminal-input.ts";
 
 /** Exit code after Ctrl-C, as shells have it. */
 const INTERRUPTED_EXIT_CODE = 130;
 
-const CHAT_HELP = `  /clear    forget the conversation
-  /system TEXT   set the system message (and forget the conversation)
-  /exit     leave (also Ctrl-D)
-  \\ at the end of a line goes on in the next; Ctrl-C stops an answer
+const CHAT_HELP = `  /clear         forget the conversation
+  /system TEXT   set the system message and forget the conversation
+  /exit          leave (also Ctrl-D, or Ctrl-C twice)
+  \\ at the end of a line continues it; """ begins and ends a message of many lines
+  up and down go through what you typed; Ctrl-C stops an answer and keeps the chat
 `;
 
 export const run: Command = {
@@ -32,39 +35,58 @@ export const run: Command = {
     temperature: { value: "T", short: "t", help: "0 = always the most probable token" },
     "top-p": { value: "P", help: "nucleus sampling" },
     seed: { value: "S", help: "the same seed gives the same answer" },
+    port: { value: "PORT", help: "where the node listens (default 11711)" },
     here: { help: "load the model in this process even if a node runs on this machine" },
-    quiet: { short: "q", help: "only the answer, no speed line" },
+    quiet: { short: "q", help: "only the answer" },
     ...RUN_OPTIONS,
   },
-  details: "Without PROMPT: from a pipe, its text is the prompt; from a terminal, an interactive chat.",
+  details: `Without PROMPT: from a pipe, its text is the prompt; from a terminal, an interactive chat.
+A node that runs on this machine answers if it has the model, else the model is loaded in this process.`,
   async run(args) {
-    const prompt = args.positionals[1] ?? (process.stdin.isTTY ? undefined : await pipedPrompt());
+    const port = args.integer("port", 1, 65535);
+    const loaded = loadSettings({ flags: port === undefined ? {} : { port } });
+    const options = chatOptions(args);
+    const prompt = args.positionals[1] ?? (process.stdin.isTTY ? undefined : await Bun.stdin.text());
+    if (prompt !== undefined && prompt.trim() === "") {
+      throw usage("the prompt is empty (give it as an argument or through a pipe)");
+    }
     const progress = new ProgressLine();
-    const source = await openSource(args, progress);
+    const source = await openSource(args, loaded, progress);
     try {
-      const chat = new Chat(args, source, progress);
-      if (prompt !== undefined) return await chat.once(prompt);
-      return await chat.interactive();
+      const chat = new Chat(options, source, progress);
+      return prompt === undefined ? await chat.interactive() : await chat.once(prompt);
     } finally {
+      progress.clear();
       await source.close();
     }
   },
 };
 
-async function pipedPrompt(): Promise<string> {
-  return (await Bun.stdin.text()).trim();
-}
-
-async function openSource(args: Arguments, progress: ProgressLine): Promise<ChatSource> {
-  const loaded = loadSettings();
+/** The node that runs on this machine, or the model opened here. */
+async function openSource(
+  args: Arguments,
+  loaded: LoadedSettings,
+  progress: ProgressLine,
+): Promise<ChatSource> {
   const { settings } = loaded;
+  const options = runOptions(args, loaded);
   const model = findModel(args.positionals[0] ?? DEFAULT_MODEL);
+  const note = (text: string) => process.stderr.write(`caravan: ${text}\n`);
   if (!args.flag("here")) {
-    const node = await findNode(`http://127.0.0.1:${settings.port}`, settings.api_keys[0], model.name);
-    if (node !== undefined) return node;
+    const url = `http://${dialable(settings.host)}:${settings.port}`;
+    const node = await findNode({ url, apiKey: settings.api_keys[0] }, model, note);
+    if (node !== undefined) {
+      const ignored = Object.keys(RUN_OPTIONS).filter((name) => args.text(name) !== undefined);
+      if (ignored.length > 0) {
+        note(
+          `--${ignored.join(", --")} has no effect on the node that runs at ${url} (--here loads the model)`,
+        );
+      }
+      return node;
+    }
   }
   try {
-    return await openHere(model, runOptions(args, loaded), (fraction, detail) =>
+    return await openHere(model, options, (fraction, detail) =>
       progress.show(`loading ${model.name}`, fraction, detail),
     );
   } finally {
@@ -72,33 +94,45 @@ async function openSource(args: Arguments, progress: ProgressLine): Promise<Chat
   }
 }
 
-function samplingOf(args: Arguments): SamplingRequest {
+/** An address to reach a node that listens at `host`. */
+function dialable(host: string): string {
+  if (host === "0.0.0.0" || host === "::") return "127.0.0.1";
+  return host.includes(":") ? `[${host}]` : host;
+}
+
+interface ChatOptions {
+  sampling: SamplingRequest;
+  maxTokens: number | undefined;
+  system: string | undefined;
+  quiet: boolean;
+}
+
+function chatOptions(args: Arguments): ChatOptions {
   const temperature = args.number("temperature", 0, 100);
   const topP = args.number("top-p", 0, 1);
   const seed = args.integer("seed", 0, Number.MAX_SAFE_INTEGER);
   return {
-    ...(temperature === undefined ? {} : { temperature }),
-    ...(topP === undefined ? {} : { top_p: topP }),
-    ...(seed === undefined ? {} : { seed }),
+    sampling: {
+      ...(temperature === undefined ? {} : { temperature }),
+      ...(topP === undefined ? {} : { top_p: topP }),
+      ...(seed === undefined ? {} : { seed }),
+    },
+    maxTokens: args.integer("max-tokens", 1, 2 ** 31),
+    system: args.text("system"),
+    quiet: args.flag("quiet"),
   };
 }
 
 class Chat {
-  readonly #sampling: SamplingRequest;
-  readonly #maxTokens: number | undefined;
-  readonly #quiet: boolean;
   #messages: ChatMessage[] = [];
   #running: AbortController | undefined;
 
   constructor(
-    args: Arguments,
+    private readonly options: ChatOptions,
     private readonly source: ChatSource,
     private readonly progress: ProgressLine,
   ) {
-    this.#sampling = samplingOf(args);
-    this.#maxTokens = args.integer("max-tokens", 1, 2 ** 31);
-    this.#quiet = args.flag("quiet");
-    this.#reset(args.text("system"));
+    this.#reset(options.system);
   }
 
   #reset(system: string | undefined): void {
@@ -107,64 +141,46 @@ class Chat {
 
   /** One answer; the exit code. */
   async once(prompt: string): Promise<number> {
-    const interrupt = () => this.#running?.abort();
-    process.on("SIGINT", interrupt);
-    try {
-      return (await this.#answer(prompt)) ? 0 : INTERRUPTED_EXIT_CODE;
-    } finally {
-      process.off("SIGINT", interrupt);
-    }
+    if (!this.options.quiet) this.#aside(`[${this.source.about}]\n`);
+    return await this.#interruptible(async () => ((await this.#answer(prompt)) ? 0 : INTERRUPTED_EXIT_CODE));
   }
 
   async interactive(): Promise<number> {
-    process.stderr.write(`${this.source.about}\n  /help lists what you can type\n`);
-    const lines = createInterface({
-      input: process.stdin,
-      output: process.stderr,
-      prompt: ">>> ",
-      historySize: 1000,
-    });
-    lines.on("SIGINT", () => {
-      if (this.#running !== undefined) this.#running.abort();
-      else lines.close();
-    });
-    let unfinished = "";
-    lines.prompt();
-    for await (const line of lines) {
-      if (line.endsWith("\\")) {
-        unfinished += `${line.slice(0, -1)}\n`;
-        lines.setPrompt("... ");
-      } else {
-        const text = `${unfinished}${line}`.trim();
-        unfinished = "";
-        lines.setPrompt(">>> ");
-        if (!(await this.#turn(text, lines))) break;
-      }
-      lines.prompt();
+    this.#aside(`caravan ${VERSION}: ${this.source.about}\n/help lists what you can type\n`);
+    const input = new TerminalInput();
+    let interrupted = false;
+    for (;;) {
+      const typed = await input.read();
+      if (typed.type === "end" || (typed.type === "interrupt" && interrupted)) return 0;
+      interrupted = typed.type === "interrupt";
+      if (typed.type === "interrupt") this.#aside("Ctrl-C again or Ctrl-D leaves\n");
+      else if (!(await this.#turn(typed.text))) return 0;
     }
-    process.stderr.write("\n");
-    return 0;
   }
 
-  /** One line of the chat; false = leave. */
-  async #turn(text: string, lines: Interface): Promise<boolean> {
+  /** One message of the chat; false = leave. */
+  async #turn(text: string): Promise<boolean> {
     if (text === "") return true;
     if (text === "/exit" || text === "/bye" || text === "/quit") return false;
     if (text === "/help" || text === "/?") process.stderr.write(CHAT_HELP);
     else if (text === "/clear") this.#reset(this.#systemMessage());
+    else if (text === "/system") this.#aside(`${this.#systemMessage() ?? "there is no system message"}\n`);
     else if (text.startsWith("/system ")) this.#reset(text.slice("/system ".length).trim());
-    else if (text.startsWith("/")) process.stderr.write(`there is no ${text.split(" ")[0]} (see /help)\n`);
-    else {
-      lines.pause();
-      try {
-        await this.#answer(text);
-      } catch (thrown) {
-        process.stderr.write(`\ncaravan: ${asCaravanError(thrown).toText()}\n`);
-        this.#messages.pop();
-      }
-      lines.resume();
-    }
+    else if (/^\/\w+$/.test(text)) this.#aside(`there is no ${text} (see /help)\n`);
+    else await this.#interruptible(() => this.#say(text));
     return true;
+  }
+
+  async #say(text: string): Promise<void> {
+    const before = this.#messages.length;
+    try {
+      await this.#answer(text);
+    } catch (thrown) {
+      this.#messages.length = before;
+      const error = asCaravanError(thrown);
+      const full = error.code === "context_length_exceeded" ? "\n  /clear begins a new conversation" : "";
+      process.stderr.write(`caravan: ${error.toText()}${full}\n`);
+    }
   }
 
   #systemMessage(): string | undefined {
@@ -172,51 +188,78 @@ class Chat {
     return first?.role === "system" ? first.content : undefined;
   }
 
+  /** Ctrl-C stops the answer while `work` runs. */
+  async #interruptible<T>(work: () => Promise<T>): Promise<T> {
+    const interrupt = () => this.#running?.abort();
+    process.on("SIGINT", interrupt);
+    try {
+      return await work();
+    } finally {
+      process.off("SIGINT", interrupt);
+    }
+  }
+
   /** Streams one answer to stdout and keeps it in the conversation. False when it was interrupted. */
   async #answer(text: string): Promise<boolean> {
     this.#messages.push({ role: "user", content: text });
     const running = new AbortController();
     this.#running = running;
-    let answer = "";
+    const answer = { text: "" };
     let stats: AnswerStats | undefined;
     try {
-      const events = this.source.answer(this.#messages, {
-        sampling: this.#sampling,
-        signal: running.signal,
-        ...(this.#maxTokens === undefined ? {} : { maxTokens: this.#maxTokens }),
-      });
-      for await (const event of events) {
-        if (event.type === "progress") {
-          this.progress.show(
-            "reading the prompt",
-            event.done / event.total,
-            `${event.done} of ${event.total} tokens`,
-          );
-        } else if (event.type === "text") {
-          this.progress.clear();
-          answer += event.text;
-          process.stdout.write(event.text);
-        } else {
-          stats = event.stats;
-        }
-      }
+      stats = await this.#stream(running.signal, answer);
     } catch (thrown) {
       if (!running.signal.aborted) throw thrown;
     } finally {
       this.progress.clear();
       this.#running = undefined;
-      if (answer !== "" && !answer.endsWith("\n")) process.stdout.write("\n");
+      if (answer.text !== "" && !answer.text.endsWith("\n")) process.stdout.write("\n");
     }
-    this.#messages.push({ role: "assistant", content: answer });
-    if (stats !== undefined && !this.#quiet) process.stderr.write(`${speedLine(stats)}\n`);
+    if (answer.text === "" && running.signal.aborted) this.#messages.pop();
+    else this.#messages.push({ role: "assistant", content: answer.text });
+    if (running.signal.aborted) this.#aside("[stopped]\n");
+    else if (stats !== undefined && !this.options.quiet) this.#aside(`${speedLine(stats)}\n`);
     return !running.signal.aborted;
+  }
+
+  async #stream(signal: AbortSignal, answer: { text: string }): Promise<AnswerStats | undefined> {
+    let stats: AnswerStats | undefined;
+    const { sampling, maxTokens } = this.options;
+    const limit = maxTokens === undefined ? {} : { maxTokens };
+    for await (const event of this.source.answer(this.#messages, { sampling, signal, ...limit })) {
+      switch (event.type) {
+        case "loading":
+          this.progress.show("the node loads the model", event.fraction);
+          break;
+        case "progress":
+          this.progress.show(
+            "reading the prompt",
+            event.done / event.total,
+            `${event.done} of ${event.total} tokens`,
+          );
+          break;
+        case "text":
+          this.progress.clear();
+          answer.text += event.text;
+          process.stdout.write(event.text);
+          break;
+        case "done":
+          stats = event.stats;
+      }
+    }
+    return stats;
+  }
+
+  /** Says something beside the conversation: dim where a terminal shows it. */
+  #aside(text: string): void {
+    const plain = process.stderr.isTTY !== true || (process.env.NO_COLOR ?? "") !== "";
+    process.stderr.write(plain ? text : `\x1b[2m${text}\x1b[0m`);
   }
 }
 
 function speedLine(stats: AnswerStats): string {
-  const speed = (value: number | undefined) =>
-    value === undefined ? "" : ` at ${value.toFixed(1)} tokens/s`;
+  const at = (value: number | undefined) => (value === undefined ? "" : ` at ${value.toFixed(1)} tokens/s`);
   const cached = stats.cachedTokens > 0 ? ` (${stats.cachedTokens} cached)` : "";
   const cut = stats.reason === "length" ? "; cut off at the limit" : "";
-  return `[prompt ${stats.promptTokens} tokens${cached}${speed(stats.promptSpeed)}; answer ${stats.completionTokens} tokens${speed(stats.decodeSpeed)}${cut}]`;
+  return `[prompt ${stats.promptTokens} tokens${cached}${at(stats.promptSpeed)}; answer ${stats.completionTokens} tokens${at(stats.decodeSpeed)}${cut}]`;
 }

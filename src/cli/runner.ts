@@ -10,5 +10,6 @@ export const runner: Command = {
   count: [0, 0],
   options: {},
   internal: true,
+  outlivesOutput: true,
   run: () => runRunner(),
 };

@@ -3,14 +3,28 @@
 import { createApp } from "../api/app.ts";
 import { Lifecycle } from "../api/lifecycle.ts";
 import { drainOnSignals, startServer } from "../api/server.ts";
+import { type ApiSettings, DEFAULT_SETTINGS } from "../api/settings.ts";
 import { createLogger } from "../log.ts";
-import { openStore, resolveModel } from "../model/store.ts";
+import { openStore } from "../model/store.ts";
 import { LoadedModels } from "../node/loaded-models.ts";
-import { loadSettings } from "../settings.ts";
+import { loadSettings, type Settings } from "../settings.ts";
 import type { Command } from "./command.ts";
+import { findModel } from "./model-argument.ts";
 import { RUN_OPTIONS, runOptions } from "./run-options.ts";
 
-const DRAIN_SECONDS = 30;
+/** What the API takes from the node's settings. */
+function apiSettings(settings: Settings): Partial<ApiSettings> {
+  return {
+    host: settings.host,
+    apiKeys: settings.api_keys,
+    corsOrigins: settings.cors_origins,
+    allowedHosts: settings.allowed_hosts,
+    maxBodyBytes: settings.max_body_bytes,
+    // A bound on sockets and memory; the queue of each model, which is shorter, refuses first.
+    maxConcurrentRequests: Math.max(DEFAULT_SETTINGS.maxConcurrentRequests, 2 * settings.max_queue),
+    ...(settings.request_seconds === 0 ? {} : { deadlineMs: settings.request_seconds * 1000 }),
+  };
+}
 
 export const serve: Command = {
   name: "serve",
@@ -19,12 +33,18 @@ export const serve: Command = {
   count: [0, 1],
   options: {
     host: { value: "ADDRESS", help: "address to listen on (default 127.0.0.1)" },
-    port: { value: "PORT", help: "port to listen on (default 11711)" },
+    port: { value: "PORT", help: "port to listen on, 0 for any (default 11711)" },
     ...RUN_OPTIONS,
     "log-level": { value: "LEVEL", help: "debug, info, warn, error or silent" },
     "log-format": { value: "FORMAT", help: "text or json" },
   },
-  details: "MODEL is loaded at once; others are loaded when a request names them.",
+  details: `MODEL is loaded at once; others are loaded when a request names them. A folder is called by its last part.
+Each setting can stand in caravan.toml or in a variable: CARAVAN_HOST, CARAVAN_PORT, CARAVAN_API_KEYS,
+CARAVAN_MODELS_DIR, CARAVAN_THREADS, CARAVAN_CONTEXT, CARAVAN_MAX_QUEUE, CARAVAN_REQUEST_SECONDS,
+CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
+CARAVAN_LOG_LEVEL, CARAVAN_LOG_FORMAT.
+SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
+  outlivesOutput: true,
   async run(args) {
     const port = args.integer("port", 0, 65535);
     const loaded = loadSettings({
@@ -36,31 +56,25 @@ export const serve: Command = {
       },
     });
     const { settings } = loaded;
+    const options = runOptions(args, loaded);
+    const first = args.positionals[0] === undefined ? undefined : findModel(args.positionals[0]);
     const log = createLogger({ level: settings.log_level, format: settings.log_format });
     for (const warning of loaded.warnings) log.warn(warning);
-    const store = () => openStore(settings.models_dir);
-    const models = new LoadedModels(store, runOptions(args, loaded), log);
+    const models = new LoadedModels({ store: () => openStore(settings.models_dir), run: options, log });
     const lifecycle = new Lifecycle();
-    const app = createApp({
-      models,
-      lifecycle,
-      log,
-      settings: { host: settings.host, apiKeys: settings.api_keys },
-    });
     const server = startServer({
-      app,
+      app: createApp({ models, lifecycle, log, settings: apiSettings(settings) }),
       lifecycle,
       host: settings.host,
       port: settings.port,
-      drainSeconds: DRAIN_SECONDS,
+      drainSeconds: settings.drain_seconds,
       keyed: settings.api_keys.length > 0,
       log,
     });
     drainOnSignals(server);
     process.stdout.write(`caravan listens at ${server.url}\n`);
-    const first = args.positionals[0];
     try {
-      if (first !== undefined) await models.load(resolveModel(store(), first, { allowFolder: true }));
+      if (first !== undefined) await Promise.race([models.load(first), server.stopped]);
       await server.stopped;
     } catch (thrown) {
       await server.drain();

@@ -17,11 +17,12 @@ export const template: Command = {
     out: { value: "FILE", help: 'JSON array of {"text", "ids"}, written here' },
   },
   async run(args) {
-    const dir = textFolder(args.positional(0));
+    const out = args.required("out");
     const chats = readJsonFile(
       args.required("in"),
       v.array(v.looseObject({ messages: v.array(v.unknown()) })),
     );
+    const dir = textFolder(args.positional(0));
     const service = await TextService.start(dir);
     try {
       const prompts: { text: string; ids: number[] }[] = [];
@@ -29,7 +30,7 @@ export const template: Command = {
         const { text, ids } = await service.renderChat(chat as unknown as ChatInput);
         prompts.push({ text, ids });
       }
-      writeJsonFile(args.required("out"), prompts);
+      await writeJsonFile(out, prompts);
     } finally {
       service.close();
     }

@@ -1,6 +1,5 @@
 // caravan tokenize: ids of strings, as user text (nothing becomes a special token).
 
-import { join } from "node:path";
 import * as v from "valibot";
 import { TextService } from "../chat/text-service.ts";
 import type { Command } from "./command.ts";
@@ -19,13 +18,14 @@ export const tokenize: Command = {
   details:
     "MODEL is a card's name, a hub id, or a folder (tokenizer files are enough).\nText is user text: the names of special tokens in it stay text.",
   async run(args) {
-    const dir = textFolder(args.positional(0));
+    const out = args.required("out");
     const strings = readJsonFile(args.required("in"), v.array(v.string()));
+    const dir = textFolder(args.positional(0));
     const service = await TextService.start(dir);
     try {
       const ids: number[][] = [];
       for (const text of strings) ids.push(await service.encode(text, { specials: false }));
-      writeJsonFile(join(args.required("out")), ids);
+      await writeJsonFile(out, ids);
     } finally {
       service.close();
     }

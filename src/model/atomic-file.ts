@@ -1,7 +1,8 @@
 // A file that appears under its name only when it is whole: written as NAME.partial, synced, renamed.
 // Whatever goes wrong before that, NAME does not exist (or still holds what it held) and NAME.partial is gone.
+// A NAME that is a device or a pipe (/dev/stdout, /dev/null) is written directly: renaming over it would replace it.
 
-import { type FileHandle, open, rename, rm } from "node:fs/promises";
+import { type FileHandle, open, rename, rm, stat } from "node:fs/promises";
 import { dirname } from "node:path";
 import { CaravanError } from "../errors.ts";
 
@@ -9,26 +10,28 @@ const NO_SPACE = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
 
 export class AtomicFile {
   readonly path: string;
-  readonly #partial: string;
+  /** Undefined for a device or a pipe. */
+  readonly #partial: string | undefined;
   readonly #file: FileHandle;
   #open = true;
 
-  private constructor(path: string, file: FileHandle) {
+  private constructor(path: string, partial: string | undefined, file: FileHandle) {
     this.path = path;
-    this.#partial = partialPath(path);
+    this.#partial = partial;
     this.#file = file;
   }
 
   /** @throws CaravanError disk_full, or bad_file where the folder cannot be written */
   static async create(path: string): Promise<AtomicFile> {
     try {
-      return new AtomicFile(path, await open(partialPath(path), "w"));
+      const partial = (await isSpecial(path)) ? undefined : partialPath(path);
+      return new AtomicFile(path, partial, await open(partial ?? path, "w"));
     } catch (cause) {
       throw writeError(path, cause);
     }
   }
 
-  /** Writes all of `bytes` at `position`; on failure the partial file is removed before the error leaves. */
+  /** Writes all of `bytes` at `position` (a device or a pipe takes them as they come); on failure the partial file is removed before the error leaves. */
   async write(bytes: Uint8Array, position: number): Promise<void> {
     await this.#guarded(async () => {
       let done = 0;
@@ -37,7 +40,7 @@ export class AtomicFile {
           bytes,
           done,
           bytes.byteLength - done,
-          position + done,
+          this.#partial === undefined ? null : position + done,
         );
         if (bytesWritten === 0)
           throw new CaravanError("disk_full", "nothing more can be written", { where: this.path });
@@ -49,6 +52,11 @@ export class AtomicFile {
   /** Makes the file visible under its name, durably. */
   async commit(): Promise<void> {
     await this.#guarded(async () => {
+      if (this.#partial === undefined) {
+        this.#open = false;
+        await this.#file.close();
+        return;
+      }
       await this.#file.sync();
       await this.#file.close();
       this.#open = false;
@@ -62,7 +70,11 @@ export class AtomicFile {
     if (!this.#open) return;
     this.#open = false;
     await this.#file.close();
-    await rm(this.#partial, { force: true });
+    await this.#drop();
+  }
+
+  async #drop(): Promise<void> {
+    if (this.#partial !== undefined) await rm(this.#partial, { force: true });
   }
 
   async #guarded(action: () => Promise<void>): Promise<void> {
@@ -70,9 +82,19 @@ export class AtomicFile {
       await action();
     } catch (cause) {
       if (this.#open) await this.abort();
-      else await rm(this.#partial, { force: true });
+      else await this.#drop();
       throw writeError(this.path, cause);
     }
+  }
+}
+
+/** There, and neither a file nor a folder. */
+async function isSpecial(path: string): Promise<boolean> {
+  try {
+    const found = await stat(path);
+    return !found.isFile() && !found.isDirectory();
+  } catch {
+    return false; // nothing there yet, or not readable: open() says why
   }
 }
 

@@ -1,8 +1,9 @@
 // NumPy's .npy files (format version 1.0): float32 arrays, written as they come and read whole.
 // https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 
-import { type FileHandle, open, readFile, rename, unlink } from "node:fs/promises";
+import { readFile } from "node:fs/promises";
 import { CaravanError } from "../errors.ts";
+import { AtomicFile } from "./atomic-file.ts";
 
 const MAGIC = "\x93NUMPY\x01\x00";
 
@@ -18,41 +19,33 @@ function header(shape: readonly number[]): Uint8Array {
   return bytes;
 }
 
-function writeError(path: string, thrown: unknown): CaravanError {
-  const full = thrown instanceof Error && "code" in thrown && thrown.code === "ENOSPC";
-  const message = thrown instanceof Error ? thrown.message : String(thrown);
-  return new CaravanError(full ? "disk_full" : "invalid_argument", `cannot be written: ${message}`, {
-    where: path,
-    cause: thrown,
-  });
-}
-
 /** Writes an array of a known shape in pieces. The file appears under its name only when it is whole. */
 export class NpyWriter {
   #written = 0;
+  #position: number;
 
   private constructor(
-    private readonly file: FileHandle,
-    private readonly path: string,
+    private readonly file: AtomicFile,
     private readonly shape: readonly number[],
-  ) {}
+    headerBytes: number,
+  ) {
+    this.#position = headerBytes;
+  }
 
+  /** @throws CaravanError disk_full, or bad_file where the folder cannot be written */
   static async open(path: string, shape: readonly number[]): Promise<NpyWriter> {
-    try {
-      const file = await open(`${path}.partial`, "w");
-      await file.writeFile(header(shape));
-      return new NpyWriter(file, path, shape);
-    } catch (thrown) {
-      throw writeError(path, thrown);
-    }
+    const file = await AtomicFile.create(path);
+    const first = header(shape);
+    await file.write(first, 0);
+    return new NpyWriter(file, shape, first.byteLength);
   }
 
   async write(values: Float32Array): Promise<void> {
-    try {
-      await this.file.writeFile(new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
-    } catch (thrown) {
-      throw writeError(this.path, thrown);
-    }
+    await this.file.write(
+      new Uint8Array(values.buffer, values.byteOffset, values.byteLength),
+      this.#position,
+    );
+    this.#position += values.byteLength;
     this.#written += values.length;
   }
 
@@ -60,18 +53,17 @@ export class NpyWriter {
   async close(): Promise<void> {
     const expected = this.shape.reduce((product, size) => product * size, 1);
     if (this.#written !== expected) {
-      await this.abandon();
+      await this.file.abort();
       throw new CaravanError("internal_error", `${this.#written} of ${expected} values were written`, {
-        where: this.path,
+        where: this.file.path,
       });
     }
-    await this.file.close();
-    await rename(`${this.path}.partial`, this.path);
+    await this.file.commit();
   }
 
+  /** Drops what was written; harmless after a failure and after close. */
   async abandon(): Promise<void> {
-    await this.file.close();
-    await unlink(`${this.path}.partial`);
+    await this.file.abort();
   }
 }
 

@@ -1,18 +1,33 @@
 // The models that this node has loaded, by name: loads one when a request names it, hands out the same one to
-// everybody, and unloads idle ones when another needs their memory.
+// everybody, starts its runner again after a crash, and unloads idle ones when another needs their memory.
 
-import type { LoadedModel, ModelDirectory, ModelInfo } from "../api/model-directory.ts";
+import type { FindOptions, LoadedModel, ModelDirectory, ModelInfo } from "../api/model-directory.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import type { Logger } from "../log.ts";
 import { type InstalledModel, listModels, type ModelStore, resolveModel } from "../model/store.ts";
-import { type OpenModel, openModel, type RunOptions } from "./open-model.ts";
+import { folderAlias } from "./folder-alias.ts";
+import { type OpenModel, type OpenOptions, openModel, type RunOptions } from "./open-model.ts";
 
 /** How long a request waits for its model to load before it is told to come back. */
 const LOAD_WAIT_MS = 30_000;
 const RETRY_AFTER_SECONDS = 5;
 
+/** A model that a request got less than this ago is not idle: the request may not have reached its engine yet. */
+const GRACE_MS = 1000;
+
+export interface LoadedModelsOptions {
+  store: () => ModelStore;
+  run: RunOptions;
+  log: Logger;
+  /** Replaced in tests. */
+  open?: (model: InstalledModel, options: OpenOptions) => Promise<OpenModel>;
+  loadWaitMs?: number;
+}
+
 interface Entry {
   readonly model: InstalledModel;
+  /** Other names that requests may use. */
+  readonly aliases: readonly string[];
   readonly opening: Promise<OpenModel>;
   open: OpenModel | undefined;
   progress: number;
@@ -20,19 +35,22 @@ interface Entry {
 }
 
 export class LoadedModels implements ModelDirectory {
+  /** By folder. */
   readonly #entries = new Map<string, Entry>();
-  /** Last load error of a model, until it loads or is asked for again. */
+  /** Last load error of a folder's model, until it is tried again. */
   readonly #failed = new Map<string, string>();
+  readonly #options: LoadedModelsOptions;
+  readonly #stop = new AbortController();
+  /** One model loads at a time: each plans with the memory that the others left. */
+  #turn: Promise<unknown> = Promise.resolve();
 
-  constructor(
-    private readonly store: () => ModelStore,
-    private readonly options: RunOptions,
-    private readonly log: Logger,
-  ) {}
+  constructor(options: LoadedModelsOptions) {
+    this.#options = options;
+  }
 
   list(): ModelInfo[] {
     const infos = new Map<string, ModelInfo>();
-    for (const model of listModels(this.store())) infos.set(model.name, this.#describe(model));
+    for (const model of listModels(this.#options.store())) infos.set(model.name, this.#describe(model));
     for (const { model } of this.#entries.values()) infos.set(model.name, this.#describe(model));
     return [...infos.values()];
   }
@@ -41,49 +59,51 @@ export class LoadedModels implements ModelDirectory {
     const entry = this.#entries.get(model.path);
     const failure = this.#failed.get(model.path);
     const status = entry?.open?.engine.status();
+    const { state, progress } = stateOf(entry, failure);
+    const aliases = aliasesOf(model);
     return {
       id: model.name,
-      ...(model.hubId === undefined ? {} : { aliases: [model.hubId] }),
+      ...(aliases.length === 0 ? {} : { aliases }),
       created: model.created,
       ownedBy: model.hubId?.split("/")[0] ?? "local",
-      state:
-        entry === undefined
-          ? failure === undefined
-            ? "available"
-            : "failed"
-          : entry.open === undefined
-            ? "loading"
-            : "ready",
+      state,
       ...(status?.context === undefined ? {} : { contextLength: status.context }),
       ...(status?.policy === undefined ? {} : { policy: status.policy }),
-      ...(entry !== undefined && entry.open === undefined ? { progress: entry.progress } : {}),
+      ...(progress === undefined ? {} : { progress }),
       ...(failure === undefined ? {} : { error: failure }),
     };
   }
 
-  async find(name: string): Promise<LoadedModel> {
-    const known = [...this.#entries.values()].find((entry) => entry.model.name === name);
-    const entry = known ?? this.#open(resolveModel(this.store(), name));
+  async find(name: string, options: FindOptions = {}): Promise<LoadedModel> {
+    const known = [...this.#entries.values()].find(
+      (entry) => entry.model.name === name || entry.aliases.includes(name),
+    );
+    const entry = known ?? this.#open(resolveModel(this.#options.store(), name));
     entry.lastUsed = performance.now();
-    return await this.#whenOpen(entry);
+    return await this.#whenReady(entry, options.signal);
   }
 
-  /** Loads a model from a path of the command line (any folder). */
+  /** Loads a model of the command line (any folder) and waits for as long as it takes. */
   async load(model: InstalledModel): Promise<LoadedModel> {
     return await this.#open(model).opening;
   }
 
   #open(model: InstalledModel): Entry {
+    if (this.#stop.signal.aborted) throw shuttingDown();
     const known = this.#entries.get(model.path);
     if (known !== undefined) return known;
+    const { log } = this.#options;
     this.#failed.delete(model.path);
-    this.log.info("loading model", { model: model.name, path: model.path });
+    log.info("loading model", { model: model.name, path: model.path });
     const started = performance.now();
     const entry: Entry = {
       model,
-      opening: this.#openOrMakeRoom(model, (fraction) => {
-        entry.progress = fraction;
-      }),
+      aliases: aliasesOf(model),
+      opening: this.#inTurn(() =>
+        this.#openOrMakeRoom(model, (fraction) => {
+          entry.progress = fraction;
+        }),
+      ),
       open: undefined,
       progress: 0,
       lastUsed: started,
@@ -92,33 +112,31 @@ export class LoadedModels implements ModelDirectory {
     entry.opening.then(
       (open) => {
         entry.open = open;
-        const { context, policy, device, cpu, threads } = open.engine.status();
-        const seconds = Number(((performance.now() - started) / 1000).toFixed(2));
-        this.log.info("model ready", {
-          model: model.name,
-          seconds,
-          context,
-          device,
-          cpu,
-          threads,
-          scheduling: policy?.mode,
-          reason: policy?.reason,
-        });
+        logReady(log, model, open, performance.now() - started);
       },
       (thrown) => {
         this.#entries.delete(model.path);
+        if (this.#stop.signal.aborted) return;
         const error = asCaravanError(thrown);
         this.#failed.set(model.path, error.message);
-        this.log.error("model failed to load", { model: model.name, ...error.toJSON() });
+        log.error("model failed to load", { model: model.name, ...error.toJSON() });
       },
     );
     return entry;
   }
 
+  #inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#turn.then(work);
+    this.#turn = result.catch(() => undefined);
+    return result;
+  }
+
   async #openOrMakeRoom(model: InstalledModel, onProgress: (fraction: number) => void): Promise<OpenModel> {
+    const { open = openModel, run } = this.#options;
     for (;;) {
       try {
-        return await openModel(model, this.options, onProgress);
+        this.#stop.signal.throwIfAborted();
+        return await open(model, { ...run, onProgress, signal: this.#stop.signal });
       } catch (thrown) {
         const error = asCaravanError(thrown);
         if (error.code !== "out_of_memory" || !(await this.#unloadOneIdle())) throw error;
@@ -126,46 +144,98 @@ export class LoadedModels implements ModelDirectory {
     }
   }
 
-  /** Unloads the idle model that was used longest ago. */
+  /** Unloads the idle model that was used longest ago; false when there is none. */
   async #unloadOneIdle(): Promise<boolean> {
-    const idle = [...this.#entries.values()]
-      .filter(({ open }) => {
-        const status = open?.engine.status();
-        return status !== undefined && status.running === 0 && status.waiting === 0;
-      })
-      .sort((a, b) => a.lastUsed - b.lastUsed)[0];
-    if (idle?.open === undefined) return false;
-    this.log.info("unloading model to make room", { model: idle.model.name });
-    this.#entries.delete(idle.model.path);
-    await idle.open.close();
-    return true;
-  }
-
-  async #whenOpen(entry: Entry): Promise<OpenModel> {
-    if (entry.open !== undefined) return entry.open;
-    let timer: ReturnType<typeof setTimeout> | undefined;
-    const late = new Promise<never>((_, reject) => {
-      timer = setTimeout(() => {
-        const percent = Math.floor(entry.progress * 100);
-        reject(
-          new CaravanError("model_loading", `${entry.model.name} is loading (${percent} %).`, {
-            hint: "Send the request again in a few seconds.",
-            retryAfterSeconds: RETRY_AFTER_SECONDS,
-          }),
-        );
-      }, LOAD_WAIT_MS);
-    });
-    try {
-      return await Promise.race([entry.opening, late]);
-    } finally {
-      clearTimeout(timer);
+    for (;;) {
+      const idle = [...this.#entries.values()].filter(isIdle).sort((a, b) => a.lastUsed - b.lastUsed)[0];
+      if (idle?.open === undefined) return false;
+      const rest = idle.lastUsed + GRACE_MS - performance.now();
+      if (rest > 0) {
+        await Bun.sleep(rest);
+        continue; // it may be busy by now
+      }
+      this.#options.log.info("unloading model to make room", { model: idle.model.name });
+      this.#entries.delete(idle.model.path);
+      await idle.open.close();
+      return true;
     }
   }
 
-  /** Closes every model. */
+  /** The entry's model with a runner that runs: loaded, or started again after a crash. */
+  async #whenReady(entry: Entry, signal: AbortSignal | undefined): Promise<OpenModel> {
+    const { open } = entry;
+    if (open?.engine.status().state === "ready") return open;
+    const ready = open === undefined ? entry.opening : open.engine.ready().then(() => open);
+    const late = Promise.withResolvers<never>();
+    const timer = setTimeout(() => {
+      const percent = Math.floor((stateOf(entry, undefined).progress ?? 0) * 100);
+      late.reject(
+        new CaravanError("model_loading", `${entry.model.name} is loading: ${percent} % done.`, {
+          hint: "Send the request again in a few seconds.",
+          retryAfterSeconds: RETRY_AFTER_SECONDS,
+        }),
+      );
+    }, this.#options.loadWaitMs ?? LOAD_WAIT_MS);
+    const leave = () => late.reject(signal?.reason);
+    signal?.addEventListener("abort", leave, { once: true });
+    if (signal?.aborted) leave();
+    try {
+      return await Promise.race([ready, late.promise]);
+    } finally {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", leave);
+    }
+  }
+
+  /** Closes every model, those that are loading too. */
   async close(): Promise<void> {
+    this.#stop.abort(shuttingDown());
     const entries = [...this.#entries.values()];
     this.#entries.clear();
     await Promise.allSettled(entries.map(async ({ opening }) => (await opening).close()));
   }
+}
+
+function shuttingDown(): CaravanError {
+  return new CaravanError("shutting_down", "This node is shutting down.", {
+    retryAfterSeconds: RETRY_AFTER_SECONDS,
+  });
+}
+
+/** Names besides its own. */
+function aliasesOf(model: InstalledModel): string[] {
+  if (model.source === "folder") return [folderAlias(model.path)];
+  return model.hubId === undefined || model.hubId === model.name ? [] : [model.hubId];
+}
+
+function stateOf(
+  entry: Entry | undefined,
+  failure: string | undefined,
+): { state: ModelInfo["state"]; progress?: number } {
+  if (entry === undefined) return { state: failure === undefined ? "available" : "failed" };
+  if (entry.open === undefined) return { state: "loading", progress: entry.progress };
+  const { state, progress } = entry.open.engine.status();
+  if (state === "ready") return { state };
+  // A runner that crashed is started by the next request.
+  return state === "loading" ? { state, progress } : { state: "available" };
+}
+
+function isIdle({ open }: Entry): boolean {
+  if (open === undefined) return false;
+  const { running, waiting, state } = open.engine.status();
+  return running === 0 && waiting === 0 && state !== "loading";
+}
+
+function logReady(log: Logger, model: InstalledModel, open: OpenModel, ms: number): void {
+  const { context, policy, device, cpu, threads } = open.engine.status();
+  log.info("model ready", {
+    model: model.name,
+    seconds: Number((ms / 1000).toFixed(2)),
+    context,
+    device,
+    cpu,
+    threads,
+    scheduling: policy?.mode,
+    reason: policy?.reason,
+  });
 }

@@ -9,6 +9,7 @@ import { Detokenizer } from "../chat/detokenizer.ts";
 import { StopMatcher } from "../chat/stop.ts";
 import { TextService } from "../chat/text-service.ts";
 import { bytesOf } from "../chat/token-table.ts";
+import type { Engine } from "../engine/protocol.ts";
 import { RunnerClient } from "../engine/runner-client.ts";
 import { CaravanError } from "../errors.ts";
 import type { InstalledModel } from "../model/store.ts";
@@ -22,30 +23,41 @@ export interface RunOptions {
   scheduling?: "sequential" | "batched";
 }
 
+export interface OpenOptions extends RunOptions {
+  /** 0 to 1, and what is being done. */
+  onProgress?: (fraction: number, detail: string) => void;
+  /** Gives up loading; the promise then rejects with its reason. */
+  signal?: AbortSignal;
+}
+
 export interface OpenModel extends LoadedModel {
-  readonly engine: RunnerClient;
+  readonly engine: Engine;
   close(): Promise<void>;
 }
 
 /** Starts the runner and the text worker together and waits for both. On failure nothing is left running. */
-export async function openModel(
-  model: InstalledModel,
-  options: RunOptions,
-  onProgress?: (fraction: number, detail: string) => void,
-): Promise<OpenModel> {
-  const engine = new RunnerClient({
-    model: model.name,
-    modelDir: model.path,
-    ...options,
-    ...(onProgress === undefined ? {} : { onProgress }),
-  });
-  const [text, ready] = await Promise.allSettled([TextService.start(model.path), engine.ready()]);
-  if (text.status === "rejected" || ready.status === "rejected") {
-    if (text.status === "fulfilled") text.value.close();
+export async function openModel(model: InstalledModel, options: OpenOptions): Promise<OpenModel> {
+  const { signal, ...load } = options;
+  signal?.throwIfAborted();
+  const engine = new RunnerClient({ model: model.name, modelDir: model.path, ...load });
+  const text = TextService.start(model.path);
+  const aborted = Promise.withResolvers<never>();
+  const onAbort = () => aborted.reject(signal?.reason);
+  signal?.addEventListener("abort", onAbort, { once: true });
+  try {
+    await Promise.race([Promise.all([text, engine.ready()]), aborted.promise]);
+    return assemble(model, engine, await text);
+  } catch (thrown) {
+    // Whichever failed first is the reason; the other one is not waited for.
+    text.then(
+      (service) => service.close(),
+      () => undefined,
+    );
     await engine.close();
-    throw text.status === "rejected" ? text.reason : (ready as PromiseRejectedResult).reason;
+    throw thrown;
+  } finally {
+    signal?.removeEventListener("abort", onAbort);
   }
-  return assemble(model, engine, text.value);
 }
 
 function assemble(model: InstalledModel, engine: RunnerClient, text: TextService): OpenModel {

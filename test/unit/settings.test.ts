@@ -36,6 +36,11 @@ describe("settings", () => {
       threads: 0,
       context: 0,
       max_queue: 256,
+      request_seconds: 0,
+      drain_seconds: 30,
+      max_body_bytes: 32 * 1024 * 1024,
+      cors_origins: [],
+      allowed_hosts: [],
       log_level: "info",
       log_format: "text",
     });

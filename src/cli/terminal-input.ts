@@ -1,0 +1,94 @@
+// Messages that a person types: one line, several (a backslash at the end of each but the last, or between """ and
+// """), or a paste of many lines, which counts as one message. The line editor lives only while it is asked for a
+// message: in between the terminal is in its normal mode, where Ctrl-C is a signal that stops an answer.
+
+import { createInterface } from "node:readline";
+
+/** Lines that arrive closer together than anybody types were pasted. */
+const PASTE_MS = 15;
+const HISTORY_LINES = 1000;
+const FENCE = '"""';
+
+export type Typed = { type: "message"; text: string } | { type: "interrupt" } | { type: "end" };
+
+/** What the lines so far make: a whole message, or undefined while more is to come. */
+export function messageOf(lines: readonly string[]): string | undefined {
+  const text = lines.join("\n");
+  const start = text.trimStart();
+  if (start.startsWith(FENCE)) {
+    const rest = start.slice(FENCE.length);
+    const end = rest.indexOf(FENCE);
+    return end < 0 ? undefined : `${rest.slice(0, end)}${rest.slice(end + FENCE.length)}`.trim();
+  }
+  if (lines.at(-1)?.endsWith("\\") === true) return undefined;
+  return lines
+    .map((line) => (line.endsWith("\\") ? line.slice(0, -1) : line))
+    .join("\n")
+    .trim();
+}
+
+export class TerminalInput {
+  #history: string[] = [];
+
+  constructor(
+    private readonly input: NodeJS.ReadStream = process.stdin,
+    private readonly output: NodeJS.WriteStream = process.stderr,
+  ) {}
+
+  /** Waits for a message. "interrupt": Ctrl-C on an empty line; "end": Ctrl-D. */
+  read(): Promise<Typed> {
+    return new Promise((resolve) => {
+      const editor = createInterface({
+        input: this.input,
+        output: this.output,
+        terminal: true,
+        historySize: HISTORY_LINES,
+        history: this.#history,
+        removeHistoryDuplicates: true,
+        prompt: ">>> ",
+      });
+      let lines: string[] = [];
+      let timer: ReturnType<typeof setTimeout> | undefined;
+      let result: Typed = { type: "end" };
+      const finish = (typed: Typed) => {
+        result = typed;
+        editor.close();
+      };
+      const look = () => {
+        const text = messageOf(lines);
+        if (text !== undefined) finish({ type: "message", text });
+        else {
+          editor.setPrompt("... ");
+          editor.prompt();
+        }
+      };
+      editor.on("history", (history) => {
+        this.#history = history;
+      });
+      editor.on("line", (line) => {
+        lines.push(line);
+        clearTimeout(timer);
+        timer = setTimeout(look, PASTE_MS);
+      });
+      editor.on("SIGINT", () => {
+        if (lines.length === 0 && editor.line === "") {
+          this.output.write("\n");
+          finish({ type: "interrupt" });
+          return;
+        }
+        lines = [];
+        this.output.write("^C\n");
+        editor.setPrompt(">>> ");
+        editor.write(null, { ctrl: true, name: "e" });
+        editor.write(null, { ctrl: true, name: "u" });
+        editor.prompt();
+      });
+      editor.on("close", () => {
+        clearTimeout(timer);
+        if (result.type === "end") this.output.write("\n");
+        resolve(result);
+      });
+      editor.prompt();
+    });
+  }
+}
