@@ -118,7 +118,8 @@ CV_INLINE void quad(const four_rows *w, size_t g, size_t n, int bits, int group,
 #pragma GCC unroll 4
     for (size_t i = 0; i < n; i++) {
         __m256i part[TOKENS][ROWS];
-#pragma GCC unroll 2
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < ROWS; r++) part[t][r] = _mm256_setzero_si256();
         for (int b = 0; b < group / columns; b++) {
             const size_t at = ((g + i) * (size_t)(group / columns) + (size_t)b) * (size_t)bytes;
 #pragma GCC unroll 4
@@ -128,8 +129,7 @@ CV_INLINE void quad(const four_rows *w, size_t g, size_t n, int bits, int group,
                 _mm_prefetch((const char *)w->code[r] + at + w->ahead, _MM_HINT_T1);
 #pragma GCC unroll 2
                 for (int t = 0; t < tokens; t++) {
-                    const __m256i d = dot(c, a[t].q + (g + i) * (size_t)group + (size_t)(b * columns), bits, columns);
-                    part[t][r] = b == 0 ? d : _mm256_add_epi32(part[t][r], d);
+                    part[t][r] = _mm256_add_epi32(part[t][r], dot(c, a[t].q + (g + i) * (size_t)group + (size_t)(b * columns), bits, columns));
                 }
             }
         }

@@ -16,7 +16,7 @@ CV_INLINE __m128i codes16(const uint8_t *p, unsigned bits) {
         const __m128i v = _mm_cvtsi64_si128((int64_t)first);
         return _mm_and_si128(_mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4)), _mm_set1_epi8(0x0f));
     }
-    if (bits > 4) memcpy(&rest, p + 8, 2 * bits - 8);
+    memcpy(&rest, p + 8, bits > 4 ? 2 * bits - 8 : 0);
     /* The two bytes in which a code lies go to its word; a multiplication moves the code to the word's upper byte. */
     const __m128i v = _mm_set_epi64x((int64_t)rest, (int64_t)first);
     uint8_t from[2][16];

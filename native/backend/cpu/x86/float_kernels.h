@@ -85,35 +85,36 @@ CV_INLINE void dots4(const uint8_t *row, size_t stride, size_t rows, uint32_t fo
     }
 }
 
-/* `rows` <= FLOAT_TILE rows times n activation rows. */
-CV_INLINE void tile_product(const uint8_t *row, size_t stride, size_t rows, uint32_t format, size_t cols, size_t ahead, const float *x, size_t n, size_t ldx, float *out, size_t ldo) {
-    size_t t = 0;
-    for (; t + V16_BLOCK <= n; t += V16_BLOCK)
-        for (size_t r = 0; r < rows; r += 4)
-            dots4(row + r * stride, stride, rows - r < 4 ? rows - r : 4, format, cols, t ? 0 : ahead, x + t * ldx, ldx, V16_BLOCK, out + t * ldo + r, ldo);
-    for (; t < n; t++)
-        for (size_t r = 0; r < rows; r += 4)
-            dots4(row + r * stride, stride, rows - r < 4 ? rows - r : 4, format, cols, t ? 0 : ahead, x + t * ldx, ldx, 1, out + t * ldo + r, ldo);
+/* `rows` <= FLOAT_TILE rows times n activation rows. Weights before `end` are prefetched `ahead` bytes early. */
+CV_INLINE void tile_product(const uint8_t *row, size_t stride, size_t rows, uint32_t format, size_t cols, const uint8_t *end, size_t ahead, const float *x, size_t n, size_t ldx, float *out, size_t ldo) {
+    for (size_t t = 0; t < n;) {
+        const size_t tokens = n - t >= V16_BLOCK ? V16_BLOCK : 1;
+        for (size_t r = 0; r < rows; r += 4) {
+            const uint8_t *four = row + r * stride;
+            const size_t there = rows - r < 4 ? rows - r : 4, early = t == 0 && (size_t)(end - four) >= ahead + 4 * stride ? ahead : 0;
+            if (tokens == V16_BLOCK) dots4(four, stride, there, format, cols, early, x + t * ldx, ldx, V16_BLOCK, out + t * ldo + r, ldo);
+            else dots4(four, stride, there, format, cols, early, x + t * ldx, ldx, 1, out + t * ldo + r, ldo);
+        }
+        t += tokens;
+    }
 }
 
 CV_TARGET static void fmatmul(const cv_weight *w, size_t e, size_t row0, size_t row1, const float *x, size_t n, size_t ldx, float *out, size_t ldo, void *scratch) {
-    const size_t padded = cv_pad16(w->cols);
-    const size_t block_bytes = 4 * w->row_bytes, ahead = (FLOAT_AHEAD / (block_bytes + 1) + 1) * block_bytes;
+    const size_t padded = cv_pad16(w->cols), block_bytes = 4 * w->row_bytes, ahead = (FLOAT_AHEAD / (block_bytes + 1) + 1) * block_bytes;
+    const uint8_t *base = w->data + e * w->expert_bytes, *end = base + row1 * w->row_bytes;
     for (size_t r = row0; r < row1; r += FLOAT_TILE) {
-        const size_t rows = row1 - r < FLOAT_TILE ? row1 - r : FLOAT_TILE, in_range = (row1 - r) * w->row_bytes > ahead + FLOAT_TILE * w->row_bytes ? ahead : 0;
-        const uint8_t *row = w->data + e * w->expert_bytes + r * w->row_bytes;
+        const size_t rows = row1 - r < FLOAT_TILE ? row1 - r : FLOAT_TILE;
+        const uint8_t *row = base + r * w->row_bytes;
         if (w->format == CV_FORMAT_BF16) {
-            tile_product(row, w->row_bytes, rows, CV_FORMAT_BF16, w->cols, in_range, x, n, ldx, out + r, ldo);
+            tile_product(row, w->row_bytes, rows, CV_FORMAT_BF16, w->cols, end, ahead, x, n, ldx, out + r, ldo);
         } else if (w->format == CV_FORMAT_F16) {
-            tile_product(row, w->row_bytes, rows, CV_FORMAT_F16, w->cols, in_range, x, n, ldx, out + r, ldo);
+            tile_product(row, w->row_bytes, rows, CV_FORMAT_F16, w->cols, end, ahead, x, n, ldx, out + r, ldo);
+        } else if (w->format == CV_FORMAT_F32) {
+            tile_product(row, w->row_bytes, rows, CV_FORMAT_F32, w->cols, end, ahead, x, n, ldx, out + r, ldo);
         } else {
-            size_t stride = w->row_bytes;
-            if (w->format != CV_FORMAT_F32) {
-                for (size_t i = 0; i < rows; i++) decode_row(w, e, r + i, (float *)scratch + i * padded);
-                row = scratch;
-                stride = padded * sizeof(float);
-            }
-            tile_product(row, stride, rows, CV_FORMAT_F32, w->cols, row == scratch ? 0 : in_range, x, n, ldx, out + r, ldo);
+            const size_t stride = padded * sizeof(float);
+            for (size_t i = 0; i < rows; i++) decode_row(w, e, r + i, (float *)scratch + i * padded);
+            tile_product(scratch, stride, rows, CV_FORMAT_F32, w->cols, (uint8_t *)scratch + rows * stride, rows * stride, x, n, ldx, out + r, ldo);
         }
     }
 }

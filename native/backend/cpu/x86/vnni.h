@@ -24,7 +24,7 @@ enum { CV_VNNI_STREAM_ROWS = 8 };
 /* acc + the dots of four unsigned codes and four activations a lane. Assembly because GCC 12 copies (and spills) the
  * accumulators of its intrinsic around loops; "+v" ties them to their registers. */
 CV_INLINE_VNNI __m512i cv_vnni_dot(__m512i acc, __m512i codes, __m512i activations) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "vm"(activations));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(activations));
     return acc;
 }
 
