@@ -63,19 +63,23 @@ export const bench: Command = {
     if (args.choice("device", ["auto", "cpu", "metal"]) === "metal") {
       throw new CaravanError("not_built_yet", "--device metal is not built yet");
     }
-    const model = findWeights(args.positional(0));
+    const promptTokens = numbers(args, "prompt-tokens", [512]);
+    const generate = numbers(args, "generate", [128]);
+    const streams = numbers(args, "streams", [1, 8]);
+    const repeat = args.integer("repeat", 1, 1000) ?? 3;
     const threads = args.integer("threads", 1, 256);
     const cpu = args.text("cpu");
     const scheduling = args.choice("scheduling", ["sequential", "batched"]);
+    const model = findWeights(args.positional(0));
     const progress = new ProgressLine();
     try {
       const report = await runBench({
         model: model.name,
         modelDir: model.path,
-        promptTokens: numbers(args, "prompt-tokens", [512]),
-        generate: numbers(args, "generate", [128]),
-        streams: numbers(args, "streams", [1, 8]),
-        repeat: args.integer("repeat", 1, 1000) ?? 3,
+        promptTokens,
+        generate,
+        streams,
+        repeat,
         ...(threads === undefined ? {} : { threads }),
         ...(cpu === undefined ? {} : { cpu }),
         ...(scheduling === undefined ? {} : { scheduling }),

@@ -4,6 +4,7 @@ import type { ChatMessage } from "../api/model-directory.ts";
 import type { SamplingRequest } from "../api/sampling-defaults.ts";
 import { asCaravanError } from "../errors.ts";
 import { DEFAULT_MODEL } from "../model/card.ts";
+import type { RunOptions } from "../node/open-model.ts";
 import { type LoadedSettings, loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import { type AnswerStats, type ChatSource, openHere } from "./chat-source.ts";
@@ -46,12 +47,13 @@ A node that runs on this machine answers if it has the model, else the model is 
     const port = args.integer("port", 1, 65535);
     const loaded = loadSettings({ flags: port === undefined ? {} : { port } });
     const options = chatOptions(args);
+    const load = runOptions(args, loaded);
     const prompt = args.positionals[1] ?? (process.stdin.isTTY ? undefined : await Bun.stdin.text());
     if (prompt !== undefined && prompt.trim() === "") {
       throw usage("the prompt is empty (give it as an argument or through a pipe)");
     }
     const progress = new ProgressLine();
-    const source = await openSource(args, loaded, progress);
+    const source = await openSource(args, load, loaded, progress);
     try {
       const chat = new Chat(options, source, progress);
       return prompt === undefined ? await chat.interactive() : await chat.once(prompt);
@@ -65,11 +67,10 @@ A node that runs on this machine answers if it has the model, else the model is 
 /** The node that runs on this machine, or the model opened here. */
 async function openSource(
   args: Arguments,
-  loaded: LoadedSettings,
+  load: RunOptions,
+  { settings }: LoadedSettings,
   progress: ProgressLine,
 ): Promise<ChatSource> {
-  const { settings } = loaded;
-  const options = runOptions(args, loaded);
   const model = findModel(args.positionals[0] ?? DEFAULT_MODEL);
   const note = (text: string) => process.stderr.write(`caravan: ${text}\n`);
   if (!args.flag("here")) {
@@ -86,7 +87,7 @@ async function openSource(
     }
   }
   try {
-    return await openHere(model, options, (fraction, detail) =>
+    return await openHere(model, load, (fraction, detail) =>
       progress.show(`loading ${model.name}`, fraction, detail),
     );
   } finally {

@@ -44,9 +44,9 @@ const CONFIG = {
 };
 
 /** Writes config.json and model.safetensors into `dir`, which exists. The same seed gives the same bytes. */
-export function writeTinyLlama4(dir: string, seed = 7): void {
-  writeFileSync(join(dir, "config.json"), JSON.stringify(CONFIG));
-  const specs = tensors();
+export function writeTinyLlama4(dir: string, seed = 7, vocab = TINY_VOCAB): void {
+  writeFileSync(join(dir, "config.json"), JSON.stringify({ ...CONFIG, vocab_size: vocab }));
+  const specs = tensors(vocab);
   const { head, tensors: placed, sizeBytes } = layoutSafetensors(specs, { format: "pt" });
   const file = new Uint8Array(sizeBytes);
   file.set(head);
@@ -64,11 +64,11 @@ export function writeTinyLlama4(dir: string, seed = 7): void {
   writeFileSync(join(dir, "model.safetensors"), file);
 }
 
-function tensors(): TensorSpec[] {
+function tensors(vocab: number): TensorSpec[] {
   const list: [string, number[]][] = [
-    ["model.embed_tokens.weight", [TINY_VOCAB, HIDDEN]],
+    ["model.embed_tokens.weight", [vocab, HIDDEN]],
     ["model.norm.weight", [HIDDEN]],
-    ["lm_head.weight", [TINY_VOCAB, HIDDEN]],
+    ["lm_head.weight", [vocab, HIDDEN]],
   ];
   for (let i = 0; i < LAYERS; i++) {
     const base = `model.layers.${i}.`;
