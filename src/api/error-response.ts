@@ -18,12 +18,17 @@ function typeOfStatus(status: number): string {
 /** Codes ≥ 500 that the same request meets again: OpenAI's clients would retry them for nothing. */
 const PERMANENT = new Set(["not_built_yet", "bad_file", "bad_card", "disk_full"]);
 
+/** Messages and hints are written without a full stop where the terminal shows them on lines of their own. */
+function sentence(text: string): string {
+  return /[.!?:`]$/.test(text) ? text : `${text}.`;
+}
+
 export function errorBody(error: CaravanError): ErrorBody {
   // An internal error's text may hold anything; it belongs in the log, next to the request id.
   const message =
     error.code === "internal_error"
       ? "Something went wrong inside caravan; the log has the details under this request's x-request-id."
-      : [error.message, error.hint].filter((part) => part !== undefined).join(" ");
+      : [error.message, error.hint].flatMap((part) => (part === undefined ? [] : [sentence(part)])).join(" ");
   return {
     error: {
       message,
