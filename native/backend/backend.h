@@ -29,7 +29,7 @@ typedef struct cv_weight {
  * values at the same place of v. */
 typedef struct {
     void *k, *v;
-    size_t page_stride, head_stride; /* elements */
+    size_t page_stride, head_stride; /* elements of cv_kv_element_bytes */
 } cv_kv_layer;
 
 /* One sequence's part of a step, decoded from cv_step_row. */
@@ -66,6 +66,12 @@ typedef struct {
     const cv_weight *gate, *up, *down; /* experts */
     const cv_weight *shared_gate, *shared_up, *shared_down;
 } cv_moe_weights;
+
+/* Bytes of a cache element: of CV_Q8, whose tokens are not of one type, a byte. */
+static inline size_t cv_kv_element_bytes(uint32_t kv_type) { return kv_type == CV_F32 ? 4 : kv_type == CV_Q8 ? 1 : 2; }
+
+/* Elements that one token of one head takes in the cache. */
+static inline size_t cv_kv_token_elements(uint32_t kv_type, size_t head_dim) { return kv_type == CV_Q8 ? head_dim + head_dim / 32 * sizeof(float) : head_dim; }
 
 typedef struct cv_backend cv_backend;
 

@@ -29,7 +29,8 @@ static int check_head(const void *plan, size_t size, cv_err err) {
         return cv_fail(err, CV_E_PLAN, "hidden %u, vocabulary %u, %u experts of which %u are chosen: not possible", p->hidden, p->vocab, p->n_experts, p->experts_per_token);
     if (p->page_tokens < 16 || p->page_tokens > 128 || (p->page_tokens & (p->page_tokens - 1)) || (p->chunk && p->chunk % p->page_tokens))
         return cv_fail(err, CV_E_PLAN, "pages of %u tokens do not go with chunks of %u", p->page_tokens, p->chunk);
-    if (p->kv_type < CV_F32 || p->kv_type > CV_BF16) return cv_fail(err, CV_E_UNSUPPORTED, "cache type %u is not supported", p->kv_type);
+    if ((p->kv_type < CV_F32 || p->kv_type > CV_BF16) && p->kv_type != CV_Q8) return cv_fail(err, CV_E_UNSUPPORTED, "cache type %u is not supported", p->kv_type);
+    if (p->kv_type == CV_Q8 && p->head_dim % 32) return cv_fail(err, CV_E_UNSUPPORTED, "an 8-bit cache needs a head_dim that 32 divides, not %u", p->head_dim);
     if (p->device != CV_DEVICE_CPU) return cv_fail(err, CV_E_UNSUPPORTED, "this build has no backend for device %u", p->device);
     if (!between(p->n_threads, 1, 256) || !between(p->max_rows, 1, 4096) || !between(p->max_tokens, 1, 65536) || p->max_tokens < p->max_rows ||
         !between(p->max_logits, p->max_rows, 65536) || !between(p->n_slots, 1, 65536))
@@ -139,7 +140,7 @@ static int read_layers(cv_model *m, const uint8_t *plan, const cv_plan *p, cv_er
 static int reserve_pool(cv_model *m, bool chunked, size_t n_pages, cv_err err) {
     const cv_shape *s = &m->shape;
     cv_kv_pool *pool = &m->pools[chunked];
-    size_t element = s->kv_type == CV_F32 ? 4 : 2, head = s->page_tokens * s->head_dim, page = 0;
+    size_t element = cv_kv_element_bytes(s->kv_type), head = s->page_tokens * cv_kv_token_elements(s->kv_type, s->head_dim), page = 0;
     for (size_t i = 0; i < m->n_layers; i++)
         if (((m->layers[i].flags & CV_LAYER_CHUNKED) != 0) == chunked) page += 2 * m->layers[i].n_kv_heads * head;
     if (!page) return CV_OK;

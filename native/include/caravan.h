@@ -50,7 +50,8 @@ enum { CV_DEVICE_CPU = 0, CV_DEVICE_METAL = 1 };
 enum { CV_COMPUTE_FAST = 0, CV_COMPUTE_EXACT = 1 };
 
 /* Element types of float tensors, of scales and of the KV cache. */
-enum { CV_F32 = 1, CV_F16 = 2, CV_BF16 = 3, CV_E8M0 = 4, CV_E4M3 = 5 };
+enum { CV_F32 = 1, CV_F16 = 2, CV_BF16 = 3, CV_E8M0 = 4, CV_E4M3 = 5,
+       CV_Q8 = 6 /* KV cache only: a head's d values of one token as int8 in groups of 32, then d/32 float32 scales */ };
 
 /* Weight formats. AFFINE: unsigned codes of `bits` bits (2,3,4,5,6,8), one little-endian bit stream a row,
  * value = code*scale + bias for each group of `group` columns. MXFP4/MXFP8/NVFP4 as in MLX (no biases). */
@@ -138,7 +139,7 @@ typedef struct {
     uint32_t page_tokens;  /* tokens a page: 16, 32, 64 or 128 */
     uint32_t n_full_pages; /* pages of the pool for layers with full attention */
     uint32_t n_chunk_pages;
-    uint32_t kv_type;      /* CV_F32, CV_F16 or CV_BF16 */
+    uint32_t kv_type;      /* CV_F32, CV_F16, CV_BF16 or CV_Q8 */
     uint32_t device;       /* CV_DEVICE_* */
     uint32_t compute;      /* CV_COMPUTE_* */
     uint32_t n_threads;    /* compute threads, 1 to 256 */

@@ -37,13 +37,14 @@ static int feed(cv_engine *e, const uint32_t *tokens, uint32_t piece, uint32_t s
     return CV_OK;
 }
 
-static void test_pieces_and_batches(cv_checks *c, uint32_t compute, uint32_t threads, const uint32_t *tokens) {
+static void test_pieces_and_batches(cv_checks *c, uint32_t compute, uint32_t kv_type, uint32_t threads, const uint32_t *tokens) {
     static float whole[N * TM_VOCAB], other[N * TM_VOCAB];
     tiny_model m;
     char err[256] = "";
     cv_engine *e = NULL;
     cv_case(c, "pieces of any size give the same bits over chunk edges");
     cv_check(c, tm_make(&m, compute, threads), "no tiny model");
+    ((cv_plan *)(void *)m.plan)->kv_type = kv_type;
     int code = cv_open(m.plan, m.plan_size, &e, err, sizeof err);
     if (cv_check(c, !code, "open: %d %s", code, err)) {
         cv_check(c, !feed(e, tokens, 64, 0, whole, err), "%s", err);
@@ -284,8 +285,9 @@ int main(void) {
     unsigned long long seed = 3;
     for (int i = 0; i < N; i++) tokens[i] = (uint32_t)(cv_random(&seed) % TM_VOCAB);
     result = aligned_alloc(64, RESULT);
-    test_pieces_and_batches(&c, CV_COMPUTE_EXACT, 1, tokens);
-    test_pieces_and_batches(&c, CV_COMPUTE_FAST, 2, tokens);
+    test_pieces_and_batches(&c, CV_COMPUTE_EXACT, CV_F32, 1, tokens);
+    test_pieces_and_batches(&c, CV_COMPUTE_FAST, CV_BF16, 2, tokens);
+    test_pieces_and_batches(&c, CV_COMPUTE_FAST, CV_Q8, 2, tokens);
     test_sampling(&c, tokens);
     test_tickets(&c, tokens);
     test_damaged_plans(&c, 3000);

@@ -10,7 +10,7 @@
 #include "../include/caravan.h"
 #include "check.h"
 
-enum { TM_HIDDEN = 64, TM_HEADS = 4, TM_KV = 2, TM_D = 16, TM_FF = 128, TM_EXPERTS = 4, TM_VOCAB = 96, TM_CHUNK = 32, TM_PAGE = 16, TM_PAGES = 24 };
+enum { TM_HIDDEN = 64, TM_HEADS = 4, TM_KV = 2, TM_D = 32, TM_FF = 128, TM_EXPERTS = 4, TM_VOCAB = 96, TM_CHUNK = 32, TM_PAGE = 16, TM_PAGES = 24 };
 
 typedef struct {
     char path[64];

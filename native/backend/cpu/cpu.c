@@ -19,6 +19,7 @@ static void cpu_close(cv_backend *b) {
         free(s->tile[0]);
         free(s->tile[1]);
         free(s->queries);
+        free(s->page);
         free(s->scores);
         free(s->block_out);
         free(s->out);
@@ -114,6 +115,17 @@ static int cpu_norm_qkv(cv_backend *b, const void *h, const float *norm, const c
     return CV_OK;
 }
 
+/* One head of one token into the cache. */
+static void store(const cv_cpu *c, const float *x, char *to) {
+    size_t d = c->base.shape->head_dim;
+    if (c->base.shape->kv_type != CV_Q8) {
+        c->k->store_kv(x, to, c->base.shape->kv_type, d);
+        return;
+    }
+    float sums[256 / 32];
+    c->k->quantize(x, d, 32, (int8_t *)to, (float *)(void *)(to + d), sums);
+}
+
 static void rope_store_row(void *context, size_t t, size_t thread) {
     (void)thread;
     row_job *j = context;
@@ -136,11 +148,11 @@ static void rope_store_row(void *context, size_t t, size_t thread) {
         for (size_t i = 0; i < j->n_heads * d; i++) q[i] = q[i] * scale;
     }
     uint32_t page = j->flags & CV_LAYER_CHUNKED ? seq->chunk_pages[(position - seq->chunk_base) / p] : seq->full_pages[position / p];
-    size_t bytes = s->kv_type == CV_F32 ? 4 : 2;
+    size_t bytes = cv_kv_element_bytes(s->kv_type), token = cv_kv_token_elements(s->kv_type, d);
     for (size_t i = 0; i < j->n_kv_heads; i++) {
-        size_t at = page * j->kv->page_stride + i * j->kv->head_stride + (size_t)(position % p) * d;
-        c->k->store_kv(k + i * d, (char *)j->kv->k + at * bytes, s->kv_type, d);
-        c->k->store_kv(v + i * d, (char *)j->kv->v + at * bytes, s->kv_type, d);
+        size_t at = page * j->kv->page_stride + i * j->kv->head_stride + (size_t)(position % p) * token;
+        store(c, k + i * d, (char *)j->kv->k + at * bytes);
+        store(c, v + i * d, (char *)j->kv->v + at * bytes);
     }
 }
 
@@ -198,10 +210,11 @@ static int open_scratch(cv_cpu *c) {
         t->kernel = cv_alloc_array(kernel > rows ? kernel : rows, 1);
         for (size_t j = 0; j < 2; j++) t->tile[j] = cv_alloc_array(CV_TILE_TOKENS * CV_TILE_ROWS, sizeof(float));
         t->queries = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
+        t->page = cv_alloc_array(s->page_tokens * s->head_dim, sizeof(float));
         t->scores = cv_alloc_array(CV_ATTN_QUERIES * CV_ATTN_BLOCK, sizeof(float));
         t->block_out = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
         t->out = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
-        if (!t->kernel || !t->tile[0] || !t->tile[1] || !t->queries || !t->scores || !t->block_out || !t->out) return CV_E_MEMORY;
+        if (!t->kernel || !t->tile[0] || !t->tile[1] || !t->queries || !t->page || !t->scores || !t->block_out || !t->out) return CV_E_MEMORY;
     }
     size_t inputs = s->max_heads * s->head_dim > s->hidden ? s->max_heads * s->head_dim : s->hidden;
     size_t rows_in = s->max_logits > s->max_tokens ? s->max_logits : s->max_tokens;

@@ -25,6 +25,7 @@ typedef struct {
     void *kernel;       /* kernels->scratch_bytes */
     float *tile[2];     /* [CV_TILE_TOKENS, CV_TILE_ROWS] */
     float *queries;     /* [CV_ATTN_QUERIES, head_dim] */
+    float *page;        /* [page_tokens, head_dim]: keys or values of a quantized cache, as float32 */
     float *scores;      /* [CV_ATTN_QUERIES, CV_ATTN_BLOCK] */
     float *block_out;   /* [CV_ATTN_QUERIES, head_dim] */
     float *out;         /* [CV_ATTN_QUERIES, head_dim] */

@@ -40,18 +40,31 @@ static size_t page_at(const attn *a, const cv_seq *s, uint64_t position, size_t 
     return page * a->kv->page_stride + kv_head * a->kv->head_stride;
 }
 
+/* n tokens of a quantized page as float32 [n, d]. */
+static const void *decode_page(const attn *a, cv_cpu_scratch *s, const char *from, size_t n) {
+    for (size_t t = 0; t < n; t++, from += cv_kv_token_elements(CV_Q8, a->d)) {
+        const int8_t *q = (const int8_t *)from;
+        const float *scale = (const float *)(const void *)(from + a->d);
+        float *to = s->page + t * a->d;
+        for (size_t i = 0; i < a->d; i++) to[i] = (float)q[i] * scale[i / 32];
+    }
+    return s->page;
+}
+
 /* One block of n_tokens consecutive tokens' queries: scores, softmax, values. len[q]: keys of the block that q sees.
  * Leaves the block's m and l in part and its unnormalised output in block_out. */
 static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv_head, uint64_t block_start, const uint32_t *len, size_t n_q, cv_attn_part *part) {
     const cv_shape *shape = a->c->base.shape;
     const cv_cpu_kernels *k = a->c->k;
-    size_t p = shape->page_tokens, d = a->d, bytes = shape->kv_type == CV_F32 ? 4 : 2, longest = 0;
+    size_t p = shape->page_tokens, d = a->d, bytes = cv_kv_element_bytes(shape->kv_type), token = cv_kv_token_elements(shape->kv_type, d), longest = 0;
+    bool q8 = shape->kv_type == CV_Q8;
+    uint32_t type = q8 ? CV_F32 : shape->kv_type;
     for (size_t q = 0; q < n_q; q++) longest = most(longest, len[q]);
     for (size_t at = 0; at < longest;) {
         uint64_t position = block_start + at;
         size_t in_page = (size_t)(position % p), n = least(p - in_page, longest - at);
-        const char *keys = (const char *)a->kv->k + (page_at(a, seq, position, kv_head) + in_page * d) * bytes;
-        k->attn_scores(s->queries, n_q, d, keys, shape->kv_type, n, d, a->scale, s->scores + at, CV_ATTN_BLOCK);
+        const char *keys = (const char *)a->kv->k + (page_at(a, seq, position, kv_head) + in_page * token) * bytes;
+        k->attn_scores(s->queries, n_q, d, q8 ? decode_page(a, s, keys, n) : keys, type, n, d, a->scale, s->scores + at, CV_ATTN_BLOCK);
         at += n;
     }
     for (size_t q = 0; q < n_q; q++) {
@@ -62,10 +75,10 @@ static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv
     for (size_t at = 0; at < longest;) {
         uint64_t position = block_start + at;
         size_t in_page = (size_t)(position % p), n = least(p - in_page, longest - at);
-        const char *values = (const char *)a->kv->v + (page_at(a, seq, position, kv_head) + in_page * d) * bytes;
+        const char *values = (const char *)a->kv->v + (page_at(a, seq, position, kv_head) + in_page * token) * bytes;
         uint32_t here[CV_ATTN_QUERIES];
         for (size_t q = 0; q < n_q; q++) here[q] = (uint32_t)(len[q] > at ? least(len[q] - at, n) : 0);
-        k->attn_values(s->scores + at, n_q, CV_ATTN_BLOCK, here, values, shape->kv_type, d, s->block_out, d);
+        k->attn_values(s->scores + at, n_q, CV_ATTN_BLOCK, here, q8 ? decode_page(a, s, values, n) : values, type, d, s->block_out, d);
         at += n;
     }
 }
