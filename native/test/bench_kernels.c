@@ -72,14 +72,14 @@ static void read_all(void *context) {
 enum { PEAK_STEPS = 1000000 };
 __attribute__((target("avx512f,avx512vnni"))) static void int8_peak(void *context) {
     __m512i acc[12], x = _mm512_set1_epi32(*(int *)context), y = _mm512_set1_epi32(3);
-    for (int i = 0; i < 12; i++) acc[i] = _mm512_set1_epi32(i);
+    for (int i = 0; i < 12; i++) acc[i] = _mm512_setzero_si512();
     for (int k = 0; k < PEAK_STEPS; k++) {
 #pragma GCC unroll 12
         for (int i = 0; i < 12; i++) acc[i] = _mm512_dpbusd_epi32(acc[i], x, y);
         __asm__ volatile("" : "+v"(x));
     }
     for (int i = 1; i < 12; i++) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
-    *(int *)context ^= _mm512_reduce_add_epi32(acc[0]);
+    *(int *)context ^= _mm512_cvtsi512_si32(acc[0]);
 }
 __attribute__((target("avx512f"))) static void float_peak(void *context) {
     __m512 acc[12], x = _mm512_set1_ps(*(float *)context), y = _mm512_set1_ps(1e-3f);

@@ -138,6 +138,13 @@ CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale
     }
 }
 
+CV_INLINE_VNNI void prefetch_scales(const stream_rows *w, size_t at, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        _mm_prefetch((const char *)w->scale + at + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)w->bias + at + i, _MM_HINT_T1);
+    }
+}
+
 /* out[t][r] for all rows of w and `tokens` activation rows. */
 CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, float *const *out) {
     const size_t full = w->groups / 4;
@@ -145,6 +152,7 @@ CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens
     for (size_t block = 0; block < w->blocks; block++) {
         const uint8_t *code = w->code + block * ROWS * w->stride;
         const size_t scale_at = block * ROWS * w->scale_stride, ahead = block + w->ahead < w->blocks ? w->ahead * ROWS * w->stride : 0;
+        if (ahead) prefetch_scales(w, scale_at + w->ahead * ROWS * w->scale_stride, ROWS * w->scale_stride);
         __m512 chain[BATCH];
         for (int t = 0; t < tokens; t++) chain[t] = _mm512_setzero_ps();
         quad_masks m = all;
@@ -226,7 +234,9 @@ CV_TARGET_VNNI void cv_vnni_stream(const cv_weight *w, size_t e, size_t row0, si
         size_t size = 0;
         while (kernel_tokens[size] < n) size++;
         /* the first blocks are asked for here; after them each block prefetches a later one */
-        for (size_t i = 0; i < rows.ahead * block_bytes && i < rows.blocks * block_bytes; i += 64) _mm_prefetch((const char *)rows.code + i, _MM_HINT_T1);
+        const size_t first = rows.ahead < rows.blocks ? rows.ahead : rows.blocks;
+        prefetch_scales(&rows, 0, first * ROWS * rows.scale_stride);
+        for (size_t i = 0; i < first * block_bytes; i += 64) _mm_prefetch((const char *)rows.code + i, _MM_HINT_T1);
         stream_act act[BATCH];
         float *to[BATCH];
         for (size_t t = 0; t < kernel_tokens[size]; t++) {
