@@ -27,6 +27,7 @@ export const logits: Command = {
     device: { value: "cpu|metal", help: "default cpu" },
     threads: { value: "T", help: "compute threads (default: the machine's)" },
     cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
+    "kv-bits": { value: "8|16", help: "bits of the cache (default: float32 if exact, else 16)" },
     tensor: { value: "N", help: "tensor-parallel ranks", later: "the cluster" },
     pipeline: { value: "N", help: "pipeline stages", later: "the cluster" },
   },
@@ -42,6 +43,7 @@ export const logits: Command = {
     const piece = args.integer("piece", 1, 65536);
     const threads = args.integer("threads", 1, 256);
     const cpu = args.text("cpu");
+    const kvBits = args.choice("kv-bits", ["8", "16"]);
     const model = findWeights(args.positional(0));
     requireFolder(out);
     return await interruptible(async (signal) => {
@@ -56,6 +58,7 @@ export const logits: Command = {
           ...(prefill === undefined ? {} : { prefill }),
           ...(piece === undefined ? {} : { piece }),
           ...(threads === undefined ? {} : { threads }),
+          ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),
           ...(cpu === undefined ? {} : { cpu }),
           onLogits: async (rows, vocab) => {
             signal.throwIfAborted();
@@ -97,6 +100,7 @@ function requireFolder(out: string): void {
 /** Names the tokens' file in errors about the tokens. */
 function placed(thrown: unknown, tokensFile: string): CaravanError {
   const error = asCaravanError(thrown);
-  if (error.param !== "tokens" || error.where !== undefined) return error;
+  const about = error.param === "tokens" || error.code === "context_length_exceeded";
+  if (!about || error.where !== undefined) return error;
   return new CaravanError(error.code, error.message, { where: tokensFile, param: "tokens", cause: thrown });
 }

@@ -9,6 +9,7 @@ export const RUN_OPTIONS: Record<string, OptionSpec> = {
   context: { value: "N", help: "most tokens of prompt and answer together (default: what memory allows)" },
   threads: { value: "T", help: "compute threads (default: the machine's)" },
   scheduling: { value: "MODE", help: "sequential or batched (default: by the model's cache)" },
+  "kv-bits": { value: "8|16", help: "bits of the cache: 8 halves its memory (default 16)" },
   device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
 };
 
@@ -21,7 +22,9 @@ export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOp
   const context = args.integer("context", 1, 2 ** 40) ?? (settings.context || undefined);
   const threads = args.integer("threads", 1, 256) ?? (settings.threads || undefined);
   const scheduling = args.choice("scheduling", ["sequential", "batched"]);
+  const kvBits = args.choice("kv-bits", ["8", "16"]);
   return {
+    ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),
     ...(context === undefined ? {} : { context }),
     ...(threads === undefined ? {} : { threads }),
     ...(scheduling === undefined ? {} : { scheduling }),

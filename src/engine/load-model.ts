@@ -6,7 +6,7 @@ import { CaravanError } from "../errors.ts";
 import { type ModelConfig, readModelConfig } from "../model/config.ts";
 import { makeLoadPlan } from "../model/load-plan.ts";
 import { availableMemory } from "../model/machine-memory.ts";
-import { MOST_STREAMS, planMemory } from "../model/memory-plan.ts";
+import { type KvType, MOST_STREAMS, planMemory } from "../model/memory-plan.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import type { CacheGeometry } from "../scheduler/pages.ts";
 import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
@@ -26,7 +26,7 @@ const HEADERS_SHARE = 0.05;
 /** CV_CPU_* of caravan.h. */
 const CPU_LEVELS = [1, 2, 3, 4, 5, 16, 17, 18];
 /** The graph has one batched attention kernel that reads both kinds of pages. */
-const CPU_BACKEND: BackendCapabilities = { name: "cpu", batchedKinds: ["full", "chunked"] };
+const CPU_BACKEND: BackendCapabilities = { name: "cpu", batchedKinds: ["full", "chunked", "quantized"] };
 
 export interface LoadedEngine {
   engine: NativeStepEngine;
@@ -67,7 +67,7 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
 
   const compute = options.compute ?? "fast";
   const threads = Math.min(options.threads ?? availableParallelism(), MOST_THREADS);
-  const kvType = kvTypeOf(config, compute);
+  const kvType = options.kvBits === 8 ? "q8" : kvTypeOf(config, compute);
   const piece = options.piece?.(config.vocabSize) ?? 0;
   const rows = options.streams ?? MOST_STREAMS;
   const maxTokens = Math.max(options.piece === undefined ? STEP_TOKENS : 1, rows, piece);
@@ -116,7 +116,10 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
     geometry: { pageTokens, chunk: config.chunk, fullPages, chunkPages },
     limits: { maxRows: streams, maxTokens, maxLogits, slots: streams, vocab: config.vocabSize },
     contextTokens: memory.context,
-    cacheKinds: [...new Set(config.layers.map((layer) => (layer.chunked ? "chunked" : "full")))],
+    cacheKinds: [
+      ...new Set<CacheKind>(config.layers.map((layer) => (layer.chunked ? "chunked" : "full"))),
+      ...(kvType === "q8" ? (["quantized"] as const) : []),
+    ],
     backend: CPU_BACKEND,
     stopTokens: config.eosTokens,
     device: "cpu",
@@ -133,7 +136,7 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
 }
 
 /** The cache keeps what the model's makers computed with; `exact` keeps everything. */
-function kvTypeOf(config: ModelConfig, compute: "fast" | "exact"): "f32" | "f16" | "bf16" {
+function kvTypeOf(config: ModelConfig, compute: "fast" | "exact"): KvType {
   if (compute === "exact") return "f32";
   return config.dtype === "bfloat16" ? "bf16" : "f16";
 }

@@ -20,6 +20,8 @@ export const LoadOptionsSchema = v.strictObject({
   compute: v.exactOptional(v.picklist(["fast", "exact"])),
   /** Kernel set to force, by name (see cv_cpu_name). */
   cpu: v.exactOptional(v.string()),
+  /** Bits of the cache's elements: 16 (the model's own type) or 8. */
+  kvBits: v.exactOptional(v.picklist([8, 16])),
   scheduling: v.exactOptional(v.picklist(["auto", "sequential", "batched"])),
 });
 

@@ -17,6 +17,8 @@ export interface LogitsOptions {
   piece?: number;
   compute?: "exact" | "fast";
   device?: "cpu" | "metal";
+  /** Bits of the cache's elements. */
+  kvBits?: 8 | 16;
   threads?: number;
   /** Kernel set to force, by name. */
   cpu?: string;
@@ -47,6 +49,7 @@ export async function runLogits(options: LogitsOptions): Promise<Logits> {
     streams: 1,
     compute: options.compute ?? "fast",
     ...(options.device === undefined ? {} : { device: options.device }),
+    ...(options.kvBits === undefined ? {} : { kvBits: options.kvBits }),
     ...(options.threads === undefined ? {} : { threads: options.threads }),
     ...(options.cpu === undefined ? {} : { cpu: options.cpu }),
     piece: (vocab) => Math.min(options.piece ?? defaultPiece(vocab), Math.max(1, prefill)),

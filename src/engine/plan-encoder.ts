@@ -2,6 +2,7 @@
 
 import { CaravanError } from "../errors.ts";
 import type { LoadPlan, PlannedTensor, SourceView } from "../model/load-plan.ts";
+import type { KvType } from "../model/memory-plan.ts";
 import type { WeightFormat } from "../model/quantization.ts";
 import { ABI_VERSION, FILE, LAYER, NO_FILE, PLAN, PLAN_MAGIC, SOURCE, TENSOR } from "./layout.ts";
 
@@ -12,7 +13,7 @@ export interface EngineOptions {
   pageTokens: number;
   fullPages: number;
   chunkPages: number;
-  kvType: "f32" | "f16" | "bf16";
+  kvType: KvType;
   maxRows: number;
   maxTokens: number;
   maxLogits: number;
@@ -30,7 +31,7 @@ const FORMATS: Record<WeightFormat, number> = {
   mxfp8: 6,
   nvfp4: 7,
 };
-const TYPES = { f32: 1, f16: 2, bf16: 3, e8m0: 4, e4m3: 5 } as const;
+const TYPES = { f32: 1, f16: 2, bf16: 3, e8m0: 4, e4m3: 5, q8: 6 } as const;
 const LAYER_FLAGS = { chunked: 1, rope: 2, qkNorm: 4, temperature: 8, moe: 16 } as const;
 const TRANSPOSED = 1;
 const ROPE_INTERLEAVED = 1;

@@ -5,12 +5,15 @@ import { CaravanError } from "../errors.ts";
 import type { ModelConfig } from "./config.ts";
 import { isCopied, type LoadPlan, tensorBytes } from "./load-plan.ts";
 
+/** How the cache keeps keys and values. q8: int8 in groups of 32 with a float32 scale each. */
+export type KvType = "f32" | "f16" | "bf16" | "q8";
+
 export interface MemoryRequest {
   /** Longest sequence asked for; undefined = what fits, up to the model's limit. */
   context?: number;
   /** Sequences that run at once; undefined = what fits, up to MOST_STREAMS. */
   streams?: number;
-  kvType: "f32" | "f16" | "bf16";
+  kvType: KvType;
   threads: number;
   maxTokens: number;
   maxLogits: number;
@@ -38,7 +41,7 @@ const COMFORTABLE_CONTEXT = 8192;
 /** Share of the available memory that is planned; the rest is for the text worker, buffers and others. */
 const PLANNED_SHARE = 0.9;
 
-const KV_BYTES = { f32: 4, f16: 2, bf16: 2 } as const;
+const KV_BYTES: Record<KvType, number> = { f32: 4, f16: 2, bf16: 2, q8: 1 + 4 / 32 };
 
 /** Tokens a page: 64, or the largest power of two from 16 on that divides the attention chunk. */
 export function pageTokensOf(chunk: number): number {
@@ -49,7 +52,7 @@ export function pageTokensOf(chunk: number): number {
 /** Bytes of one page of each pool, all layers together. */
 export function pageBytes(
   config: ModelConfig,
-  kvType: MemoryRequest["kvType"],
+  kvType: KvType,
   pageTokens: number,
 ): { full: number; chunked: number } {
   const layer = 2 * config.kvHeads * config.headDim * pageTokens * KV_BYTES[kvType];

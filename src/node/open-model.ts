@@ -21,6 +21,8 @@ export interface RunOptions {
   maxQueue?: number;
   /** "sequential" or "batched" instead of what the policy chooses. */
   scheduling?: "sequential" | "batched";
+  /** Bits of the cache's elements. */
+  kvBits?: 8 | 16;
 }
 
 export interface OpenOptions extends RunOptions {
