@@ -100,7 +100,7 @@ function requireFolder(out: string): void {
 /** Names the tokens' file in errors about the tokens. */
 function placed(thrown: unknown, tokensFile: string): CaravanError {
   const error = asCaravanError(thrown);
-  const about = error.param === "tokens" || error.code === "context_length_exceeded";
-  if (!about || error.where !== undefined) return error;
-  return new CaravanError(error.code, error.message, { where: tokensFile, param: "tokens", cause: thrown });
+  if (error.param !== "tokens" && error.param !== "context") return error;
+  const model = error.where === undefined ? "" : ` (${error.where})`;
+  return new CaravanError(error.code, `${error.message}${model}`, { where: tokensFile, cause: thrown });
 }

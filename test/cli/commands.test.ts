@@ -3,7 +3,7 @@
 import { afterAll, describe, expect, test } from "bun:test";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { built, PROGRAM, Place } from "../tools/built-caravan.ts";
+import { built, Place, PROGRAM } from "../tools/built-caravan.ts";
 import { TINY_CHAT_VOCAB, writeTinyChatModel } from "../tools/tiny-chat-model.ts";
 
 const place = new Place();
@@ -103,7 +103,7 @@ describe.skipIf(!built)("the executable", () => {
   });
 
   test("a reader that leaves ends it without a word", async () => {
-    const ended = Bun.spawnSync(["bash", "-c", '"$0" models --cards | true; exit ${PIPESTATUS[0]}', PROGRAM], {
+    const ended = Bun.spawnSync(["bash", "-c", 'set -o pipefail; "$0" models --cards | true', PROGRAM], {
       cwd: place.cwd,
       env: place.env,
     });
@@ -195,18 +195,16 @@ describe.skipIf(!built)("tokenize and template", () => {
     ["not there", undefined, 2, "cannot be read"],
     ["not JSON", "[", 2, "is not JSON"],
     ["not strings", '["a",1]', 2, "1: "],
-  ] as [string, string | undefined, number, string][])("an input that is %s is refused", async (
-    name,
-    text,
-    code,
-    message,
-  ) => {
-    const input = place.path(`${name}.json`);
-    if (text !== undefined) writeFileSync(input, text);
-    const out = place.path("never.json");
-    const ended = await place.run(["tokenize", model, "--in", input, "--out", out]);
-    expect(ended).toMatchObject({ code, out: "" });
-    expect(ended.err).toContain(`${input}: ${message}`);
-    expect(existsSync(out)).toBe(false);
-  });
+  ] as [string, string | undefined, number, string][])(
+    "an input that is %s is refused",
+    async (name, text, code, message) => {
+      const input = place.path(`${name}.json`);
+      if (text !== undefined) writeFileSync(input, text);
+      const out = place.path("never.json");
+      const ended = await place.run(["tokenize", model, "--in", input, "--out", out]);
+      expect(ended).toMatchObject({ code, out: "" });
+      expect(ended.err).toContain(`${input}: ${message}`);
+      expect(existsSync(out)).toBe(false);
+    },
+  );
 });

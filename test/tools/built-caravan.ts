@@ -153,4 +153,3 @@ export function isAlive(pid: number): boolean {
     return false;
   }
 }
-
