@@ -1,10 +1,12 @@
 // A model's config.json as plain data with every default filled in: which layers are chunked, rotate, normalise or have
-// experts, and the rotation frequencies. Where mlx-lm and Hugging Face differ, Hugging Face is followed.
+// experts, and the rotation frequencies. Where mlx-lm and Hugging Face differ, Hugging Face is followed; a key that is
+// absent has the default of Hugging Face's class, since files saved by transformers leave those out of text_config.
 
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import * as v from "valibot";
 import { CaravanError } from "../errors.ts";
+import { RopeScaling, ropeFrequencies } from "./rope-frequencies.ts";
 
 /** What a decoder layer does; one entry a layer, in global order. */
 export interface LayerConfig {
@@ -45,10 +47,13 @@ export interface ModelConfig {
   invFreq: Float32Array;
   contextLength: number;
   tieWordEmbeddings: boolean;
+  /** q, k, v and o add a bias; gate, up and down do. */
+  attentionBias: boolean;
+  mlpBias: boolean;
   layers: LayerConfig[];
   /** Tokens that end an answer, from generation_config.json, else config.json. */
   eosTokens: number[];
-  /** The `quantization` object, unread (quantization.ts). */
+  /** MLX's `quantization` object, unread (quantization.ts). */
   quantization: Record<string, unknown> | undefined;
   /** Data type of the model's activations as its makers ran it. */
   dtype: "bfloat16" | "float16" | "float32";
@@ -69,19 +74,11 @@ const count = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v
 const positive = v.pipe(v.number(), v.finite(), v.gtValue(0));
 /** true, false, or a number that stands for one (early hub files say 4). */
 const truthy = v.union([v.boolean(), v.number()]);
-const tokens = v.union([v.number(), v.array(v.number())]);
+const token = v.pipe(v.number(), v.integer(), v.minValue(0));
+const tokens = v.union([token, v.array(token)]);
+const count0 = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(most));
 
-const RopeScaling = v.looseObject({
-  rope_type: v.optional(v.string()),
-  type: v.optional(v.string()),
-  rope_theta: v.optional(positive),
-  factor: v.optional(positive),
-  low_freq_factor: v.optional(positive),
-  high_freq_factor: v.optional(positive),
-  original_max_position_embeddings: v.optional(positive),
-});
-type RopeScaling = v.InferOutput<typeof RopeScaling>;
-
+/** Parsed over DEFAULTS: an absent key has its default, null has a meaning of its own (no chunk, say). */
 const TextConfig = v.looseObject({
   hidden_size: count(1 << 20),
   intermediate_size: count(1 << 24),
@@ -91,19 +88,21 @@ const TextConfig = v.looseObject({
   num_key_value_heads: v.nullish(count(4096)),
   head_dim: v.nullish(count(256)),
   vocab_size: count(1 << 26),
-  rms_norm_eps: v.optional(positive, 1e-5),
+  rms_norm_eps: positive,
   rope_theta: v.nullish(positive),
   rope_scaling: v.nullish(RopeScaling),
   rope_parameters: v.nullish(RopeScaling),
   rope_traditional: v.nullish(v.boolean()),
-  max_position_embeddings: v.nullish(count(2 ** 40)),
+  max_position_embeddings: count(2 ** 40),
   tie_word_embeddings: v.nullish(v.boolean()),
+  attention_bias: v.nullish(v.boolean()),
+  mlp_bias: v.nullish(v.boolean()),
   hidden_act: v.nullish(v.string()),
   layer_types: v.nullish(v.array(v.string())),
-  num_local_experts: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65536))),
-  num_experts_per_tok: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(64))),
-  interleave_moe_layer_step: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(0))),
-  moe_layers: v.nullish(v.array(v.number())),
+  num_local_experts: v.nullish(count0(65536)),
+  num_experts_per_tok: v.nullish(count0(64)),
+  interleave_moe_layer_step: v.nullish(count0(4096)),
+  moe_layers: v.nullish(v.array(count0(4095))),
   no_rope_layers: v.nullish(v.array(v.number())),
   no_rope_layer_interval: v.nullish(count(4096)),
   attention_chunk_size: v.nullish(count(2 ** 31)),
@@ -114,6 +113,26 @@ const TextConfig = v.looseObject({
   eos_token_id: v.nullish(tokens),
 });
 type TextConfig = v.InferOutput<typeof TextConfig>;
+
+/** What an absent key means (Llama4TextConfig, LlamaConfig); Llama files always have the sizes. */
+const DEFAULTS: Record<"llama" | "llama4", Record<string, unknown>> = {
+  llama: { rms_norm_eps: 1e-6, max_position_embeddings: 2048 },
+  llama4: {
+    vocab_size: 202048,
+    hidden_size: 5120,
+    intermediate_size: 8192,
+    intermediate_size_mlp: 16384,
+    num_hidden_layers: 48,
+    num_attention_heads: 40,
+    num_key_value_heads: 8,
+    head_dim: 128,
+    max_position_embeddings: 131072,
+    rms_norm_eps: 1e-5,
+    num_local_experts: 16,
+    attention_chunk_size: 8192,
+  },
+};
+const DEFAULT_THETA = { llama: 10000, llama4: 500000 };
 
 const Config = v.looseObject({
   architectures: v.nullish(v.array(v.string())),
@@ -143,28 +162,31 @@ function readJson(path: string): unknown {
   }
 }
 
+/**
+ * @param where the file, for messages
+ * @param generation generation_config.json, where there is one
+ * @throws CaravanError bad_file or unsupported_model naming the key
+ */
 export function parseModelConfig(json: unknown, where: string, generation?: unknown): ModelConfig {
+  if (typeof json !== "object" || json === null || Array.isArray(json)) {
+    throw new CaravanError("bad_file", "is not a JSON object", { where });
+  }
   const outer = check(Config, json, where);
   const architecture = architectureOf(outer, where);
   const inner = outer.text_config ?? (json as Record<string, unknown>);
-  const text = check(TextConfig, inner, where, outer.text_config ? "text_config." : "");
-  if ((text.hidden_act ?? "silu") !== "silu") throw unsupported(where, "hidden_act", text.hidden_act, "silu");
-  const headDim = text.head_dim ?? text.hidden_size / text.num_attention_heads;
-  if (!Number.isInteger(headDim) || headDim % 16 !== 0) {
-    throw unsupported(where, "head_dim", headDim, "a multiple of 16 up to 256");
-  }
-  const kvHeads = text.num_key_value_heads ?? text.num_attention_heads;
-  if (text.num_attention_heads % kvHeads !== 0) {
-    throw new CaravanError(
-      "bad_file",
-      `num_key_value_heads: ${kvHeads} does not divide ${text.num_attention_heads} heads`,
-      { where },
-    );
-  }
+  const prefix = outer.text_config ? "text_config." : "";
+  const text = check(TextConfig, { ...DEFAULTS[architecture], ...inner }, where, prefix);
   const llama4 = architecture === "llama4";
+  const heads = headsOf(text, where);
   const chunk = llama4 ? (text.attention_chunk_size ?? 0) : 0;
   const layers = layersOf(text, llama4, chunk, where);
-  const moe = layers.some((layer) => layer.moe);
+  const chunked = layers.some((layer) => layer.chunked);
+  if (chunked && chunk % 16 !== 0) {
+    throw unsupported(where, "attention_chunk_size", chunk, "multiples of 16");
+  }
+  const ropeKey = text.rope_parameters ? "rope_parameters" : "rope_scaling";
+  const rope: RopeScaling = { ...text.rope_scaling, ...text.rope_parameters };
+  const theta = text.rope_parameters?.rope_theta ?? text.rope_theta ?? rope.rope_theta;
   return {
     where,
     architecture,
@@ -173,27 +195,90 @@ export function parseModelConfig(json: unknown, where: string, generation?: unkn
       ? (text.intermediate_size_mlp ?? text.intermediate_size)
       : text.intermediate_size,
     expertSize: text.intermediate_size,
-    heads: text.num_attention_heads,
-    kvHeads,
-    headDim,
+    ...heads,
     vocabSize: text.vocab_size,
-    experts: moe ? (text.num_local_experts ?? 0) : 0,
-    expertsPerToken: moe ? (text.num_experts_per_tok ?? 1) : 0,
+    ...expertsOf(text, layers, where),
     normEps: text.rms_norm_eps,
-    chunk: layers.some((layer) => layer.chunked) ? chunk : 0,
+    chunk: chunked ? chunk : 0,
     attnScale: text.attn_scale ?? 0.1,
     floorScale: text.floor_scale ?? 8192,
     ropeInterleaved: llama4 || text.rope_traditional === true,
-    invFreq: frequencies(text, headDim, llama4 ? 500000 : 10000, where),
-    contextLength: text.max_position_embeddings ?? 131072,
+    invFreq: ropeFrequencies(
+      theta ?? DEFAULT_THETA[architecture],
+      heads.headDim,
+      rope,
+      where,
+      prefix + ropeKey,
+    ),
+    contextLength: text.max_position_embeddings,
     tieWordEmbeddings: text.tie_word_embeddings ?? outer.tie_word_embeddings ?? false,
+    attentionBias: text.attention_bias ?? false,
+    mlpBias: !llama4 && (text.mlp_bias ?? false),
     layers,
     eosTokens: eosOf(generation) ?? eosOf(outer) ?? eosOf(text) ?? [],
-    quantization: outer.quantization ?? outer.quantization_config ?? undefined,
+    quantization: quantizationKey(outer, where),
     dtype: dtypeOf(
       outer.torch_dtype ?? outer.dtype ?? stringOf(inner, "torch_dtype") ?? stringOf(inner, "dtype"),
     ),
   };
+}
+
+function headsOf(text: TextConfig, where: string): Pick<ModelConfig, "heads" | "kvHeads" | "headDim"> {
+  if ((text.hidden_act ?? "silu") !== "silu") throw unsupported(where, "hidden_act", text.hidden_act, "silu");
+  const heads = text.num_attention_heads;
+  const headDim = text.head_dim ?? text.hidden_size / heads;
+  if (!Number.isInteger(headDim) || headDim % 16 !== 0) {
+    throw unsupported(where, "head_dim", headDim, "a multiple of 16 up to 256");
+  }
+  const kvHeads = text.num_key_value_heads ?? heads;
+  if (heads % kvHeads !== 0) {
+    throw new CaravanError("bad_file", `num_key_value_heads: ${kvHeads} does not divide ${heads} heads`, {
+      where,
+    });
+  }
+  if (heads / kvHeads > 32) {
+    throw unsupported(
+      where,
+      "num_key_value_heads",
+      kvHeads,
+      `at least ${Math.ceil(heads / 32)} for ${heads} heads`,
+    );
+  }
+  return { heads, kvHeads, headDim };
+}
+
+function expertsOf(
+  text: TextConfig,
+  layers: LayerConfig[],
+  where: string,
+): Pick<ModelConfig, "experts" | "expertsPerToken"> {
+  if (!layers.some((layer) => layer.moe)) return { experts: 0, expertsPerToken: 0 };
+  const experts = text.num_local_experts ?? 0;
+  const expertsPerToken = text.num_experts_per_tok ?? 1;
+  if (expertsPerToken < 1 || expertsPerToken > experts) {
+    throw new CaravanError(
+      "bad_file",
+      `num_experts_per_tok: ${expertsPerToken} of ${experts} experts cannot be chosen`,
+      { where },
+    );
+  }
+  return { experts, expertsPerToken };
+}
+
+/** MLX's object; the schemes of other makers (quant_method) pack their tensors in other ways. */
+function quantizationKey(
+  config: v.InferOutput<typeof Config>,
+  where: string,
+): Record<string, unknown> | undefined {
+  if (config.quantization) return config.quantization;
+  const method = config.quantization_config?.quant_method;
+  if (method === undefined || method === null) return config.quantization_config ?? undefined;
+  throw unsupported(
+    where,
+    "quantization_config.quant_method",
+    method,
+    "MLX's `quantization` (affine, mxfp4, mxfp8, nvfp4), unquantized files, and GGUF (caravan import)",
+  );
 }
 
 function stringOf(value: unknown, key: string): string | undefined {
@@ -265,12 +350,12 @@ function layersOf(text: TextConfig, llama4: boolean, chunk: number, where: strin
       moe: false,
     }));
   const listed = text.no_rope_layers ?? [];
-  if (listed.length !== 0 && listed.length !== n) {
+  if (listed.length !== 0 && listed.length < n) {
     throw new CaravanError("bad_file", `no_rope_layers: ${listed.length} entries for ${n} layers`, { where });
   }
   const interval = text.no_rope_layer_interval ?? 4;
   const step = text.interleave_moe_layer_step ?? 1;
-  const moe = moeLayers(text, n, step);
+  const moe = moeLayers(text, n, step, where);
   return Array.from({ length: n }, (_, i) => {
     const rope = listed.length === 0 ? (i + 1) % interval !== 0 : listed[i] !== 0;
     const chunked = types === undefined ? rope : types[i] === "chunked_attention";
@@ -289,39 +374,22 @@ function layersOf(text: TextConfig, llama4: boolean, chunk: number, where: strin
   });
 }
 
-function moeLayers(text: TextConfig, n: number, step: number): Set<number> {
-  if ((text.num_local_experts ?? 0) === 0) return new Set();
-  if (text.moe_layers) return new Set(text.moe_layers);
+function moeLayers(text: TextConfig, n: number, step: number, where: string): Set<number> {
+  const listed = text.moe_layers ?? undefined;
+  const beyond = listed?.find((layer) => layer >= n);
+  if (beyond !== undefined) {
+    throw new CaravanError("bad_file", `moe_layers: there is no layer ${beyond} among ${n}`, { where });
+  }
+  if ((text.num_local_experts ?? 0) === 0) {
+    if (listed !== undefined && listed.length > 0) {
+      throw new CaravanError("bad_file", "moe_layers: layers with experts, but num_local_experts is 0", {
+        where,
+      });
+    }
+    return new Set();
+  }
+  if (listed !== undefined) return new Set(listed);
   const layers = new Set<number>();
   if (step > 0) for (let i = step - 1; i < n; i += step) layers.add(i);
   return layers;
-}
-
-/** Rotation frequencies as Hugging Face computes them, in float32 steps (llama4.md 1.2: `llama3` scaling). */
-function frequencies(text: TextConfig, headDim: number, defaultTheta: number, where: string): Float32Array {
-  const scaling: RopeScaling = { ...(text.rope_scaling ?? {}), ...(text.rope_parameters ?? {}) };
-  const theta = text.rope_parameters?.rope_theta ?? text.rope_theta ?? scaling.rope_theta ?? defaultTheta;
-  const type = scaling.rope_type ?? scaling.type ?? "default";
-  const out = new Float32Array(headDim / 2);
-  for (let j = 0; j < out.length; j++) {
-    const power = Math.fround(theta ** Math.fround((2 * j) / headDim));
-    out[j] = scaled(1 / power, type, scaling, where);
-  }
-  return out;
-}
-
-function scaled(frequency: number, type: string, scaling: RopeScaling, where: string): number {
-  if (type === "default") return frequency;
-  const factor = scaling.factor ?? 1;
-  if (type === "linear") return frequency / factor;
-  if (type !== "llama3") throw unsupported(where, "rope_scaling.rope_type", type, "default, linear, llama3");
-  const low = scaling.low_freq_factor ?? 1;
-  const high = scaling.high_freq_factor ?? 4;
-  const original = scaling.original_max_position_embeddings ?? 8192;
-  const wavelength = (2 * Math.PI) / Math.fround(frequency);
-  if (wavelength < original / high) return frequency;
-  // With low == high (Scout) the band between is empty: everything that is not shorter is slowed down.
-  if (wavelength > original / low || low === high) return frequency / factor;
-  const smooth = (original / wavelength - low) / (high - low);
-  return ((1 - smooth) * frequency) / factor + smooth * frequency;
 }

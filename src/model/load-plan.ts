@@ -1,9 +1,10 @@
 // Decides what the engine loads: which bytes of which file become which matrix, with every shape checked against the
-// config. Pure: needs headers, never weights. A later slice for tensor parallelism works on the same records.
+// config. Pure: needs headers, never weights. Plans all of the model for one rank; slices for tensor and pipeline
+// parallelism are to be a function from these records to such records (every view has its own offset and strides).
 
 import { CaravanError } from "../errors.ts";
 import type { ModelConfig } from "./config.ts";
-import { quantizationOf, type WeightFormat } from "./quantization.ts";
+import { isQuantized, quantizationOf, type WeightFormat } from "./quantization.ts";
 import {
   ATTENTION_MODULES,
   BIAS_OF,
@@ -69,7 +70,16 @@ export interface LoadPlan {
 }
 
 const FLOATS: Record<string, FloatType> = { F32: "f32", F16: "f16", BF16: "bf16" };
-export const FLOAT_BYTES: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
+const FLOAT_BYTES: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
+const SCALE_BYTES: Record<ScaleType, number> = { ...FLOAT_BYTES, e8m0: 1, e4m3: 1 };
+/** What the engine reads through one pointer: codes are 32-bit words, except bytes of mxfp8. */
+const ELEMENT_BYTES: Record<WeightFormat, number> = {
+  ...FLOAT_BYTES,
+  affine: 4,
+  mxfp4: 4,
+  mxfp8: 1,
+  nvfp4: 4,
+};
 
 /** Plans the whole model on one rank. Throws bad_file or unsupported_model naming the tensor. */
 export function makeLoadPlan(config: ModelConfig, checkpoint: CheckpointLike): LoadPlan {
@@ -116,6 +126,7 @@ class Planner {
       if (layer.moe) this.#experts(i, `${base}feed_forward.`);
       else this.#dense(i, base + (config.architecture === "llama" ? "mlp." : "feed_forward."));
     });
+    this.#requireBiases();
     const unused = [...this.checkpoint.tensors.keys()].filter(
       (name) => !this.#used.has(name) && !isSkipped(name),
     );
@@ -182,12 +193,27 @@ class Planner {
     });
   }
 
-  /** A matrix and its bias, where the checkpoint has one. */
+  /** A matrix and its bias. Checkpoints that come from GGUF may have biases on some modules only. */
   #module(slot: Slot, layer: number, path: string, [rows, cols]: [number, number]): void {
     this.#matrix(slot, layer, path, [1, rows, cols]);
     const bias = BIAS_OF[slot];
-    if (bias !== undefined && this.#find(`${path}.bias`) !== undefined)
+    const { attentionBias, mlpBias } = this.config;
+    const biased = path.includes(".self_attn.") ? attentionBias : mlpBias;
+    if (biased && bias !== undefined && this.#find(`${path}.bias`) !== undefined)
       this.#vector(bias, layer, `${path}.bias`, rows);
+  }
+
+  /** A config that promises biases to a checkpoint that has none is not this checkpoint's. */
+  #requireBiases(): void {
+    const has = (slots: readonly (Slot | undefined)[]) =>
+      this.#planned.some((tensor) => slots.includes(tensor.slot));
+    const kinds: [boolean, readonly [Slot, string][], string][] = [
+      [this.config.attentionBias, ATTENTION_MODULES, "model.layers.0."],
+      [this.config.mlpBias, DENSE_MODULES, "model.layers.0.mlp."],
+    ];
+    for (const [promised, modules, base] of kinds)
+      if (promised && !has(modules.map(([slot]) => BIAS_OF[slot])))
+        throw this.#missing(`${base}${modules[0]?.[1]}.bias`);
   }
 
   #find(name: string): TensorLocation | undefined {
@@ -286,7 +312,8 @@ class Planner {
     const name = `${path}.weight`;
     const found = this.#take(name);
     const expected = experts === 1 && found.shape.length === 2 ? [rows, cols] : shape;
-    if (this.#find(`${path}.scales`) !== undefined) {
+    const scaled = this.#find(`${path}.scales`) !== undefined;
+    if (isQuantized(this.config.quantization, this.#prefix + path, scaled, found.file)) {
       this.#quantized(slot, layer, path, found, shape);
       return;
     }
@@ -377,18 +404,35 @@ function plainTensor(
   };
 }
 
-/** Bytes of a tensor's own data, scales included. */
-export function tensorBytes(t: PlannedTensor): number {
-  const cells = t.experts * t.rows;
-  if (t.format === "f32" || t.format === "f16" || t.format === "bf16")
-    return cells * t.cols * FLOAT_BYTES[t.format];
-  const scale = t.scaleType === "e8m0" || t.scaleType === "e4m3" ? 1 : FLOAT_BYTES[t.scaleType ?? "f16"];
-  return cells * ((t.cols * t.bits) / 8 + (t.cols / t.group) * scale * (t.format === "affine" ? 2 : 1));
+/** Where the engine keeps a tensor's bytes: parts on their natural alignment are mapped, the others copied (weights.c). */
+export function tensorMemory(t: PlannedTensor): { mapped: number; copied: number } {
+  const scale = t.scaleType === undefined ? 1 : SCALE_BYTES[t.scaleType];
+  const perScale = t.group === 0 ? 0 : (t.cols / t.group) * scale;
+  const parts: [SourceView | undefined, number, number][] = [
+    [t.weight, rowBytes(t), t.transposed ? Number.POSITIVE_INFINITY : ELEMENT_BYTES[t.format]],
+    [t.scales, perScale, scale],
+    [t.biases, perScale, scale],
+  ];
+  const out = { mapped: 0, copied: 0 };
+  for (const [view, row, align] of parts) {
+    if (view === undefined) continue;
+    const strides = t.rows === 1 ? [] : [view.rowStride];
+    if (t.experts > 1) strides.push(view.outerStride);
+    const aligned = [view.offset, ...strides].every((n) => n % align === 0);
+    out[aligned ? "mapped" : "copied"] += t.experts * t.rows * row;
+  }
+  if (t.globalScale !== undefined) out[t.globalScale.offset % 4 === 0 ? "mapped" : "copied"] += t.experts * 4;
+  // Norms and biases are kept as float32 beside the file's bytes, padded by 16.
+  if (isVector(t.slot)) out.copied += (t.cols + 16) * 4;
+  return out;
 }
 
-/** Whether the engine must copy (part of) a tensor instead of mapping it: transposed, or not on its natural alignment. */
-export function isCopied(t: PlannedTensor): boolean {
-  if (t.transposed) return true;
-  const align = t.format === "f16" || t.format === "bf16" ? 2 : t.format === "mxfp8" ? 1 : 4;
-  return t.weight.offset % align !== 0 || t.weight.rowStride % align !== 0;
+function isVector(slot: Slot): boolean {
+  const norms: readonly Slot[] = [SLOT.finalNorm, SLOT.attnNorm, SLOT.ffnNorm];
+  return norms.includes(slot) || Object.values(BIAS_OF).includes(slot);
+}
+
+function rowBytes(t: PlannedTensor): number {
+  if (t.format === "f32" || t.format === "f16" || t.format === "bf16") return t.cols * FLOAT_BYTES[t.format];
+  return (t.cols * t.bits) / 8;
 }

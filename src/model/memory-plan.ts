@@ -3,7 +3,7 @@
 
 import { CaravanError } from "../errors.ts";
 import type { ModelConfig } from "./config.ts";
-import { isCopied, type LoadPlan, tensorBytes } from "./load-plan.ts";
+import { type LoadPlan, tensorMemory } from "./load-plan.ts";
 
 /** How the cache keeps keys and values. q8: int8 in groups of 32 with a float32 scale each. */
 export type KvType = "f32" | "f16" | "bf16" | "q8";
@@ -102,7 +102,7 @@ export function scratchBytes(
   return Math.round(graph + backend + split + threads * thread + vocab * 12);
 }
 
-/** Throws out_of_memory, saying by how much, or context_length_exceeded for more than the model can. */
+/** Throws out_of_memory, saying by how much, or invalid_argument for a context beyond the model's limit. */
 export function planMemory(plan: LoadPlan, request: MemoryRequest): MemoryPlan {
   const { config } = plan;
   if (request.context !== undefined && request.context > config.contextLength) {
@@ -117,8 +117,9 @@ export function planMemory(plan: LoadPlan, request: MemoryRequest): MemoryPlan {
   let weightsMapped = 0;
   let weightsCopied = 0;
   for (const tensor of plan.tensors) {
-    if (isCopied(tensor)) weightsCopied += tensorBytes(tensor);
-    else weightsMapped += tensorBytes(tensor);
+    const { mapped, copied } = tensorMemory(tensor);
+    weightsMapped += mapped;
+    weightsCopied += copied;
   }
   const scratch = scratchBytes(config, request);
   const room = request.available * PLANNED_SHARE - weightsMapped - weightsCopied - scratch;

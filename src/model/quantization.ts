@@ -1,4 +1,4 @@
-// How a tensor is quantized: MLX's rule. An entry for the module's path in config.json wins; otherwise the module is
+// How a module is quantized: MLX's rule. An entry for the module's path in config.json wins; otherwise the module is
 // quantized if it has scales, and bits and group follow from the shapes.
 
 import { CaravanError } from "../errors.ts";
@@ -32,42 +32,66 @@ export interface QuantizedShapes {
   scalesDtype: string;
 }
 
-/** Throws unsupported_model naming the module, or bad_file where entry and shapes contradict each other. */
+const SUPPORTED = "Supported: affine (2, 3, 4, 5, 6, 8 bits; groups of 32, 64, 128), mxfp4, mxfp8, nvfp4.";
+
+/**
+ * Whether the module is quantized.
+ * @param hasScales whether the checkpoint has `<path>.scales`
+ * @throws CaravanError bad_file where config.json says otherwise than the checkpoint
+ */
+export function isQuantized(
+  config: Record<string, unknown> | undefined,
+  path: string,
+  hasScales: boolean,
+  where: string,
+): boolean {
+  const entry = entryOf(config, path);
+  const says = entry === false ? false : typeof entry === "object" && entry !== null ? true : hasScales;
+  if (says === hasScales) return says;
+  const problem = says
+    ? "is quantized by config.json, but has no scales"
+    : "is left in float by config.json, but has scales";
+  throw new CaravanError("bad_file", `${path} ${problem}`, { where });
+}
+
+/** @throws CaravanError unsupported_model naming the module, or bad_file where entry and shapes contradict each other */
 export function quantizationOf(
   config: Record<string, unknown> | undefined,
   shapes: QuantizedShapes,
   where: string,
 ): Quantization {
-  const found = explicit(config, shapes.path, where) ?? inferred(shapes, where);
+  const entry = entryOf(config, shapes.path);
+  const found =
+    typeof entry === "object" && entry !== null
+      ? explicit(entry as Record<string, unknown>, shapes, where)
+      : inferred(shapes, where);
   check(found, shapes, where);
   return found;
 }
 
-function explicit(
-  config: Record<string, unknown> | undefined,
-  path: string,
-  where: string,
-): Quantization | undefined {
-  const entry = config?.[path] ?? config?.[path.replace(/^language_model\./, "")];
-  if (typeof entry !== "object" || entry === null) return undefined;
-  const { mode, bits, group_size: group } = { ...config, ...entry } as Record<string, unknown>;
-  return describe(mode, bits, group, path, where);
+/** Entries are written with or without the prefix of multimodal checkpoints. */
+function entryOf(config: Record<string, unknown> | undefined, path: string): unknown {
+  return config?.[path] ?? config?.[path.replace(/^language_model\./, "")];
 }
 
-function describe(mode: unknown, bits: unknown, group: unknown, path: string, where: string): Quantization {
-  const name = mode ?? "affine";
-  const fp = typeof name === "string" ? FP_MODES[name] : undefined;
+/** An entry stands alone: what it leaves out has the default, not the value at the top of the object. */
+function explicit(entry: Record<string, unknown>, shapes: QuantizedShapes, where: string): Quantization {
+  const mode = entry.mode ?? "affine";
+  const fp = typeof mode === "string" ? FP_MODES[mode] : undefined;
   if (fp !== undefined) return fp;
-  if (name === "affine" && typeof bits === "number" && typeof group === "number")
+  const bits = entry.bits ?? (32 * shapes.words) / shapes.cols;
+  const group = entry.group_size ?? shapes.cols / shapes.scales;
+  if (mode === "affine" && typeof bits === "number" && typeof group === "number") {
     return { mode: "affine", bits, group };
-  throw new CaravanError(
-    "unsupported_model",
-    `quantization of ${path}: ${JSON.stringify({ mode: name, bits, group_size: group })} is not supported`,
-    {
-      where,
-      hint: "Supported: affine (2, 3, 4, 5, 6, 8 bits; groups of 32, 64, 128), mxfp4, mxfp8, nvfp4.",
-    },
-  );
+  }
+  throw unsupported(shapes.path, JSON.stringify({ mode, bits, group_size: group }), where);
+}
+
+function unsupported(path: string, what: string, where: string): CaravanError {
+  return new CaravanError("unsupported_model", `quantization of ${path}: ${what} is not supported`, {
+    where,
+    hint: SUPPORTED,
+  });
 }
 
 function inferred({ path, cols, words, scales, scalesDtype }: QuantizedShapes, where: string): Quantization {
@@ -76,11 +100,7 @@ function inferred({ path, cols, words, scales, scalesDtype }: QuantizedShapes, w
   if (scalesDtype !== "U8") return { mode: "affine", bits, group };
   const fp = Object.values(FP_MODES).find((mode) => mode.bits === bits && mode.group === group);
   if (fp !== undefined) return fp;
-  throw new CaravanError(
-    "unsupported_model",
-    `quantization of ${path}: ${bits} bits with byte scales for groups of ${group} is not supported`,
-    { where },
-  );
+  throw unsupported(path, `${bits} bits with byte scales for groups of ${group}`, where);
 }
 
 function check(
@@ -89,14 +109,7 @@ function check(
   where: string,
 ): void {
   if (q.mode === "affine" && (!AFFINE_BITS.includes(q.bits) || !AFFINE_GROUPS.includes(q.group))) {
-    throw new CaravanError(
-      "unsupported_model",
-      `quantization of ${path}: ${q.bits} bits in groups of ${q.group} is not supported`,
-      {
-        where,
-        hint: "Supported: affine (2, 3, 4, 5, 6, 8 bits; groups of 32, 64, 128), mxfp4, mxfp8, nvfp4.",
-      },
-    );
+    throw unsupported(path, `${q.bits} bits in groups of ${q.group}`, where);
   }
   const bytes = scalesDtype === "U8";
   if (words * 32 !== cols * q.bits || scales * q.group !== cols || bytes !== (q.mode !== "affine")) {
