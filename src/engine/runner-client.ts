@@ -101,6 +101,7 @@ export class RunnerClient implements Engine {
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    clearInterval(this.#poll);
     this.#endAll(closedError());
     await this.#runner?.close();
     this.#status = { ...this.#status, state: "closed", running: 0, waiting: 0 };

@@ -12,6 +12,9 @@ const LOG_TAIL = 2000;
 /** Time for the runner to leave when it is asked to. */
 const CLOSE_LIMIT_MS = 3000;
 
+/** Time for the last of the log to arrive after the end of the process. */
+const LOG_LIMIT_MS = 200;
+
 export interface RunnerProcessOptions {
   command: readonly string[];
   /** First line on the runner's stdin. */
@@ -99,7 +102,10 @@ export class RunnerProcess {
     await this.#readMessages();
     const code = await this.#child.exited;
     // A grandchild could hold the log open; the process itself is gone.
-    await Promise.race([log, Bun.sleep(200)]);
+    const late = Promise.withResolvers<void>();
+    const timer = setTimeout(late.resolve, LOG_LIMIT_MS);
+    await Promise.race([log, late.promise]);
+    clearTimeout(timer);
     this.#options.onExit(this.#broken ?? this.#crash(code));
   }
 
