@@ -184,11 +184,10 @@ static void join_split(void *context, size_t task, size_t thread) {
 /* Blocks to reserve a token when splitting pays (few tokens, long contexts, threads to spare) and fits; else 0. */
 static size_t split_blocks(const attn *a) {
     const cv_batch *b = a->c->batch;
-    size_t threads = cv_threads_count(a->c->threads), longest = 0, total = 0;
+    size_t threads = cv_threads_count(a->c->threads), longest = 0;
     for (size_t t = 0; t < b->n_tokens; t++) {
         size_t n = (size_t)((b->positions[t] + CV_ATTN_BLOCK - first_key(a, b->positions[t])) / CV_ATTN_BLOCK);
         longest = most(longest, n);
-        total += n;
     }
     if (threads == 1 || b->n_tokens * a->n_kv_heads >= threads * 4 || longest < 4 || a->group > CV_ATTN_QUERIES) return 0;
     return b->n_tokens * a->n_heads * longest <= a->c->max_parts ? longest : 0;
