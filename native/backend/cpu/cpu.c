@@ -208,7 +208,7 @@ static int open_scratch(cv_cpu *c) {
     for (size_t i = 0; i < n; i++) {
         cv_cpu_scratch *t = &c->scratch[i];
         t->kernel = cv_alloc_array(kernel > rows ? kernel : rows, 1);
-        for (size_t j = 0; j < 2; j++) t->tile[j] = cv_alloc_array(CV_TILE_TOKENS * CV_TILE_ROWS, sizeof(float));
+        for (size_t j = 0; j < 2; j++) t->tile[j] = cv_alloc_array(CV_TILE_FLOATS, sizeof(float));
         t->queries = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
         t->page = cv_alloc_array(s->page_tokens * s->head_dim, sizeof(float));
         t->scores = cv_alloc_array(CV_ATTN_QUERIES * CV_ATTN_BLOCK, sizeof(float));

@@ -7,7 +7,8 @@
 
 enum { CV_N_GROUPS = 3 }; /* quantization groups of 32, 64 and 128 columns */
 enum { CV_NEED_FLOAT = 1, CV_NEED_Q32 = 2, CV_NEED_Q64 = 4, CV_NEED_Q128 = 8 };
-enum { CV_TILE_ROWS = 128, CV_TILE_TOKENS = 256 }; /* largest tile that a job computes in its thread's scratch */
+enum { CV_ACT_UNIT = 128 };       /* rows of hidden activations are cut at multiples of the largest quantization group */
+enum { CV_TILE_FLOATS = 1 << 16 }; /* values of the largest tile that a task computes in its thread's scratch */
 enum { CV_ATTN_BLOCK = 256 };                      /* keys of one softmax block, counted from the first key a query sees */
 enum { CV_ATTN_QUERIES = 64 };                     /* query vectors of one tile (tokens * heads of a group), most */
 
@@ -23,7 +24,7 @@ typedef struct {
 /* Scratch of one thread. */
 typedef struct {
     void *kernel;       /* kernels->scratch_bytes */
-    float *tile[2];     /* [CV_TILE_TOKENS, CV_TILE_ROWS] */
+    float *tile[2];     /* [token_block, row_block] of the job, CV_TILE_FLOATS values */
     float *queries;     /* [CV_ATTN_QUERIES, head_dim] */
     float *page;        /* [page_tokens, head_dim]: keys or values of a quantized cache, as float32 */
     float *scores;      /* [CV_ATTN_QUERIES, CV_ATTN_BLOCK] */

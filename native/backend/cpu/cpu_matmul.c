@@ -2,7 +2,12 @@
  * all jobs of an operation run in one go. How they are cut changes no bit (kernels.h). */
 #include "cpu.h"
 
-enum { TASK_BYTES = 48 * 1024 /* weights a decode task reads */, TASK_TOKENS = 8 /* up to here a job counts as decode */ };
+enum {
+    STREAM_TOKENS = 8,        /* up to here kernels stream weights (decode), above they unpack tiles of them (prefill) */
+    STREAM_BYTES = 224 * 1024, /* weights of a streaming task: below, starting a kernel shows; above, a late thread does */
+    TASKS_A_THREAD = 3,       /* but at least so many tasks, where the matrix has the rows */
+    TILE_ROWS = 64, TILE_TOKENS = 256
+};
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
@@ -15,18 +20,18 @@ void cv_parallel(cv_cpu *c, size_t n, size_t at_least, cv_task_fn fn, void *cont
     for (size_t i = 0; i < n; i++) fn(context, i, 0);
 }
 
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
 static void cut(cv_job *j, size_t n_threads) {
-    size_t rows = j->w[0]->rows, unit = j->act ? CV_TILE_ROWS : 16, block;
-    if (j->n <= TASK_TOKENS) {
-        block = TASK_BYTES / most(j->w[0]->row_bytes, 1);
-        block = least(block, rows / (n_threads * 2)); /* enough tasks that a late thread costs little */
-    } else {
-        block = 64;
+    const cv_weight *w = j->w[0];
+    size_t unit = j->act ? CV_ACT_UNIT : 16, matrices = j->w[1] ? 2 : 1, block = TILE_ROWS;
+    j->token_block = least(j->n, TILE_TOKENS);
+    if (j->n <= STREAM_TOKENS) {
+        size_t row = (w->row_bytes + 2 * w->scale_row_bytes) * matrices;
+        block = least(STREAM_BYTES / most(row, 1), w->rows / (n_threads * TASKS_A_THREAD));
     }
-    block = most(unit, (block + unit - 1) / unit * unit);
-    j->row_block = least(block, CV_TILE_ROWS);
-    j->token_block = CV_TILE_TOKENS;
-    j->row_tasks = (rows + j->row_block - 1) / j->row_block;
+    j->row_block = least(round_up(most(block, 1), unit), CV_TILE_FLOATS / j->token_block / unit * unit);
+    j->row_tasks = (w->rows + j->row_block - 1) / j->row_block;
     j->token_tasks = (j->n + j->token_block - 1) / j->token_block;
 }
 
@@ -71,16 +76,16 @@ static void run_task(void *context, size_t task, size_t thread) {
     size_t r0 = task / j->token_tasks * j->row_block, r1 = least(r0 + j->row_block, j->w[0]->rows);
     size_t t0 = task % j->token_tasks * j->token_block, n = least(j->token_block, j->n - t0), rows = r1 - r0;
     if (j->act) {
-        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], CV_TILE_ROWS, s->kernel);
-        multiply(c, j, 1, r0, r1, t0, n, s->tile[1], CV_TILE_ROWS, s->kernel);
+        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], j->row_block, s->kernel);
+        multiply(c, j, 1, r0, r1, t0, n, s->tile[1], j->row_block, s->kernel);
         for (size_t t = 0; t < n; t++) {
-            float *x = s->tile[0] + t * CV_TILE_ROWS;
-            c->k->swiglu(x, s->tile[1] + t * CV_TILE_ROWS, x, rows);
+            float *x = s->tile[0] + t * j->row_block;
+            c->k->swiglu(x, s->tile[1] + t * j->row_block, x, rows);
             cv_act_store(c, j->act, j->act_first + t0 + t, r0, r1, x, j->act_needs);
         }
     } else if (j->add) {
-        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], CV_TILE_ROWS, s->kernel);
-        for (size_t t = 0; t < n; t++) c->k->add(j->out + (t0 + t) * j->ldo + r0, s->tile[0] + t * CV_TILE_ROWS, rows);
+        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], j->row_block, s->kernel);
+        for (size_t t = 0; t < n; t++) c->k->add(j->out + (t0 + t) * j->ldo + r0, s->tile[0] + t * j->row_block, rows);
     } else {
         multiply(c, j, 0, r0, r1, t0, n, j->out + t0 * j->ldo + r0, j->ldo, s->kernel);
     }
