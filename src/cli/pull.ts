@@ -1,9 +1,31 @@
 // caravan pull: a model from the Hugging Face hub, resumable and checked by hash.
 
-import { pullModel } from "../model/download/pull.ts";
+import { type PullOptions, type PullResult, pullModel } from "../model/download/pull.ts";
 import type { Command } from "./command.ts";
 import { interruptible } from "./interrupt.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
+
+/** Downloads with a progress line on the terminal; retries are told on standard error. */
+export async function pullWithProgress(name: string, options: PullOptions): Promise<PullResult> {
+  const progress = new ProgressLine();
+  try {
+    return await pullModel(name, {
+      ...options,
+      onRetry: (message) => {
+        progress.clear();
+        process.stderr.write(`caravan: ${message}\n`);
+      },
+      onProgress: ({ doneBytes, totalBytes, bytesPerSecond }) =>
+        progress.show(
+          `pull ${name}`,
+          totalBytes === 0 ? 0 : doneBytes / totalBytes,
+          `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s`,
+        ),
+    });
+  } finally {
+    progress.clear();
+  }
+}
 
 export const pull: Command = {
   name: "pull",
@@ -21,35 +43,19 @@ export const pull: Command = {
     const name = args.positional(0);
     const revision = args.text("revision");
     return await interruptible(async (signal) => {
-      const progress = new ProgressLine();
-      try {
-        const result = await pullModel(name, {
-          signal,
-          verify: args.flag("verify"),
-          ...(revision === undefined ? {} : { revision }),
-          onRetry: (message) => {
-            progress.clear();
-            process.stderr.write(`caravan: ${message}\n`);
-          },
-          onProgress: ({ doneBytes, totalBytes, bytesPerSecond }) =>
-            progress.show(
-              `pull ${name}`,
-              totalBytes === 0 ? 0 : doneBytes / totalBytes,
-              `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s`,
-            ),
-        });
-        progress.clear();
-        if (args.flag("json")) {
-          process.stdout.write(`${JSON.stringify(result)}\n`);
-          return 0;
-        }
-        process.stdout.write(`${result.path}\n`);
-        if (result.downloadedBytes === 0) process.stderr.write("it was here already, whole\n");
-        process.stderr.write(`run it with: caravan run ${name}\n`);
+      const result = await pullWithProgress(name, {
+        signal,
+        verify: args.flag("verify"),
+        ...(revision === undefined ? {} : { revision }),
+      });
+      if (args.flag("json")) {
+        process.stdout.write(`${JSON.stringify(result)}\n`);
         return 0;
-      } finally {
-        progress.clear();
       }
+      process.stdout.write(`${result.path}\n`);
+      if (result.downloadedBytes === 0) process.stderr.write("it was here already, whole\n");
+      process.stderr.write(`run it with: caravan run ${name}\n`);
+      return 0;
     });
   },
 };

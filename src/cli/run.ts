@@ -9,8 +9,8 @@ import { type LoadedSettings, loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import { type AnswerStats, type ChatSource, openHere } from "./chat-source.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
-import { findModel } from "./model-argument.ts";
 import { findNode } from "./node-chat.ts";
+import { findOrPull } from "./offer-pull.ts";
 import { ProgressLine } from "./progress.ts";
 import { RUN_OPTIONS, runOptions } from "./run-options.ts";
 import { TerminalInput } from "./terminal-input.ts";
@@ -71,7 +71,7 @@ async function openSource(
   { settings }: LoadedSettings,
   progress: ProgressLine,
 ): Promise<ChatSource> {
-  const model = findModel(args.positionals[0] ?? DEFAULT_MODEL);
+  const model = await findOrPull(args.positionals[0] ?? DEFAULT_MODEL);
   const note = (text: string) => process.stderr.write(`caravan: ${text}\n`);
   if (!args.flag("here")) {
     const url = `http://${dialable(settings.host)}:${settings.port}`;

@@ -1,7 +1,7 @@
 // Tells whether a folder holds a whole model: config.json, tokenizer.json, and every shard of the weights at the length
 // that its own header announces. Reads names, sizes and headers, never weights.
 
-import { closeSync, openSync, readdirSync, readFileSync, readSync, statSync } from "node:fs";
+import { closeSync, openSync, readdirSync, readFileSync, readSync, type Stats, statSync } from "node:fs";
 import { join } from "node:path";
 import * as v from "valibot";
 import { pathFault } from "./hub-cache.ts";
@@ -71,13 +71,17 @@ function shardsOf(folder: string, names: readonly string[], missing: string[]): 
   return [];
 }
 
-function fileBytes(path: string): number | undefined {
+function fileStat(path: string): Stats | undefined {
   try {
     const stat = statSync(path);
-    return stat.isFile() ? stat.size : undefined;
+    return stat.isFile() ? stat : undefined;
   } catch {
     return undefined; // not there, or a link to nothing
   }
+}
+
+function fileBytes(path: string): number | undefined {
+  return fileStat(path)?.size;
 }
 
 function parseJson(path: string): unknown {
@@ -88,12 +92,23 @@ function parseJson(path: string): unknown {
   }
 }
 
+/** Verdicts on JSON files by path, for as long as the file stays as it was: a node lists its models often, and a
+ * tokenizer of 30 MB takes longer to read than a token to compute. */
+const jsonVerdicts = new Map<string, { mtimeMs: number; size: number; fault: string | undefined }>();
+const MOST_VERDICTS = 1000;
+
 function jsonFault(path: string): string | undefined {
-  if (fileBytes(path) === undefined) return "not there";
+  const stat = fileStat(path);
+  if (stat === undefined) return "not there";
+  const { mtimeMs, size } = stat;
+  const known = jsonVerdicts.get(path);
+  if (known !== undefined && known.mtimeMs === mtimeMs && known.size === size) return known.fault;
   const value = parseJson(path);
-  return typeof value === "object" && value !== null && !Array.isArray(value)
-    ? undefined
-    : "not a JSON object";
+  const object = typeof value === "object" && value !== null && !Array.isArray(value);
+  const fault = object ? undefined : "not a JSON object";
+  if (jsonVerdicts.size >= MOST_VERDICTS) jsonVerdicts.clear();
+  jsonVerdicts.set(path, { mtimeMs, size, fault });
+  return fault;
 }
 
 /** Compares a shard's length with what its header says. */

@@ -1,7 +1,10 @@
 // `caravan run`: one answer through pipes, and the chat in a real terminal (tmux).
 
 import { afterAll, describe, expect, test } from "bun:test";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import { built, Place, PROGRAM, SMOLLM2, smollm2Here } from "../tools/built-caravan.ts";
+import { MisbehavingHub } from "../tools/misbehaving-hub.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
 
 const place = new Place();
@@ -68,10 +71,14 @@ if (tmux === null) console.log("skipped: the chat in a terminal needs tmux");
 
 /** A terminal of 100 columns that runs the chat. */
 class Terminal {
-  readonly #session = `caravan-test-${process.pid}-${Math.floor(performance.now())}`;
+  static #count = 0;
+  readonly #session = `caravan-test-${process.pid}-${++Terminal.#count}`;
 
-  constructor(args: readonly string[]) {
-    const env = Object.entries({ ...place.env, LANG: "C.UTF-8" }).flatMap(([k, v]) => ["-e", `${k}=${v}`]);
+  constructor(args: readonly string[], more: Record<string, string> = {}) {
+    const env = Object.entries({ ...place.env, ...more, LANG: "C.UTF-8" }).flatMap(([k, v]) => [
+      "-e",
+      `${k}=${v}`,
+    ]);
     const command = [PROGRAM, ...args].map((arg) => `'${arg}'`).join(" ");
     this.#tmux("new-session", "-d", "-x", "100", "-y", "50", ...env, `${command}; echo "left with $?"; cat`);
   }
@@ -147,6 +154,32 @@ describe.skipIf(!built || tmux === null)("the chat in a terminal", () => {
       await terminal.see(/left with 0/);
     } finally {
       terminal.close();
+    }
+  }, 30_000);
+
+  test("offers to download a model that is not here, and chats with it", async () => {
+    const files = readdirSync(model).map((path) => ({
+      path,
+      content: new Uint8Array(readFileSync(join(model, path))),
+    }));
+    const hub = await MisbehavingHub.start("org/offered", files);
+    const args = ["run", "org/offered", "-n", "6", "-t", "0", "--here"];
+    const declined = new Terminal(args, { HF_ENDPOINT: hub.url });
+    const terminal = new Terminal(args, { HF_ENDPOINT: hub.url });
+    try {
+      await declined.see(/org\/offered is not on this machine\. Download it\? \[y\/N\]/);
+      declined.type("Enter");
+      await declined.see(/caravan pull org\/offered\s+left with 1/);
+      expect(hub.requests).toEqual([]);
+      await terminal.see(/Download it\?/);
+      terminal.type("y", "Enter");
+      await terminal.see(/org\/offered on cpu[\s\S]*>>>$/);
+      terminal.type("Hi", "Enter");
+      await terminal.see(/answer 6 tokens[^\n]*\n>>>$/);
+    } finally {
+      declined.close();
+      terminal.close();
+      hub.stop();
     }
   }, 30_000);
 });
