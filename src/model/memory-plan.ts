@@ -41,6 +41,16 @@ const COMFORTABLE_CONTEXT = 8192;
 /** Share of the available memory that is planned; the rest is for the text worker, buffers and others. */
 const PLANNED_SHARE = 0.9;
 
+/** Sizes of the CPU backend's scratch (cpu.h: CV_TILE_FLOATS, CV_ATTN_QUERIES, CV_ATTN_BLOCK; cpu.c: parts of long attention). */
+const TILE_FLOATS = 1 << 16;
+const QUERIES = 64;
+const KEY_BLOCK = 256;
+const SPLIT_PARTS = 512;
+/** What a kernel keeps of a block of rows beside what grows with the columns. */
+const KERNEL_BYTES = 1 << 16;
+/** Tables whose size hardly depends on the model. */
+const FIXED_BYTES = 1 << 18;
+
 const KV_BYTES: Record<KvType, number> = { f32: 4, f16: 2, bf16: 2, q8: 1 + 4 / 32 };
 
 /** Tokens a page: 64, or the largest power of two from 16 on that divides the attention chunk. */
@@ -97,9 +107,15 @@ export function scratchBytes(
     act(places, ff) +
     (places + (moe ? tokens : 0)) * hidden * 4 +
     tokens * headDim * 4;
-  const split = threads > 1 ? heads * 512 * (headDim + 2) * 4 : 0;
-  const thread = 2 * 128 * 256 * 4 + 64 * (256 + 3 * headDim) * 4 + 64 * Math.max(hidden, q, ff);
-  return Math.round(graph + backend + split + threads * thread + vocab * 12);
+  const routing = moe ? tokens * config.experts * 4 : 0;
+  const split = threads > 1 ? heads * SPLIT_PARTS * (headDim * 4 + 32) : 0;
+  const thread =
+    KERNEL_BYTES +
+    2 * TILE_FLOATS * 4 +
+    QUERIES * (KEY_BLOCK + 3 * headDim) * 4 +
+    64 * headDim * 4 +
+    64 * Math.max(hidden, q, ff);
+  return Math.round(graph + backend + routing + split + threads * thread + vocab * 12 + FIXED_BYTES);
 }
 
 /** Throws out_of_memory, saying by how much, or invalid_argument for a context beyond the model's limit. */
