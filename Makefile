@@ -60,9 +60,10 @@ native-tests: $(NATIVE_TESTS) ## build the C tests (bun test runs them)
 
 # ---- executable --------------------------------------------------------------------------------------------------
 
+# The executable takes neither settings (.env) nor code (bunfig.toml's preload) from the folder that it is run in.
 dist/caravan: $(LIB) $(TS_SRC) node_modules/.installed
 	@mkdir -p dist
-	$(BUN) build --compile --minify-syntax --minify-whitespace --root src src/main.ts src/chat/text-worker.ts $(LIB) --outfile $@.tmp
+	$(BUN) build --compile --no-compile-autoload-dotenv --no-compile-autoload-bunfig --minify-syntax --minify-whitespace --root src src/main.ts src/chat/text-worker.ts $(LIB) --outfile $@.tmp
 	@mv $@.tmp $@
 
 # ---- use ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 import { afterAll, describe, expect, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { built, Place, PROGRAM, SMOLLM2, smollm2Here } from "../tools/built-caravan.ts";
+import { built, isAlive, Place, PROGRAM, runnersOf, SMOLLM2, smollm2Here } from "../tools/built-caravan.ts";
 import { MisbehavingHub } from "../tools/misbehaving-hub.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
+import { until } from "../tools/until.ts";
 
 const place = new Place();
 const model = writeTinyChatModel(place.path("tiny"));
@@ -52,10 +53,24 @@ describe.skipIf(!built)("one answer", () => {
   });
 
   test("stops when its reader has left", async () => {
-    const script = 'set -o pipefail; "$0" run "$1" Hi -n 4000 -t 0 -q | head -c 1 >/dev/null';
+    const script = 'set -o pipefail; "$0" run "$1" Hi -n 200000 -t 0 -q | head -c 1 >/dev/null';
     const ended = Bun.spawnSync(["bash", "-c", script, PROGRAM, model], { cwd: place.cwd, env: place.env });
     expect(ended.stderr.toString()).toBe("");
     expect(ended.exitCode).toBe(141);
+  });
+
+  test.each([
+    ["SIGINT", 130],
+    ["SIGTERM", 143],
+    ["SIGKILL", 137],
+  ] as const)("ended by %s leaves with %d and no runner behind", async (signal, code) => {
+    const running = place.start(["run", model, "Hi", "-n", "200000", "-t", "0"]);
+    await until(() => running.out().length > 20, "the answer has begun", 10_000);
+    const runners = runnersOf(running.pid);
+    expect(runners).toHaveLength(1);
+    running.kill(signal);
+    expect((await running.ended).code).toBe(code);
+    await until(() => !runners.some(isAlive), "the runner ends by itself");
   });
 
   test("of SmolLM2 greets", async () => {
@@ -116,7 +131,7 @@ describe.skipIf(!built || tmux === null)("the chat in a terminal", () => {
   test("answers, keeps a history, takes many lines, and leaves with Ctrl-D", async () => {
     const terminal = new Terminal(["run", model, "-n", "6", "-t", "0", "--here"]);
     try {
-      await terminal.see(/tiny on cpu.*context 4096 tokens[\s\S]*>>>$/);
+      await terminal.see(/tiny on cpu.*context 262144 tokens[\s\S]*>>>$/);
       terminal.type("Hi", "Enter");
       await terminal.see(/answer 6 tokens[^\n]*\n>>>$/);
       terminal.type("Up");
@@ -139,7 +154,7 @@ describe.skipIf(!built || tmux === null)("the chat in a terminal", () => {
   }, 30_000);
 
   test("stops an answer with Ctrl-C, keeps the chat, and leaves with Ctrl-C twice", async () => {
-    const terminal = new Terminal(["run", model, "-n", "3500", "-t", "0", "--here"]);
+    const terminal = new Terminal(["run", model, "-n", "200000", "-t", "0", "--here"]);
     try {
       await terminal.see(/>>>$/);
       terminal.type("Hi", "Enter");

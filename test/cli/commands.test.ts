@@ -1,7 +1,7 @@
 // The command line of the built executable: help, version, wrong use, and outputs that fail.
 
 import { afterAll, describe, expect, test } from "bun:test";
-import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { built, Place, PROGRAM } from "../tools/built-caravan.ts";
 import { TINY_CHAT_VOCAB, writeTinyChatModel } from "../tools/tiny-chat-model.ts";
@@ -36,6 +36,17 @@ describe.skipIf(!built)("the executable", () => {
     expect(await bare.exited).toBe(0);
     expect((await bare.stdout.text()).length).toBeGreaterThan(0);
     expect(readdirSync(place.cwd)).toEqual([]);
+  });
+
+  test("takes neither code nor settings from the folder it runs in", async () => {
+    const cwd = place.path("hostile");
+    mkdirSync(cwd);
+    writeFileSync(join(cwd, "bunfig.toml"), 'preload = ["./preload.ts"]\n');
+    writeFileSync(join(cwd, "preload.ts"), 'console.log("loaded"); process.exit(3);\n');
+    writeFileSync(join(cwd, ".env"), "CARAVAN_MAX_QUEUE=not-a-number\n");
+    const ended = await place.run(["models", "--json"], { cwd });
+    expect(ended).toMatchObject({ code: 0, err: "" });
+    expect(JSON.parse(ended.out)).toEqual({ models: [], partial: [] });
   });
 
   test("says its version", async () => {

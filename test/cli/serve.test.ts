@@ -11,7 +11,7 @@ import { until } from "../tools/until.ts";
 const place = new Place();
 const messages: OpenAI.ChatCompletionMessageParam[] = [{ role: "user", content: "Hi" }];
 /** Longer than any test lasts. */
-const LONG = { max_completion_tokens: 4000, ignore_eos: true, temperature: 0 };
+const LONG = { max_completion_tokens: 200_000, ignore_eos: true, temperature: 0 };
 const SHORT = { max_completion_tokens: 8, ignore_eos: true, temperature: 0 };
 
 beforeAll(() => {
@@ -283,7 +283,7 @@ describe.skipIf(!built)("caravan run beside a node", () => {
   test("tells of a node that goes away in mid-answer", async () => {
     const node = await serve(["first"]);
     await say(node, "first");
-    const running = place.start(["run", "first", "Hi", "-n", "4000", "-t", "0", "--port", node.port]);
+    const running = place.start(["run", "first", "Hi", "-n", "200000", "-t", "0", "--port", node.port]);
     await until(() => running.out().length > 20, "the answer has begun", 10_000);
     node.kill("SIGKILL");
     const ended = await running.ended;

@@ -43,9 +43,18 @@ const CONFIG = {
   eos_token_id: [2, 3],
 };
 
+export interface TinyLlama4Options {
+  vocab?: number;
+  contextTokens?: number;
+  /** Tokens whose logit is always 0, so that greedy decoding never takes them. */
+  never?: readonly number[];
+}
+
 /** Writes config.json and model.safetensors into `dir`, which exists. The same seed gives the same bytes. */
-export function writeTinyLlama4(dir: string, seed = 7, vocab = TINY_VOCAB): void {
-  writeFileSync(join(dir, "config.json"), JSON.stringify({ ...CONFIG, vocab_size: vocab }));
+export function writeTinyLlama4(dir: string, seed = 7, options: TinyLlama4Options = {}): void {
+  const { vocab = TINY_VOCAB, contextTokens = CONFIG.max_position_embeddings, never = [] } = options;
+  const config = { ...CONFIG, vocab_size: vocab, max_position_embeddings: contextTokens };
+  writeFileSync(join(dir, "config.json"), JSON.stringify(config));
   const specs = tensors(vocab);
   const { head, tensors: placed, sizeBytes } = layoutSafetensors(specs, { format: "pt" });
   const file = new Uint8Array(sizeBytes);
@@ -61,6 +70,8 @@ export function writeTinyLlama4(dir: string, seed = 7, vocab = TINY_VOCAB): void
     for (let i = 0; i < count; i++)
       view.setFloat32(at + i * 4, (norm ? 1 : 0) + (random() * 2 - 1) * scale, true);
   }
+  const logits = placed.get("lm_head.weight")?.offset ?? 0;
+  for (const token of never) file.fill(0, logits + token * HIDDEN * 4, logits + (token + 1) * HIDDEN * 4);
   writeFileSync(join(dir, "model.safetensors"), file);
 }
 
