@@ -1,7 +1,8 @@
 // caravan bench: how fast a model runs on this machine.
 
 import { cpus } from "node:os";
-import { type BenchReport, runBench, type Spread } from "../engine/bench-run.ts";
+import { type BenchReport, runBench } from "../engine/bench-run.ts";
+import type { Spread } from "../engine/bench-statistics.ts";
 import { CaravanError } from "../errors.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
 import { findWeights } from "./model-argument.ts";
