@@ -143,7 +143,10 @@ export function planMemory(plan: LoadPlan, request: MemoryRequest): MemoryPlan {
     const { full, chunked } = pagesOf(config, context, pageTokens);
     return full * bytes.full + chunked * bytes.chunked;
   };
-  const context = request.context ?? largestContext(config, pageTokens, cost, room);
+  // Each of the streams that were asked for may reach the context; where none were, further ones are a bonus.
+  const certain = request.streams ?? 1;
+  const context =
+    request.context ?? largestContext(config, pageTokens, (tokens) => certain * cost(tokens), room);
   if (context === 0 || cost(context) > room)
     throw tooLarge(
       config,
