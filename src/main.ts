@@ -19,6 +19,7 @@ function overview(): string {
     "",
     ...shown.map((command) => `  ${command.name.padEnd(width)}  ${command.summary}`),
     "",
+    "MODEL is a name of `caravan models` or `caravan models --cards`, a hub repository org/name, or a folder.",
     "`caravan COMMAND --help` shows a command's options; `caravan --version` the version.",
     "",
   ].join("\n");

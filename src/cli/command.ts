@@ -151,7 +151,7 @@ export function helpText(command: Command): string {
   const width = Math.max(10, ...rows.map(([left]) => (left ?? "").length));
   const lines = rows.map(([left, right]) => `  ${(left ?? "").padEnd(width)}  ${right}`);
   return [
-    `caravan ${command.name} ${command.positionals}`.trimEnd(),
+    `caravan ${[command.name, command.positionals].join(" ").trim()} ${lines.length === 0 ? "" : "[options]"}`.trimEnd(),
     `  ${command.summary}`,
     ...(command.details === undefined ? [] : ["", command.details]),
     ...(lines.length === 0 ? [] : ["", "options", ...lines]),

@@ -231,10 +231,11 @@ export function scanStore(store: ModelStore): { models: InstalledModel[]; partia
       continue;
     }
     const repo = repoFolder(store.hub, id);
-    const started = pendingBytes(repo);
+    const parts = partFiles(repo);
+    const started = parts.reduce((sum, path) => sum + diskBytes(path), 0);
     const state = found.partial?.state;
     const ours =
-      started > 0 || (state !== undefined && isFile(join(found.partial?.path ?? "", "config.json")));
+      parts.length > 0 || (state !== undefined && isFile(join(found.partial?.path ?? "", "config.json")));
     if (!ours) continue;
     partial.push({
       name: id,
@@ -250,12 +251,12 @@ export function scanStore(store: ModelStore): { models: InstalledModel[]; partia
   return { models: [...models.values()].sort(order), partial };
 }
 
-/** Bytes on disk of downloads that are under way. */
-function pendingBytes(repo: string): number {
+/** Downloads that are under way. Their bytes on disk may still be 0: file systems allocate late. */
+function partFiles(repo: string): string[] {
   const blobs = join(repo, "blobs");
   return folderNames(blobs)
     .filter((name) => name.endsWith(PART_SUFFIX))
-    .reduce((sum, name) => sum + diskBytes(join(blobs, name)), 0);
+    .map((name) => join(blobs, name));
 }
 
 export interface RemovedModel {

@@ -165,7 +165,7 @@ export class LoadedModels implements ModelDirectory {
   async #whenReady(entry: Entry, signal: AbortSignal | undefined): Promise<OpenModel> {
     const { open } = entry;
     if (open?.engine.status().state === "ready") return open;
-    const ready = open === undefined ? entry.opening : open.engine.ready().then(() => open);
+    const ready = open === undefined ? entry.opening : this.#startAgain(entry.model, open);
     const late = Promise.withResolvers<never>();
     const timer = setTimeout(() => {
       const percent = Math.floor((stateOf(entry, undefined).progress ?? 0) * 100);
@@ -185,6 +185,18 @@ export class LoadedModels implements ModelDirectory {
       clearTimeout(timer);
       signal?.removeEventListener("abort", leave);
     }
+  }
+
+  async #startAgain(model: InstalledModel, open: OpenModel): Promise<OpenModel> {
+    const { state, error } = open.engine.status();
+    if (state === "failed") {
+      this.#options.log.warn("starting the model's runner again", {
+        model: model.name,
+        after: error?.message,
+      });
+    }
+    await open.engine.ready();
+    return open;
   }
 
   /** Closes every model, those that are loading too. */
