@@ -97,6 +97,7 @@ test: dist/caravan native-tests ## build and pass all tests
 
 check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as errors
 	$(BUN) x tsc -p .
+	$(BUN) x tsc -p src/dashboard
 	$(BUN) x biome check --config-path=.config --error-on-warnings src test
 
 # The sweeps that are too slow or need too much for `make test`. Each prints `N pass`, `N fail`, `N skip` and why.

@@ -2,6 +2,7 @@
 // app.request() serves tests, server.ts a socket.
 
 import { Hono } from "hono";
+import { PAGE_FILES } from "../dashboard/page.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { createLogger, type Logger } from "../log.ts";
 import { keyCheck } from "./auth.ts";
@@ -42,6 +43,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   const app = new Hono<ApiEnv>();
   useChecks(app, deps);
 
+  for (const [path, serve] of Object.entries(PAGE_FILES)) route(app, path, { GET: serve });
   route(app, HEALTH, { GET: healthRoute() });
   route(app, "/ready", { GET: readyRoute(deps) });
   route(app, "/v1/models", { GET: listModelsRoute(deps) });
@@ -100,7 +102,7 @@ function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependenc
     checkHost(host);
     const origin = checkOrigin(context.req.header("origin") ?? null, host);
     const preflight = isPreflight(context);
-    if (context.req.path !== HEALTH && !preflight) {
+    if (!(context.req.path in PAGE_FILES) && context.req.path !== HEALTH && !preflight) {
       checkKey(context.req.raw.headers);
       lifecycle.requireOpen();
     }

@@ -1,0 +1,25 @@
+// Serves the page at `/`: three files that are inside the executable. They hold no secrets and need no key; what the
+// page then asks of the API does. Nothing is loaded from elsewhere, and the browser is told to refuse it.
+
+import pageProgram from "./page.client.js" with { type: "text" };
+import pageStyle from "./page.css" with { type: "text" };
+import pageHtml from "./page.html" with { type: "text" };
+
+const SECURITY_HEADERS = {
+  "content-security-policy":
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+  "x-content-type-options": "nosniff",
+  "referrer-policy": "no-referrer",
+  "cache-control": "no-cache",
+};
+
+/** Paths of the page, and what each gives. */
+export const PAGE_FILES: Record<string, () => Response> = {
+  "/": () => file(String(pageHtml), "text/html"),
+  "/page.css": () => file(String(pageStyle), "text/css"),
+  "/page.js": () => file(String(pageProgram), "text/javascript"),
+};
+
+function file(text: string, type: string): Response {
+  return new Response(text, { headers: { ...SECURITY_HEADERS, "content-type": `${type}; charset=utf-8` } });
+}
