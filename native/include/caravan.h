@@ -259,6 +259,12 @@ CV_API size_t cv_layout(char *out, size_t out_size);
 CV_API uint32_t cv_cpu_best(void);
 CV_API const char *cv_cpu_name(uint32_t level);
 
+/* What this machine can do at most, for bench. They block for about a second and disturb everything else that computes.
+ * Bandwidth: reading a buffer of `bytes` (1 MiB to 512 GiB, allocated) with n_threads. int8: multiply-adds of a kernel set's
+ * widest int8 instruction, level 0 = the machine's best; CV_E_UNSUPPORTED for a set that this machine or build has none of. */
+CV_API int cv_measure_bandwidth(uint64_t bytes, uint32_t n_threads, double *bytes_per_second);
+CV_API int cv_measure_int8(uint32_t level, uint32_t n_threads, double *multiply_adds_per_second);
+
 /* Opens an engine from a plan. On success *out is owned by the caller until cv_close. Every size in the plan is checked
  * against itself and against the files before anything is mapped or read. */
 CV_API int cv_open(const void *plan, size_t plan_size, cv_engine **out, char *err, size_t err_size);

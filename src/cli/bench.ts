@@ -1,10 +1,13 @@
 // caravan bench: how fast a model runs on this machine.
 
-import { cpus } from "node:os";
 import { type BenchReport, runBench } from "../engine/bench-run.ts";
 import type { Spread } from "../engine/bench-statistics.ts";
 import { CaravanError } from "../errors.ts";
+import { AtomicFile } from "../model/atomic-file.ts";
+import { compareReports, EarlierReportSchema, showComparison } from "./bench-compare.ts";
+import { percent, reportHtml } from "./bench-report.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
+import { readJsonFile } from "./json-file.ts";
 import { findWeights } from "./model-argument.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
 
@@ -20,27 +23,58 @@ function numbers(args: Arguments, name: string, fallback: number[]): number[] {
 }
 
 function show(report: BenchReport): string {
-  const spread = ({ median, min, max }: Spread) => `${median} (${min}–${max})`;
+  const { machine, memory } = report;
+  const spread = ({ median, min, max }: Spread, limit?: number) =>
+    `${median} (${min}–${max})${limit === undefined ? "" : ` ${percent(median, limit)}`}`;
   const lines = [
-    `${report.model} on ${report.device}: ${cpus()[0]?.model.trim() ?? "unknown processor"}, ${report.threads} threads, loaded in ${report.load_s} s`,
-    "",
-    "prompt  answer  streams  prompt tokens/s         answer tokens/s         first token ms          between tokens ms p50/p95/p99",
+    `${report.model} on ${report.device}: ${machine?.processor ?? "unknown processor"}, ${report.threads} threads, loaded in ${report.load_s} s`,
   ];
-  for (const r of report.results) {
+  if (machine !== undefined) {
+    const int8 = machine.int8_multiply_adds;
+    lines.push(
+      `ceilings: reads ${(machine.read_bandwidth / 1e9).toFixed(1)} GB/s${int8 === undefined ? "" : `, ${(int8 / 1e9).toFixed(0)} G int8 multiply-adds/s with ${machine.kernels}`}; % = share of what they allow for the weights`,
+    );
+  }
+  lines.push(
+    "",
+    "prompt  answer  streams  prompt tokens/s              answer tokens/s              first token ms          between tokens ms p50/p95/p99",
+  );
+  report.results.forEach((r, i) => {
+    const limits = machine?.limits[i];
     lines.push(
       [
         String(r.prompt_tokens).padEnd(6),
         String(r.generate).padEnd(6),
         String(r.streams).padEnd(7),
-        spread(r.prompt_tps).padEnd(22),
-        spread(r.generation_tps).padEnd(22),
+        spread(r.prompt_tps, limits?.prompt_tps).padEnd(27),
+        spread(r.generation_tps, limits?.generation_tps).padEnd(27),
         spread(r.ttft_ms).padEnd(22),
         `${r.itl_ms.p50} / ${r.itl_ms.p95} / ${r.itl_ms.p99}`,
       ].join("  "),
     );
+  });
+  lines.push("");
+  if (memory !== undefined) {
+    const { planned, engine } = memory;
+    const pair = (part: keyof typeof planned): string =>
+      `${part} ${formatBytes(engine[part])} of ${formatBytes(planned[part])}`;
+    lines.push(`memory, taken of planned: ${pair("weights")}, ${pair("kv")}, ${pair("scratch")}`);
   }
   const peak = Math.max(...report.results.map((r) => r.peak_memory_bytes));
-  return `${lines.join("\n")}\n\npeak memory ${formatBytes(peak)}\n`;
+  return `${lines.join("\n")}\npeak memory ${formatBytes(peak)}\n`;
+}
+
+/** The fixed form that other programs read, unless more was asked for. */
+function printed(report: BenchReport, full: boolean): BenchReport {
+  if (full) return report;
+  const { machine: _, memory: __, ...fixed } = report;
+  return fixed;
+}
+
+async function writePage(path: string, report: BenchReport): Promise<void> {
+  const file = await AtomicFile.create(path);
+  await file.write(new TextEncoder().encode(reportHtml(report, new Date())), 0);
+  await file.commit();
 }
 
 export const bench: Command = {
@@ -50,6 +84,12 @@ export const bench: Command = {
   count: [1, 1],
   options: {
     json: { help: "print one JSON object" },
+    full: { help: "with --json: also the machine's ceilings and memory against the plan" },
+    compare: {
+      value: "FILE",
+      help: "an earlier --json output: exit code 1 where a figure is worse beyond the spreads",
+    },
+    report: { value: "FILE.html", help: "write a page with tables and plots" },
     "prompt-tokens": { value: "N,…", help: "lengths of the prompt (default 512)" },
     generate: { value: "N,…", help: "tokens to generate (default 128)" },
     streams: { value: "N,…", help: "requests at once (default 1,8)" },
@@ -59,7 +99,9 @@ export const bench: Command = {
     scheduling: { value: "MODE", help: "sequential or batched (default: by the model's cache)" },
     device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
   },
-  details: "Prompts are random and different for each stream; the end of sequence is banned.",
+  details: `Prompts are random and different for each stream; the end of sequence is banned. Answer tokens/s counts the tokens
+of all streams while all of them decode. Lists of lengths sweep: --prompt-tokens 128,4096,16384 shows reading by prompt
+length and answering by context.`,
   async run(args) {
     if (args.choice("device", ["auto", "cpu", "metal"]) === "metal") {
       throw new CaravanError("not_built_yet", "--device metal is not built yet");
@@ -71,6 +113,11 @@ export const bench: Command = {
     const threads = args.integer("threads", 1, 256);
     const cpu = args.text("cpu");
     const scheduling = args.choice("scheduling", ["sequential", "batched"]);
+    const compare = args.text("compare");
+    const earlier = compare === undefined ? undefined : readJsonFile(compare, EarlierReportSchema);
+    const page = args.text("report");
+    const json = args.flag("json");
+    const more = !json || args.flag("full") || page !== undefined;
     const model = findWeights(args.positional(0));
     const progress = new ProgressLine();
     try {
@@ -84,13 +131,24 @@ export const bench: Command = {
         ...(threads === undefined ? {} : { threads }),
         ...(cpu === undefined ? {} : { cpu }),
         ...(scheduling === undefined ? {} : { scheduling }),
+        ceiling: more,
+        memory: more,
         onProgress: (done, total, detail) => progress.show("bench", done / total, detail),
       });
       progress.clear();
-      process.stdout.write(args.flag("json") ? `${JSON.stringify(report)}\n` : show(report));
+      process.stdout.write(json ? `${JSON.stringify(printed(report, args.flag("full")))}\n` : show(report));
+      if (page !== undefined) await writePage(page, report);
+      if (earlier === undefined) return 0;
+      const compared = compareReports(earlier, report);
+      if (compared.length === 0) {
+        throw new CaravanError("invalid_argument", "has no result of the same lengths and streams", {
+          where: compare ?? "",
+        });
+      }
+      process.stderr.write(showComparison(compared));
+      return compared.some(({ verdict }) => verdict === "worse") ? 1 : 0;
     } finally {
       progress.clear();
     }
-    return 0;
   },
 };

@@ -2,9 +2,12 @@
 // sequence banned, one warm-up of every setting and then `repeat` trials. Every stream has a prompt of its own, so no
 // cache of prefixes could help.
 
+import { cpus } from "node:os";
 import { readModelConfig } from "../model/config.ts";
+import { multiplyAddsOfPromptToken, weightBytesOfStep } from "../model/token-work.ts";
 import { quantile, round, type Spread, spread } from "./bench-statistics.ts";
 import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
+import { measureBandwidth, measureInt8 } from "./binding.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
 import { RandomTokens } from "./random-tokens.ts";
 
@@ -24,6 +27,10 @@ export interface BenchOptions {
   scheduling?: "auto" | "sequential" | "batched";
   /** Of the random prompts. */
   seed?: number;
+  /** Also measure the machine's ceilings (about two seconds). */
+  ceiling?: boolean;
+  /** Also report memory. */
+  memory?: boolean;
   onProgress?: (done: number, total: number, detail: string) => void;
 }
 
@@ -49,7 +56,34 @@ export interface BenchReport {
   threads: number;
   load_s: number;
   results: BenchResult[];
+  /** The machine's ceilings, where asked for. */
+  machine?: MachineCeiling;
+  /** What loading planned and what the engine took, bytes, where asked for. */
+  memory?: BenchMemory;
 }
+
+export interface MachineCeiling {
+  /** Name of the processor and of the kernel set. */
+  processor: string;
+  kernels: string;
+  /** Bytes a second over a buffer as large as the model (at most 4 GB), with the run's threads. */
+  read_bandwidth: number;
+  /** int8 multiply-adds a second; absent where the kernel set has no such instruction. */
+  int8_multiply_adds?: number;
+  /** By result: the speeds that these ceilings allow for the weights alone, tokens a second. */
+  limits: { prompt_tps?: number; generation_tps: number }[];
+}
+
+export interface BenchMemory {
+  planned: { weights: number; kv: number; scratch: number };
+  engine: { weights: number; kv: number; scratch: number };
+  /** Resident memory of the process, the interpreter included. */
+  resident: number;
+}
+
+/** Bytes of the buffer whose reading is measured. Beyond a few gigabytes it says nothing new. */
+const SMALLEST_BUFFER = 1 << 24;
+const LARGEST_BUFFER = 4e9;
 
 /** Every combination of prompt length, length of output and streams. Throws what loading throws, and engine errors. */
 export async function runBench(options: BenchOptions): Promise<BenchReport> {
@@ -73,6 +107,7 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
   });
   const load_s = (performance.now() - started) / 1000;
   try {
+    const ceilings = options.ceiling ? measureCeilings(model) : undefined;
     const results = await measureAll(model, options);
     return {
       model: options.model,
@@ -80,6 +115,10 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
       threads: model.threads,
       load_s: round(load_s, 3),
       results,
+      ...(ceilings === undefined
+        ? {}
+        : { machine: machineOf(model, results, ceilings, measureCeilings(model)) }),
+      ...(options.memory ? { memory: memoryOf(model) } : {}),
     };
   } finally {
     await model.close();
@@ -113,6 +152,59 @@ async function measureAll(model: LoadedEngine, options: BenchOptions): Promise<B
   }
   options.onProgress?.(total, total, "done");
   return results;
+}
+
+interface Ceilings {
+  bandwidth: number;
+  int8: number | undefined;
+}
+
+/** With the engine loaded but idle. */
+function measureCeilings({ memory, threads }: LoadedEngine): Ceilings {
+  const size = memory.weights_mapped + memory.weights_copied;
+  return {
+    bandwidth: measureBandwidth(Math.min(Math.max(size, SMALLEST_BUFFER), LARGEST_BUFFER), threads),
+    int8: measureInt8(threads),
+  };
+}
+
+/** The better of two measurements around the trials: whatever else ran on the machine only made one worse. */
+function machineOf(
+  model: LoadedEngine,
+  results: readonly Setting[],
+  before: Ceilings,
+  after: Ceilings,
+): MachineCeiling {
+  const bandwidth = Math.max(before.bandwidth, after.bandwidth);
+  const int8 =
+    before.int8 === undefined || after.int8 === undefined ? undefined : Math.max(before.int8, after.int8);
+  const promptWork = multiplyAddsOfPromptToken(model.plan);
+  return {
+    processor: cpus()[0]?.model.trim() ?? "unknown processor",
+    kernels: model.cpu,
+    read_bandwidth: Math.round(bandwidth),
+    ...(int8 === undefined ? {} : { int8_multiply_adds: Math.round(int8) }),
+    limits: results.map(({ streams }) => ({
+      ...(int8 === undefined ? {} : { prompt_tps: round(int8 / promptWork, 1) }),
+      generation_tps: round((streams * bandwidth) / weightBytesOfStep(model.plan, streams), 1),
+    })),
+  };
+}
+
+function memoryOf({ memory, memoryPlan }: LoadedEngine): BenchMemory {
+  return {
+    planned: {
+      weights: memoryPlan.weightsMapped + memoryPlan.weightsCopied,
+      kv: memoryPlan.kvBytes,
+      scratch: memoryPlan.scratchBytes,
+    },
+    engine: {
+      weights: memory.weights_mapped + memory.weights_copied,
+      kv: memory.kv,
+      scratch: memory.scratch,
+    },
+    resident: process.memoryUsage.rss(),
+  };
 }
 
 type Setting = Pick<BenchResult, "prompt_tokens" | "generate" | "streams">;

@@ -52,6 +52,8 @@ const FUNCTIONS = {
   cv_layout: { args: [ptr, usize], returns: FFIType.u64_fast },
   cv_cpu_best: { args: [], returns: u32 },
   cv_cpu_name: { args: [u32], returns: cstring },
+  cv_measure_bandwidth: { args: [u64, u32, ptr], returns: i32 },
+  cv_measure_int8: { args: [u32, u32, ptr], returns: i32 },
   cv_open: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
   cv_load_start: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
   cv_load_poll: { args: [ptr, ptr, ptr, ptr, usize], returns: i32 },
@@ -124,6 +126,22 @@ export function bestCpu(): { level: number; name: string } {
 
 export function cpuName(level: number): string {
   return String(library().cv_cpu_name(level));
+}
+
+/** Bytes a second that `threads` read of a buffer of `bytes`, which is allocated. Blocks for about a second. */
+export function measureBandwidth(bytes: number, threads: number): number {
+  const out = new Float64Array(1);
+  const code = library().cv_measure_bandwidth(Math.round(bytes), threads, out);
+  if (code !== 0)
+    throw new CaravanError(CODES[code] ?? "engine_failed", `cannot measure reading ${bytes} bytes`);
+  return out[0] ?? 0;
+}
+
+/** int8 multiply-adds a second of the machine's best kernel set; undefined where it has no int8 instruction of its own.
+ * Blocks for a moment. */
+export function measureInt8(threads: number): number | undefined {
+  const out = new Float64Array(1);
+  return library().cv_measure_int8(0, threads, out) === 0 ? out[0] : undefined;
 }
 
 /** An open engine. Not to be used after `close`. */

@@ -4,9 +4,9 @@
 import { availableParallelism } from "node:os";
 import { CaravanError } from "../errors.ts";
 import { type ModelConfig, readModelConfig } from "../model/config.ts";
-import { makeLoadPlan } from "../model/load-plan.ts";
+import { type LoadPlan, makeLoadPlan } from "../model/load-plan.ts";
 import { availableMemory } from "../model/machine-memory.ts";
-import { type KvType, MOST_STREAMS, planMemory } from "../model/memory-plan.ts";
+import { type KvType, type MemoryPlan, MOST_STREAMS, planMemory } from "../model/memory-plan.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import type { CacheGeometry } from "../scheduler/pages.ts";
 import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
@@ -31,6 +31,8 @@ const CPU_BACKEND: BackendCapabilities = { name: "cpu", batchedKinds: ["full", "
 export interface LoadedEngine {
   engine: NativeStepEngine;
   config: ModelConfig;
+  plan: LoadPlan;
+  memoryPlan: MemoryPlan;
   geometry: CacheGeometry;
   limits: StepLimits;
   contextTokens: number;
@@ -113,6 +115,8 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
   return {
     engine,
     config,
+    plan,
+    memoryPlan: memory,
     geometry: { pageTokens, chunk: config.chunk, fullPages, chunkPages },
     limits: { maxRows: streams, maxTokens, maxLogits, slots: streams, vocab: config.vocabSize },
     contextTokens: memory.context,

@@ -1,7 +1,7 @@
 // `caravan bench` of the built executable: its JSON has a fixed form that other programs read.
 
 import { afterAll, describe, expect, test } from "bun:test";
-import { mkdirSync } from "node:fs";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { built, Place } from "../tools/built-caravan.ts";
 import { writeTinyLlama4 } from "../tools/tiny-llama4.ts";
 
@@ -76,5 +76,31 @@ describe.skipIf(!built)("bench", () => {
     expect(long.out).toBe("");
     expect(long.err).toContain("4096");
     expect([1, 2]).toContain(long.code);
+  });
+
+  test("compares with an earlier run, writes a page, and fails where a figure became worse", async () => {
+    const settings = ["--prompt-tokens", "16", "--generate", "4", "--streams", "1", "--repeat", "1"];
+    const page = place.path("report.html");
+    const first = await place.run(["bench", good, "--json", ...settings, "--report", page]);
+    expect(first).toMatchObject({ code: 0, err: "" });
+    expect(readFileSync(page, "utf8")).toContain("</svg>");
+    const report = JSON.parse(first.out);
+    const file = place.path("earlier.json");
+    const compare = async (factor: number) => {
+      const scaled = { median: report.results[0].generation_tps.median * factor };
+      const results = [
+        { ...report.results[0], generation_tps: { ...scaled, min: scaled.median, max: scaled.median } },
+      ];
+      writeFileSync(file, JSON.stringify({ ...report, results }));
+      return place.run(["bench", good, "--json", ...settings, "--compare", file]);
+    };
+    const worse = await compare(1000);
+    expect(worse.code).toBe(1);
+    expect(worse.err).toMatch(/generation_tps .* worse/);
+    const better = await compare(0.001);
+    expect(better.err).toMatch(/generation_tps .* better/);
+    const other = await place.run(["bench", good, ...settings, "--compare", place.path("none.json")]);
+    expect(other.code).not.toBe(0);
+    expect(other.err).toContain("none.json");
   });
 });
