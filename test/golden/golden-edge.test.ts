@@ -3,19 +3,12 @@
 import { describe, expect, test } from "bun:test";
 import { join } from "node:path";
 import { runLogits } from "../../src/engine/logits.ts";
+import { topOf } from "./logit-closeness.ts";
 import { floats, goldenFolders, integers, readGolden } from "./read-golden.ts";
 
 /** Largest difference between two other implementations is 6e-4: few keys are left right behind an edge. */
 const TOLERANCE = 1e-3;
 const ONE_BY_ONE = 300;
-
-function topOf(row: Float32Array): number {
-  let top = 0;
-  row.forEach((value, i) => {
-    if (value > (row[top] ?? 0)) top = i;
-  });
-  return top;
-}
 
 describe.each(goldenFolders("golden_edge.safetensors"))("$name", ({ dir }) => {
   test.each([
@@ -50,8 +43,10 @@ describe.each(goldenFolders("golden_edge.safetensors"))("$name", ({ dir }) => {
               (worst, x, i) => Math.max(worst, Math.abs(x - (theirs[i] ?? Number.NaN))),
               0,
             );
-            if (!(most < TOLERANCE) || topOf(mine) !== topOf(theirs))
-              wrong.push(`position ${first + r}: off by ${most}, top ${topOf(mine)} for ${topOf(theirs)}`);
+            if (!(most < TOLERANCE) || topOf(mine).top !== topOf(theirs).top)
+              wrong.push(
+                `position ${first + r}: off by ${most}, top ${topOf(mine).top} for ${topOf(theirs).top}`,
+              );
           }
           first += rows.length / vocab;
         },
