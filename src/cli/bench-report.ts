@@ -20,6 +20,7 @@ export function reportHtml(report: BenchReport, now: Date): string {
 <p>${escapeHtml(heading(report))}<br><small>${now.toISOString()}</small></p>
 ${table(report)}
 <div>${plots(report).map(plotSvg).join("\n")}</div>
+${prefixes(report)}
 ${memory(report)}
 </body></html>
 `;
@@ -95,6 +96,15 @@ function plots(report: BenchReport): Plot[] {
 
 function point(x: number, { median, min, max }: Spread) {
   return { x, y: median, low: min, high: max };
+}
+
+function prefixes({ prefix }: BenchReport): string {
+  if (prefix === undefined) return "";
+  const rows = prefix.map(
+    (p) =>
+      `<tr><td>${p.prompt_tokens}</td><td>${p.cached_tokens}</td><td>${p.ttft_ms.median}</td><td>${p.cached_ttft_ms.median}</td><td>${p.step_ms.median}</td></tr>`,
+  );
+  return `<h2>Known prompts</h2><table><tr><th>prompt</th><th>cached</th><th>first token ms, computed whole</th><th>with the prefix cached</th><th>a step ms</th></tr>${rows.join("")}</table>`;
 }
 
 function memory({ memory: m }: BenchReport): string {

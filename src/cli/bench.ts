@@ -54,6 +54,10 @@ function show(report: BenchReport): string {
     );
   });
   lines.push("");
+  for (const p of report.prefix ?? [])
+    lines.push(
+      `known prompt of ${p.prompt_tokens} tokens (${p.cached_tokens} cached): first token after ${spread(p.cached_ttft_ms)} ms instead of ${spread(p.ttft_ms)}; a step takes ${p.step_ms.median} ms`,
+    );
   if (memory !== undefined) {
     const { planned, engine } = memory;
     const pair = (part: keyof typeof planned): string =>
@@ -67,7 +71,7 @@ function show(report: BenchReport): string {
 /** The fixed form that other programs read, unless more was asked for. */
 function printed(report: BenchReport, full: boolean): BenchReport {
   if (full) return report;
-  const { machine: _, memory: __, ...fixed } = report;
+  const { machine: _, memory: __, prefix: ___, ...fixed } = report;
   return fixed;
 }
 
@@ -85,6 +89,7 @@ export const bench: Command = {
   options: {
     json: { help: "print one JSON object" },
     full: { help: "with --json: also the machine's ceilings and memory against the plan" },
+    "prefix-cache": { value: "on|off", help: "off: do not measure prompts with a known prefix" },
     compare: {
       value: "FILE",
       help: "an earlier --json output: exit code 1 where a figure is worse beyond the spreads",
@@ -115,6 +120,7 @@ length and answering by context.`,
     const scheduling = args.choice("scheduling", ["sequential", "batched"]);
     const compare = args.text("compare");
     const earlier = compare === undefined ? undefined : readJsonFile(compare, EarlierReportSchema);
+    const prefixes = args.choice("prefix-cache", ["on", "off"]);
     const page = args.text("report");
     const json = args.flag("json");
     const more = !json || args.flag("full") || page !== undefined;
@@ -133,6 +139,7 @@ length and answering by context.`,
         ...(scheduling === undefined ? {} : { scheduling }),
         ceiling: more,
         memory: more,
+        prefix: more && prefixes !== "off",
         onProgress: (done, total, detail) => progress.show("bench", done / total, detail),
       });
       progress.clear();

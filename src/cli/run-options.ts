@@ -10,6 +10,10 @@ export const RUN_OPTIONS: Record<string, OptionSpec> = {
   threads: { value: "T", help: "compute threads (default: the machine's)" },
   scheduling: { value: "MODE", help: "sequential or batched (default: by the model's cache)" },
   "kv-bits": { value: "8|16", help: "bits of the cache: 8 halves its memory (default 16)" },
+  "prefix-cache": {
+    value: "on|off",
+    help: "reuse the beginnings of prompts that are still in the cache (default on)",
+  },
   device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
 };
 
@@ -23,7 +27,9 @@ export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOp
   const threads = args.integer("threads", 1, 256) ?? (settings.threads || undefined);
   const scheduling = args.choice("scheduling", ["sequential", "batched"]);
   const kvBits = args.choice("kv-bits", ["8", "16"]);
+  const prefixCache = args.choice("prefix-cache", ["on", "off"]);
   return {
+    ...(prefixCache === undefined ? {} : { prefixCache: prefixCache === "on" }),
     ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),
     ...(context === undefined ? {} : { context }),
     ...(threads === undefined ? {} : { threads }),

@@ -5,6 +5,7 @@
 import { cpus } from "node:os";
 import { readModelConfig } from "../model/config.ts";
 import { multiplyAddsOfPromptToken, weightBytesOfStep } from "../model/token-work.ts";
+import { measurePrefix, type PrefixResult } from "./bench-prefix.ts";
 import { quantile, round, type Spread, spread } from "./bench-statistics.ts";
 import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
 import { measureBandwidth, measureInt8 } from "./binding.ts";
@@ -31,6 +32,8 @@ export interface BenchOptions {
   ceiling?: boolean;
   /** Also report memory. */
   memory?: boolean;
+  /** Also measure prompts whose prefix is in the cache. */
+  prefix?: boolean;
   onProgress?: (done: number, total: number, detail: string) => void;
 }
 
@@ -60,6 +63,8 @@ export interface BenchReport {
   machine?: MachineCeiling;
   /** What loading planned and what the engine took, bytes, where asked for. */
   memory?: BenchMemory;
+  /** First tokens with the prompt's prefix in the cache, one for each length of prompt, where asked for. */
+  prefix?: PrefixResult[];
 }
 
 export interface MachineCeiling {
@@ -118,6 +123,7 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
       ...(ceilings === undefined
         ? {}
         : { machine: machineOf(model, results, ceilings, measureCeilings(model)) }),
+      ...(options.prefix ? { prefix: await measurePrefixes(model, options) } : {}),
       ...(options.memory ? { memory: memoryOf(model) } : {}),
     };
   } finally {
@@ -152,6 +158,16 @@ async function measureAll(model: LoadedEngine, options: BenchOptions): Promise<B
   }
   options.onProgress?.(total, total, "done");
   return results;
+}
+
+async function measurePrefixes(model: LoadedEngine, options: BenchOptions): Promise<PrefixResult[]> {
+  const random = new RandomTokens((options.seed ?? 1) + 1, model.limits.vocab, model.stopTokens);
+  const list: PrefixResult[] = [];
+  for (const [i, length] of options.promptTokens.entries()) {
+    options.onProgress?.(i, options.promptTokens.length, `${length} tokens of a known prompt`);
+    list.push(await measurePrefix(model, length, options.repeat, random));
+  }
+  return list;
 }
 
 interface Ceilings {

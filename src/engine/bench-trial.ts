@@ -118,6 +118,8 @@ function record(model: LoadedEngine, options: TrialOptions, together: boolean): 
       contextTokens: model.contextTokens,
       mode: together ? "batched" : "sequential",
       maxWaiting: prompts.length,
+      // The prompts are new ones; nothing may help.
+      prefixCache: false,
       now: () => performance.now(),
       emit,
     });

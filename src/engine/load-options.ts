@@ -22,6 +22,8 @@ export const LoadOptionsSchema = v.strictObject({
   cpu: v.exactOptional(v.string()),
   /** Bits of the cache's elements: 16 (the model's own type) or 8. */
   kvBits: v.exactOptional(v.picklist([8, 16])),
+  /** Whether prefixes that are still in the cache's pages are used again; default true. */
+  prefixCache: v.exactOptional(v.boolean()),
   scheduling: v.exactOptional(v.picklist(["auto", "sequential", "batched"])),
 });
 

@@ -109,6 +109,8 @@ export interface EngineStatus {
   running: number;
   waiting: number;
   pages?: { full: { total: number; free: number }; chunked: { total: number; free: number } };
+  /** Sequences started and those that resumed behind a known prefix; their tokens and those not computed again. */
+  prefix_cache?: { enabled: boolean; lookups: number; hits: number; tokens: number; cached_tokens: number };
   memory?: { weights_mapped: number; weights_copied: number; kv: number; scratch: number };
   error?: ErrorRecord;
 }

@@ -86,6 +86,7 @@ class Runner {
       contextTokens: model.contextTokens,
       mode: this.#policy.mode,
       maxWaiting: options.maxQueue ?? DEFAULT_MAX_QUEUE,
+      prefixCache: options.prefixCache ?? true,
       now: () => performance.now(),
       emit: (event) => writer.add(event),
     });
@@ -151,6 +152,12 @@ class Runner {
     this.#writer.end().then(() => process.exit(1));
   }
 
+  #prefixStatus(): NonNullable<EngineStatus["prefix_cache"]> {
+    const { enabled, statistics } = this.#scheduler.prefixes;
+    const { lookups, hits, tokens, cachedTokens } = statistics;
+    return { enabled, lookups, hits, tokens, cached_tokens: cachedTokens };
+  }
+
   #status(): EngineStatus {
     const { full, chunked } = this.#scheduler.pools;
     const { memory, cpu, device, threads } = this.#model;
@@ -166,9 +173,10 @@ class Runner {
       running: this.#scheduler.running,
       waiting: this.#scheduler.waiting,
       pages: {
-        full: { total: full.capacity, free: full.free },
-        chunked: { total: chunked.capacity, free: chunked.free },
+        full: { total: full.capacity, free: full.available },
+        chunked: { total: chunked.capacity, free: chunked.available },
       },
+      prefix_cache: this.#prefixStatus(),
       memory,
     };
   }

@@ -23,6 +23,8 @@ export interface RunOptions {
   scheduling?: "sequential" | "batched";
   /** Bits of the cache's elements. */
   kvBits?: 8 | 16;
+  /** False: every prompt is computed whole. */
+  prefixCache?: boolean;
 }
 
 export interface OpenOptions extends RunOptions {

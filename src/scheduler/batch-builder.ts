@@ -9,6 +9,8 @@ const NO_PAGES = new Uint32Array(0);
 /** One sequence's part of a step, as decided. */
 export interface PlannedRow {
   sequence: Sequence;
+  /** The sequence's own when the row was planned. */
+  epoch: number;
   /** First position, and tokens from there on. */
   first: number;
   count: number;

@@ -1,11 +1,12 @@
-// Pages of the KV cache as the scheduler sees them: two pools of page numbers with reference counts (layers with full
-// attention, layers with chunked attention), and for each sequence a table into each pool.
+// Pages of the KV cache as the scheduler sees them: two pools of page numbers (layers with full attention, layers with
+// chunked attention), and for each sequence a table into each pool.
 //
 // Steps run in the order they were submitted. A page may therefore be given back, and handed to another sequence of a
 // *later* step, while a step that reads it is still in flight; it may not be handed out within the step that still
 // reads it. The scheduler frees before it plans rows, never in between, which is what keeps that true.
 
 import { CaravanError } from "../errors.ts";
+import { broken, PagePool } from "./page-pool.ts";
 
 /** Sizes of a model's cache, fixed at load. */
 export interface CacheGeometry {
@@ -17,59 +18,6 @@ export interface CacheGeometry {
   fullPages: number;
   /** Pages of the pool for chunked layers; 0 = no such layers. Fewer than a chunk's hold only shorter sequences. */
   chunkPages: number;
-}
-
-/** Page numbers 0..capacity-1 with reference counts. Broken accounting is a bug and throws internal_error. */
-export class PagePool {
-  readonly capacity: number;
-  readonly #free: Uint32Array;
-  readonly #references: Uint32Array;
-  #freeCount: number;
-
-  constructor(capacity: number) {
-    this.capacity = capacity;
-    this.#free = new Uint32Array(capacity);
-    this.#references = new Uint32Array(capacity);
-    this.#freeCount = capacity;
-    // Low numbers are handed out first, so a small load touches little memory.
-    for (let i = 0; i < capacity; i++) this.#free[i] = capacity - 1 - i;
-  }
-
-  get free(): number {
-    return this.#freeCount;
-  }
-
-  /** A free page with one reference, or -1 when there is none. */
-  take(): number {
-    if (this.#freeCount === 0) return -1;
-    this.#freeCount--;
-    const page = this.#free[this.#freeCount] ?? 0;
-    if (this.#references[page] !== 0) throw broken(`page ${page} was free and in use`);
-    this.#references[page] = 1;
-    return page;
-  }
-
-  /** One more owner of a page that is in use. */
-  retain(page: number): void {
-    const references = this.#references[page];
-    if (references === undefined || references === 0) throw broken(`page ${page} was shared but not in use`);
-    this.#references[page] = references + 1;
-  }
-
-  /** One owner less; the page is free again when the last one is gone. */
-  release(page: number): void {
-    const references = this.#references[page];
-    if (references === undefined || references === 0) throw broken(`page ${page} was given back twice`);
-    this.#references[page] = references - 1;
-    if (references === 1) {
-      this.#free[this.#freeCount] = page;
-      this.#freeCount++;
-    }
-  }
-
-  references(page: number): number {
-    return this.#references[page] ?? 0;
-  }
 }
 
 /** One sequence's pages of one pool, in order of position, without gaps. */
@@ -99,14 +47,20 @@ export class PageTable {
     return this.#base + this.#count * this.#pageTokens;
   }
 
-  /** End that could be reached with the pool's free pages. */
+  /** End that could be reached with the pages that the pool can hand out. */
   get reach(): number {
-    return this.#base + (this.#count + this.#pool.free) * this.#pageTokens;
+    return this.#base + (this.#count + this.#pool.available) * this.#pageTokens;
   }
 
   /** The page numbers; a view that the next change of the table invalidates. */
   view(): Uint32Array {
     return this.#pages.subarray(0, this.#count);
+  }
+
+  /** Page that covers `position`; undefined where the table does not reach. */
+  pageAt(position: number): number | undefined {
+    const index = Math.floor((position - this.#base) / this.#pageTokens);
+    return index < 0 || index >= this.#count ? undefined : this.#pages[index];
   }
 
   /** Takes pages until positions below `end` are covered. The caller has checked `reach`. */
@@ -115,31 +69,56 @@ export class PageTable {
       const page = this.#pool.take();
       if (page < 0)
         throw broken(`pages ran out at position ${this.end} of ${end} after they had been counted`);
-      if (this.#count === this.#pages.length) {
-        const larger = new Uint32Array(this.#pages.length * 2);
-        larger.set(this.#pages);
-        this.#pages = larger;
-      }
-      this.#pages[this.#count] = page;
-      this.#count++;
+      this.#push(page);
     }
   }
 
-  /** Moves the base up to `position` (a multiple of the page size) and gives back the pages below it. */
-  dropBelow(position: number): void {
+  /** Starts the (empty) table at `base` with pages that others hold or held; each gets one more owner. */
+  adopt(base: number, pages: readonly number[]): void {
+    if (this.#count > 0) throw broken("a table with pages was to start anew");
+    this.#base = base;
+    for (const page of pages) {
+      this.#pool.retain(page);
+      this.#push(page);
+    }
+  }
+
+  /** Moves the base up to `position` (a multiple of the page size) and gives back the pages below it, except those from
+   * `keepFrom` on, which go to `keep` with their positions and still belong to the caller. */
+  dropBelow(
+    position: number,
+    keepFrom = Number.POSITIVE_INFINITY,
+    keep: (position: number, page: number) => void = () => {},
+  ): void {
     if (position <= this.#base) return;
     const dropped = Math.min(this.#count, (position - this.#base) / this.#pageTokens);
-    for (let i = 0; i < dropped; i++) this.#pool.release(this.#pages[i] ?? 0);
+    // The last positions first: where pages become idle, the ends of prefixes go before what they build on.
+    for (let i = dropped - 1; i >= 0; i--) {
+      const page = this.#pages[i] ?? 0;
+      const start = this.#base + i * this.#pageTokens;
+      if (start >= keepFrom) keep(start, page);
+      else this.#pool.release(page);
+    }
     this.#pages.copyWithin(0, dropped, this.#count);
     this.#count -= dropped;
     this.#base = position;
   }
 
-  /** Gives everything back; the table starts at position 0 again. */
+  /** Gives everything back, the last positions first; the table starts at position 0 again. */
   clear(): void {
-    for (let i = 0; i < this.#count; i++) this.#pool.release(this.#pages[i] ?? 0);
+    for (let i = this.#count - 1; i >= 0; i--) this.#pool.release(this.#pages[i] ?? 0);
     this.#count = 0;
     this.#base = 0;
+  }
+
+  #push(page: number): void {
+    if (this.#count === this.#pages.length) {
+      const larger = new Uint32Array(this.#pages.length * 2);
+      larger.set(this.#pages);
+      this.#pages = larger;
+    }
+    this.#pages[this.#count] = page;
+    this.#count++;
   }
 }
 
@@ -184,18 +163,51 @@ export class PagePools {
 export class SequencePages {
   readonly full: PageTable | undefined;
   readonly chunked: PageTable | undefined;
-  readonly #chunk: number;
+  readonly #pools: PagePools;
+  /** Pages of finished chunks whose last step has not ended, by position: the prefix tree may want them then. */
+  readonly #retired = new Map<number, number>();
 
   constructor(pools: PagePools) {
-    const { pageTokens, chunk } = pools.geometry;
-    this.#chunk = chunk;
+    const { pageTokens } = pools.geometry;
+    this.#pools = pools;
     this.full = pools.full.capacity === 0 ? undefined : new PageTable(pools.full, pageTokens);
     this.chunked = pools.chunked.capacity === 0 ? undefined : new PageTable(pools.chunked, pageTokens);
   }
 
-  /** Gives back pages of chunks that no query at or behind `position` reads. */
-  dropFinishedChunks(position: number): void {
-    this.chunked?.dropBelow(position - (position % this.#chunk));
+  /** Pages that wait for `releaseRetired`. */
+  get retired(): number {
+    return this.#retired.size;
+  }
+
+  /** Lets go of pages of chunks that no query at or behind `position` reads. Those from `keepFrom` on are kept aside
+   * until `releaseRetired`. */
+  dropFinishedChunks(position: number, keepFrom = Number.POSITIVE_INFINITY): void {
+    const { chunk } = this.#pools.geometry;
+    this.chunked?.dropBelow(position - (position % chunk), keepFrom, (start, page) => {
+      this.#retired.set(start, page);
+    });
+  }
+
+  /** Gives back retired pages below `position`. */
+  releaseRetired(position: number): void {
+    if (this.#retired.size === 0) return;
+    for (const start of [...this.#retired.keys()].sort((a, b) => b - a)) {
+      if (start >= position) continue;
+      this.#pools.chunked.release(this.#retired.get(start) ?? 0);
+      this.#retired.delete(start);
+    }
+  }
+
+  /** Page of the chunked pool with the keys of `position`, if it is still held. */
+  chunkedPageAt(position: number): number | undefined {
+    return this.#retired.get(position) ?? this.chunked?.pageAt(position);
+  }
+
+  /** Starts the (empty) tables with pages for everything that a query at `position` reads. */
+  adopt(position: number, full: readonly number[], chunked: readonly number[]): void {
+    const { chunk } = this.#pools.geometry;
+    this.full?.adopt(0, full);
+    this.chunked?.adopt(position - (position % chunk), chunked);
   }
 
   /** How many of the `wanted` tokens from `position` on can be stored now. */
@@ -214,11 +226,6 @@ export class SequencePages {
   clear(): void {
     this.full?.clear();
     this.chunked?.clear();
+    this.releaseRetired(Number.POSITIVE_INFINITY);
   }
-}
-
-function broken(message: string): CaravanError {
-  return new CaravanError("internal_error", `page accounting: ${message}`, {
-    hint: "this is a bug in caravan; the model is loaded again",
-  });
 }

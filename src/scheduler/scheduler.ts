@@ -13,6 +13,7 @@ import type { GenerateEvent, GenerateRequest } from "../engine/protocol.ts";
 import { CaravanError } from "../errors.ts";
 import { buildStep, type PlannedRow, type PlannedStep } from "./batch-builder.ts";
 import { type CacheGeometry, PagePools } from "./pages.ts";
+import { PrefixCache } from "./prefix-cache.ts";
 import { WaitingQueue } from "./queue.ts";
 import { checkRequest } from "./request-check.ts";
 import { RetryEstimate } from "./retry-estimate.ts";
@@ -30,6 +31,8 @@ export interface SchedulerOptions {
   maxWaiting: number;
   /** Wanted upper bound of a step's time while streams are running. */
   stepTargetMs?: number;
+  /** Whether sequences resume behind prefixes that are still in the pages; default true. */
+  prefixCache?: boolean;
   /** Milliseconds, monotonic. */
   now: () => number;
   emit: (event: GenerateEvent) => void;
@@ -41,6 +44,7 @@ export const PROMPT_LOGITS_A_STEP = 8;
 export class Scheduler {
   readonly contextTokens: number;
   readonly pools: PagePools;
+  readonly prefixes: PrefixCache;
   readonly #options: SchedulerOptions;
   readonly #maxRunning: number;
   readonly #budget: TokenBudget;
@@ -57,6 +61,7 @@ export class Scheduler {
     const { limits } = options;
     this.#options = options;
     this.pools = new PagePools(options.geometry);
+    this.prefixes = new PrefixCache(this.pools, options.prefixCache ?? true);
     this.contextTokens = Math.min(options.contextTokens, this.pools.longestSequence);
     this.#maxRunning =
       options.mode === "sequential" ? 1 : Math.min(limits.slots, limits.maxRows, limits.maxTokens);
@@ -144,17 +149,22 @@ export class Scheduler {
     if (ahead && this.#running.some((s) => s.pending > 0 && s.needsLastToken && this.#continues(s)))
       return undefined;
     this.#admit();
-    for (const sequence of this.#running) sequence.pages.dropFinishedChunks(sequence.computed);
+    for (const sequence of this.#running)
+      sequence.pages.dropFinishedChunks(sequence.computed, this.prefixes.keepFrom(sequence));
     const rows: PlannedRow[] = [];
     this.#planDecode(rows);
     this.#planPrompts(rows);
     if (rows.length === 0) return undefined;
     const planned = buildStep(rows);
     const now = this.#options.now();
-    for (const { sequence, count, sample } of rows) {
+    for (const { sequence, first, count, sample } of rows) {
+      if (Number.isNaN(sequence.startedMs)) {
+        sequence.startedMs = now;
+        sequence.cachedTokens = first;
+        this.prefixes.started(sequence);
+      }
       sequence.computed += count;
       if (sample) sequence.pending++;
-      if (Number.isNaN(sequence.startedMs)) sequence.startedMs = now;
     }
     return planned;
   }
@@ -199,8 +209,14 @@ export class Scheduler {
     while (this.#running.length < this.#maxRunning) {
       const next = this.#waiting.first();
       // A sequence that was put back waits for the token that is still in flight.
-      if (next === undefined || next.pending > 0 || !this.#roomFor(next)) return;
+      if (next === undefined || next.pending > 0) return;
+      this.prefixes.attach(next);
+      if (!this.#roomFor(next)) {
+        this.prefixes.detach(next);
+        return;
+      }
       this.#waiting.remove(next);
+      next.leader = this.#leaderOf(next);
       next.state = "running";
       next.slot = this.#freeSlot();
       let place = this.#running.length;
@@ -209,12 +225,38 @@ export class Scheduler {
     }
   }
 
+  /** The running sequence that is computing the longest beginning of `next` that has not been found, by whole pages. */
+  #leaderOf(next: Sequence): Sequence["leader"] {
+    if (!this.prefixes.enabled || next.promptLogprobs?.complete === false) return undefined;
+    const { pageTokens } = this.#options.geometry;
+    let best: Sequence["leader"];
+    for (const sequence of this.#running) {
+      if (sequence === next || sequence.leader !== undefined || sequence.remaining <= 1) continue;
+      const common = commonTokens(sequence, next, next.known - 1);
+      const until = common - (common % pageTokens);
+      if (until <= Math.max(next.computed, sequence.settled, best?.until ?? 0)) continue;
+      best = { sequence, epoch: sequence.epoch, until };
+    }
+    return best;
+  }
+
+  /** Whether a sequence waits for another one's pages; takes them over when they are there. */
+  #follows(sequence: Sequence): boolean {
+    const { leader } = sequence;
+    if (leader === undefined) return false;
+    const working = leader.sequence.state === "running" && leader.sequence.epoch === leader.epoch;
+    if (working && leader.sequence.settled < leader.until) return true;
+    sequence.leader = undefined;
+    this.prefixes.attach(sequence);
+    return false;
+  }
+
   /** Whether the pools hold what the running sequences' prompts still need, a page of growth for each that will grow,
    * and `next`. */
   #roomFor(next: Sequence): boolean {
     if (this.#running.length === 0) return true;
-    let full = this.pools.full.free;
-    let chunked = this.pools.chunked.free;
+    let full = this.pools.full.available;
+    let chunked = this.pools.chunked.available;
     const { pageTokens } = this.#options.geometry;
     for (const sequence of [...this.#running, next]) {
       const growth = sequence === next ? 0 : pageTokens;
@@ -246,13 +288,13 @@ export class Scheduler {
     for (const sequence of [...this.#running]) {
       if (sequence.state !== "running" || sequence.remaining !== 1 || !this.#continues(sequence)) continue;
       if (!this.#secure(sequence, 1, rows)) continue;
-      rows.push({ sequence, first: sequence.computed, count: 1, sample: true, promptLogits: false });
+      rows.push(planRow(sequence, 1, true, false));
     }
   }
 
   /** Pieces of prompts, the budget shared fairly, the oldest first to take pages. */
   #planPrompts(rows: PlannedRow[]): void {
-    const open = this.#running.filter((sequence) => sequence.remaining > 1);
+    const open = this.#running.filter((sequence) => sequence.remaining > 1 && !this.#follows(sequence));
     if (open.length === 0) return;
     let logitsLeft = Math.min(
       PROMPT_LOGITS_A_STEP,
@@ -274,7 +316,7 @@ export class Scheduler {
       count = sequence.pages.fitting(first, count);
       sequence.pages.extend(first + count);
       if (promptLogits) logitsLeft -= count;
-      rows.push({ sequence, first, count, sample: count === sequence.remaining, promptLogits });
+      rows.push(planRow(sequence, count, count === sequence.remaining, promptLogits));
     }
   }
 
@@ -282,6 +324,8 @@ export class Scheduler {
    * older than the one that asks: so the oldest always advances. False = it has to wait. */
   #secure(sequence: Sequence, count: number, rows: PlannedRow[]): boolean {
     while (sequence.pages.fitting(sequence.computed, count) < count) {
+      // Pages that the step in flight is done with come back when it ends.
+      if (this.#running.some((s) => s.pages.retired > 0)) return false;
       const victim = this.#running.findLast((s) => s.order > sequence.order && holdsPages(s));
       if (victim === undefined) return false;
       this.#putBack(victim);
@@ -296,12 +340,12 @@ export class Scheduler {
   #putBack(sequence: Sequence): void {
     this.#leave(sequence);
     sequence.state = "waiting";
-    sequence.computed = 0;
     this.#preemptions++;
     this.#waiting.add(sequence);
   }
 
-  #accept({ sequence, first, count, sample, promptLogits }: PlannedRow, outcome: RowResult): void {
+  #accept(row: PlannedRow, outcome: RowResult): void {
+    const { sequence, first, count, sample, promptLogits } = row;
     if (promptLogits && outcome.logits !== undefined && sequence.promptLogprobs !== undefined) {
       const prompt = sequence.tokens(0, sequence.promptTokens);
       sequence.promptLogprobs.accept(prompt, first, outcome.logits, this.#options.limits.vocab);
@@ -310,6 +354,10 @@ export class Scheduler {
     if (sequence.reported < done) {
       sequence.reported = done;
       this.#options.emit({ type: "progress", id: sequence.id, done, total: sequence.promptTokens });
+    }
+    if (row.epoch === sequence.epoch) {
+      sequence.settled = first + count;
+      this.prefixes.publish(sequence);
     }
     if (!sample) return;
     sequence.pending--;
@@ -355,7 +403,7 @@ export class Scheduler {
       usage: {
         prompt_tokens: sequence.promptTokens,
         completion_tokens: sequence.generated,
-        cached_tokens: 0,
+        cached_tokens: sequence.cachedTokens,
       },
       timing: {
         queue_ms: started - sequence.arrivedMs,
@@ -381,7 +429,8 @@ export class Scheduler {
 
   #leave(sequence: Sequence): void {
     this.#running.splice(this.#running.indexOf(sequence), 1);
-    sequence.pages.clear();
+    this.prefixes.detach(sequence);
+    sequence.leader = undefined;
     sequence.slot = -1;
   }
 }
@@ -392,6 +441,20 @@ function wantsPromptLogits(sequence: Sequence): boolean {
   return (
     promptLogprobs !== undefined && !promptLogprobs.complete && sequence.computed + 1 >= promptLogprobs.known
   );
+}
+
+function planRow(sequence: Sequence, count: number, sample: boolean, promptLogits: boolean): PlannedRow {
+  return { sequence, epoch: sequence.epoch, first: sequence.computed, count, sample, promptLogits };
+}
+
+/** Length of the common beginning of two sequences' known tokens, up to `most`. */
+function commonTokens(a: Sequence, b: Sequence, most: number): number {
+  const end = Math.min(a.known, b.known, most);
+  const one = a.tokens(0, end);
+  const other = b.tokens(0, end);
+  let count = 0;
+  while (count < end && one[count] === other[count]) count++;
+  return count;
 }
 
 function holdsPages(sequence: Sequence): boolean {

@@ -1,10 +1,12 @@
 // One request while it lives: its tokens, how far they are computed, and the pages and slot that it holds.
 //
 // Tokens are counted in two ways. `known` are the prompt and the sampled tokens that have been read back; `total` adds
-// the one that a step in flight is sampling. `computed` counts positions whose keys and values a submitted step writes.
+// the one that a step in flight is sampling. `computed` counts positions whose keys and values a submitted step writes,
+// `settled` those of steps that have ended.
 
 import type { GenerateRequest } from "../engine/protocol.ts";
 import { type PagePools, SequencePages } from "./pages.ts";
+import type { PrefixNode } from "./prefix-tree.ts";
 import { PromptLogprobs } from "./prompt-logprobs.ts";
 import { TokenHistory } from "./token-history.ts";
 
@@ -29,6 +31,16 @@ export class Sequence {
   state: "waiting" | "running" | "done" = "waiting";
   slot = -1;
   computed = 0;
+  settled = 0;
+  /** Positions that the prefix tree has been offered, and the node there. */
+  published = 0;
+  node: PrefixNode | undefined;
+  /** Counts up whenever the pages are given back: a row of an earlier time says nothing about the pages of now. */
+  epoch = 0;
+  /** Prompt tokens that need not be computed, when it first started. */
+  cachedTokens = 0;
+  /** An older sequence that is computing the same beginning; this one waits and takes over its pages. */
+  leader: { sequence: Sequence; epoch: number; until: number } | undefined;
   /** Sampled tokens in flight, 0 or 1. */
   pending = 0;
   /** Prompt tokens reported as done, so that a recompute reports nothing twice. */
@@ -93,6 +105,15 @@ export class Sequence {
   /** Positions left to compute before the next token can be sampled; 1 = a decode row. */
   get remaining(): number {
     return this.total - this.computed;
+  }
+
+  /** Everything below `position` is there, in pages that `node` ends; the rest is to be computed. */
+  resume(position: number, node: PrefixNode | undefined): void {
+    this.computed = position;
+    this.settled = position;
+    this.published = position;
+    this.node = node;
+    this.epoch++;
   }
 
   /** Tokens [from, to) that are known; a view that `append` may invalidate. */

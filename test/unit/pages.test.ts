@@ -2,7 +2,8 @@
 
 import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
-import { PagePool, PagePools, SequencePages } from "../../src/scheduler/pages.ts";
+import { PagePool } from "../../src/scheduler/page-pool.ts";
+import { PagePools, SequencePages } from "../../src/scheduler/pages.ts";
 
 describe("a page pool", () => {
   test("refuses to give a page back twice", () => {

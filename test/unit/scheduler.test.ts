@@ -80,8 +80,13 @@ const range = (length: number, seed = 0): number[] =>
   Array.from({ length }, (_, i) => (i * 7 + seed * 13) % 97);
 
 function expectAllPagesFree(r: Rig): void {
-  expect(r.scheduler.pools.full.free).toBe(r.model.geometry.fullPages);
-  expect(r.scheduler.pools.chunked.free).toBe(r.model.geometry.chunkPages);
+  // Pages are free or remembered by the prefix cache alone; when that forgets, all are free.
+  const { full, chunked } = r.scheduler.pools;
+  expect(full.available).toBe(r.model.geometry.fullPages);
+  expect(chunked.available).toBe(r.model.geometry.chunkPages);
+  r.scheduler.prefixes.clear();
+  expect(full.free).toBe(r.model.geometry.fullPages);
+  expect(chunked.free).toBe(r.model.geometry.chunkPages);
   expect(r.scheduler.running).toBe(0);
   expect(r.scheduler.waiting).toBe(0);
 }
@@ -98,7 +103,10 @@ describe("any load", () => {
   const jobs = fc.array(
     fc.record({
       prompt: fc.integer({ min: 1, max: 50 }),
-      seed: fc.nat(50),
+      // Few, so that prompts begin alike.
+      seed: fc.nat(6),
+      /** Its prompt is an earlier one with its answer and something new: the next turn of a conversation. */
+      continues: fc.option(fc.nat(19)),
       most: fc.constantFrom(1, 3, 12, 30, 30),
       stops: fc.array(fc.nat(96), { maxLength: 4 }),
       ban: fc.boolean(),
@@ -115,13 +123,15 @@ describe("any load", () => {
 
   test("gives every request the tokens it gets alone, one end each, and all pages back", async () => {
     let preemptions = 0;
+    let cached = 0;
     await fc.assert(
       fc.asyncProperty(
         models,
         jobs,
         fc.constantFrom(1, 2, 3),
         fc.infiniteStream(fc.nat(5)),
-        async (m, list, depth, dice) => {
+        fc.constantFrom(true, true, true, false),
+        async (m, list, depth, dice, prefixCache) => {
           const chunk = m.chunkPages * m.pageTokens;
           const full = m.full || chunk === 0;
           const longest = Math.ceil(81 / m.pageTokens);
@@ -134,9 +144,14 @@ describe("any load", () => {
             },
             limits: { maxRows: m.rows, maxTokens: m.tokens, maxLogits: m.rows, slots: m.rows, vocab: 97 },
           };
-          const r = rig({ model, depth });
-          const requests = list.map((job, i) =>
-            request(`r${i}`, range(job.prompt, job.seed), {
+          const r = rig({ model, depth, prefixCache });
+          const requests: GenerateRequest[] = [];
+          list.forEach((job, i) => {
+            const earlier = job.continues === null ? undefined : requests[job.continues];
+            const answer =
+              earlier === undefined ? [] : generateAlone(model, earlier, r.scheduler.contextTokens).tokens;
+            const tokens = [...(earlier?.tokens ?? []), ...answer, ...range(job.prompt, job.seed)];
+            const made = request(`r${i}`, tokens.slice(0, 50), {
               max_tokens: job.most,
               stop_tokens: job.stops,
               ban_stop_tokens: job.ban,
@@ -148,8 +163,9 @@ describe("any load", () => {
                 repetition_penalty: job.penalty,
                 presence_penalty: job.presence,
               },
-            }),
-          );
+            });
+            requests.push(made);
+          });
           const last = Math.max(...list.map((job) => job.arrives + job.leaves));
           for (let time = 0; time <= last; time++) {
             list.forEach((job, i) => {
@@ -162,6 +178,8 @@ describe("any load", () => {
           await r.drain();
           expect(r.fatal).toEqual([]);
           preemptions += r.scheduler.preemptions;
+          cached += r.scheduler.prefixes.statistics.cachedTokens;
+          if (!prefixCache) expect(r.scheduler.prefixes.statistics.cachedTokens).toBe(0);
           list.forEach((job, i) => {
             const id = `r${i}`;
             const ends = r.ends(id);
@@ -186,8 +204,9 @@ describe("any load", () => {
       ),
       { numRuns: 600, seed: 20260801 },
     );
-    // The pools are small enough that putting back is part of what was tested.
+    // The pools are small enough that putting back is part of what was tested, and prefixes were shared.
     expect(preemptions).toBeGreaterThan(50);
+    expect(cached).toBeGreaterThan(5000);
   }, 60_000);
 });
 
@@ -237,7 +256,7 @@ describe("a batch", () => {
       await turn();
     }
     const before = r.engine.seen.length;
-    r.loop.add(request("later", range(600), { max_tokens: 1 }));
+    r.loop.add(request("later", range(600, 1), { max_tokens: 1 }));
     await r.drain();
     const pieces = r.engine.seen.slice(before).flatMap((step) => step.rows.filter((row) => row.count > 1));
     expect(pieces.map((row) => row.count)).toEqual([100, 100, 100, 100, 100, 100]);
