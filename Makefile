@@ -105,6 +105,9 @@ VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh)
 verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
 
+soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks
+	$(BUN) test/soak/requests.ts $(SMOLLM2) 1000
+
 bench: dist/caravan $(SMOLLM2)/config.json ## speed of the default model on this machine
 	./dist/caravan bench $(SMOLLM2)
 
