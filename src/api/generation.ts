@@ -21,6 +21,8 @@ export interface GenerationOptions {
   promptLogprobs?: boolean;
   /** Control tokens appear in the text by name. */
   showSpecials?: boolean;
+  /** Control tokens that appear by name although the others do not. */
+  keepSpecials?: readonly string[];
   deadlineMs?: number;
   /** Cancels the engine's request at once; the iteration then throws the signal's reason. */
   signal?: AbortSignal;
@@ -121,7 +123,10 @@ export async function* generate(
   const { signal } = options;
   signal?.throwIfAborted();
   const id = newRequestId();
-  const detokenizer = model.newDetokenizer({ skipSpecials: !options.showSpecials });
+  const detokenizer = model.newDetokenizer({
+    skipSpecials: !options.showSpecials,
+    ...(options.keepSpecials === undefined ? {} : { keep: options.keepSpecials }),
+  });
   const stops = options.stop ?? [];
   const matcher = stops.length > 0 ? model.newStopMatcher(stops) : undefined;
   const tokens = options.logprobs === undefined ? undefined : new TokenQueue();

@@ -5,16 +5,38 @@ import type { Engine } from "../engine/protocol.ts";
 
 type MaybePromise<T> = T | Promise<T>;
 
+/** A call that the model made in an earlier turn. */
+export interface ChatToolCall {
+  id: string;
+  type: "function";
+  /** `arguments`: JSON text, as the client sent it. */
+  function: { name: string; arguments: string };
+}
+
 /** One turn of a chat after the API has normalised it: text only, `developer` already turned into `system`. */
 export interface ChatMessage {
-  role: "system" | "user" | "assistant";
+  role: "system" | "user" | "assistant" | "tool";
   content: string;
+  /** Only in turns of the assistant; at least one. */
+  tool_calls?: ChatToolCall[];
+  /** Only in turns of a tool: the call that this is the result of. */
+  tool_call_id?: string;
+  /** Only in turns of a tool: the function's name. */
+  name?: string;
+}
+
+/** A function that the model may call, in the form that chat templates take. */
+export interface ChatTool {
+  type: "function";
+  function: { name: string; description?: string; parameters?: Record<string, unknown> };
 }
 
 export interface RenderInput {
   messages: ChatMessage[];
   /** End with the header that makes the model answer. */
   addGenerationPrompt: boolean;
+  /** At least one; a template without a place for tools rejects with unsupported_parameter. */
+  tools?: ChatTool[];
 }
 
 export interface RenderedPrompt {
@@ -48,6 +70,8 @@ export interface Detokenizer {
 export interface DetokenizerOptions {
   /** Control tokens give no text; otherwise they appear by name. */
   skipSpecials: boolean;
+  /** Control tokens that appear by name although skipSpecials is set. */
+  keep?: readonly string[];
 }
 
 /** Finds stop strings in text that comes in pieces; holds back what may be the start of one. One a sequence. */

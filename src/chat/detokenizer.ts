@@ -5,6 +5,8 @@ import { bytesOf, FLAG_BYTE, FLAG_SPECIAL, type TokenTable } from "./token-table
 export interface DetokenizerOptions {
   /** Leave special tokens out of the text (default: they are kept, as decoding keeps them). */
   skipSpecials?: boolean;
+  /** Special tokens that are kept all the same, by name. */
+  keep?: readonly string[];
 }
 
 const lossy = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -13,6 +15,7 @@ const strict = new TextDecoder("utf-8", { ignoreBOM: true, fatal: true });
 export class Detokenizer {
   readonly #table: TokenTable;
   readonly #skipSpecials: boolean;
+  readonly #keep: readonly string[];
   /** Bytes that are not text yet: the beginning of a character, or a run of byte-fallback tokens. */
   #held = new Uint8Array(64);
   #heldLength = 0;
@@ -23,13 +26,15 @@ export class Detokenizer {
   constructor(table: TokenTable, options: DetokenizerOptions = {}) {
     this.#table = table;
     this.#skipSpecials = options.skipSpecials ?? false;
+    this.#keep = options.keep ?? [];
   }
 
   /** Text that this token completes; "" while a character is unfinished. Ids that do not exist give nothing. */
   push(id: number): string {
     const flags = this.#table.flags[id] ?? 0;
-    if (this.#skipSpecials && (flags & FLAG_SPECIAL) !== 0) return "";
     const bytes = bytesOf(this.#table, id);
+    if (this.#skipSpecials && (flags & FLAG_SPECIAL) !== 0 && !this.#keep.includes(lossy.decode(bytes)))
+      return "";
     if ((flags & FLAG_BYTE) !== 0) {
       const before = this.#inByteRun ? "" : this.#end();
       this.#inByteRun = true;

@@ -63,7 +63,10 @@ export class ChatTemplate {
     return Object.keys(this.#files.chatTemplates).length > 0;
   }
 
-  /** Errors: invalid_argument (messages), unsupported_model (no template), bad_file (broken template). */
+  /**
+   * Errors: invalid_argument (messages), unsupported_parameter (tools, where the template takes none),
+   * unsupported_model (no template), bad_file (broken template).
+   */
   renderChat(input: ChatInput): RenderedChat {
     const steps = this.renderChatSteps(input);
     for (;;) {
@@ -94,6 +97,16 @@ export class ChatTemplate {
       if (value !== undefined) extra[name] = toJson(value, name);
     }
     const [source, template] = this.#template(checkedTools !== null);
+    if (checkedTools !== null && !/\btools\b/.test(source)) {
+      throw new CaravanError(
+        "unsupported_parameter",
+        "tools: the model's chat template has no place for tools",
+        {
+          param: "tools",
+          hint: "Choose a model that was trained to call tools, or describe them in the system message.",
+        },
+      );
+    }
     const inputLength = textLength([checked as Json[], checkedTools, extra]);
     const run = (mark: MarkString): string => {
       const variables: Record<string, unknown> = {

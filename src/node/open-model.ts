@@ -69,8 +69,15 @@ function assemble(model: InstalledModel, engine: RunnerClient, text: TextService
   const { table, vocabSize, beginIds, eosIds } = text.info;
   const decoder = new TextDecoder();
   const apiText: ApiText = {
-    renderChat: ({ messages, addGenerationPrompt }, options) =>
-      text.renderChat({ messages: [...messages], add_generation_prompt: addGenerationPrompt }, options),
+    renderChat: ({ messages, addGenerationPrompt, tools }, options) =>
+      text.renderChat(
+        {
+          messages: [...messages],
+          add_generation_prompt: addGenerationPrompt,
+          ...(tools === undefined ? {} : { tools: [...tools] }),
+        },
+        options,
+      ),
     encode: (value, options) => text.encode(value, options),
     decode: (ids) => {
       const detokenizer = new Detokenizer(table);
@@ -97,7 +104,7 @@ function assemble(model: InstalledModel, engine: RunnerClient, text: TextService
       card: model.card?.sampling_defaults ?? {},
     },
     ...(status.policy === undefined ? {} : { policy: status.policy }),
-    newDetokenizer: ({ skipSpecials }) => new Detokenizer(table, { skipSpecials }),
+    newDetokenizer: (options) => new Detokenizer(table, options),
     newStopMatcher: (stops) => new StopMatcher([...stops]),
     async close() {
       text.close();

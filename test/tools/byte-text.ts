@@ -11,12 +11,16 @@ import type {
 export const BEGIN = 256;
 export const END = 257;
 export const HEADER = 258;
-export const VOCABULARY = 260;
+export const PYTHON_START = 259;
+export const PYTHON_END = 260;
+export const VOCABULARY = 261;
 
 const SPECIALS = new Map<number, string>([
   [BEGIN, "<|begin|>"],
   [END, "<|end|>"],
   [HEADER, "<|header|>"],
+  [PYTHON_START, "<|python_start|>"],
+  [PYTHON_END, "<|python_end|>"],
 ]);
 
 const encoder = new TextEncoder();
@@ -42,11 +46,18 @@ function encode(text: string, { specials }: { specials: boolean }): number[] {
   return ids;
 }
 
-/** Renders `<|begin|>`, then for each message `<|header|>role:content<|end|>`. */
+/**
+ * Renders `<|begin|>`, then for each message `<|header|>role:content<|end|>`; tools come first, as a message of their own,
+ * and calls after their message's content, both as JSON.
+ */
 export const byteText: TextService = {
-  renderChat({ messages, addGenerationPrompt }: RenderInput) {
+  renderChat({ messages, addGenerationPrompt, tools }: RenderInput) {
     const ids = [BEGIN];
-    for (const { role, content } of messages) ids.push(HEADER, ...bytesOf(`${role}:${content}`), END);
+    if (tools !== undefined) ids.push(HEADER, ...bytesOf(`tools:${JSON.stringify(tools)}`), END);
+    for (const { role, content, tool_calls } of messages) {
+      const calls = tool_calls === undefined ? "" : JSON.stringify(tool_calls);
+      ids.push(HEADER, ...bytesOf(`${role}:${content}${calls}`), END);
+    }
     if (addGenerationPrompt) ids.push(HEADER, ...bytesOf("assistant:"));
     return { text: byteText.decode(ids), ids };
   },
@@ -55,10 +66,13 @@ export const byteText: TextService = {
   tokenBytes,
 };
 
-export function newByteDetokenizer({ skipSpecials }: DetokenizerOptions): Detokenizer {
+export function newByteDetokenizer({ skipSpecials, keep = [] }: DetokenizerOptions): Detokenizer {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   return {
-    push: (id) => (skipSpecials && SPECIALS.has(id) ? "" : decoder.decode(tokenBytes(id), { stream: true })),
+    push: (id) =>
+      skipSpecials && SPECIALS.has(id) && !keep.includes(SPECIALS.get(id) ?? "")
+        ? ""
+        : decoder.decode(tokenBytes(id), { stream: true }),
     flush: () => decoder.decode(),
   };
 }

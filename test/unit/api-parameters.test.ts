@@ -41,9 +41,8 @@ async function refusal(response: Response): Promise<[number, unknown, unknown]> 
 
 describe("what is not built", () => {
   const refused: [name: string, value: unknown][] = [
-    ["tools", [{ type: "function", function: { name: "f" } }]],
     ["tool_choice", "required"],
-    ["parallel_tool_calls", false],
+    ["tool_choice", { type: "function", function: { name: "f" } }],
     ["functions", [{ name: "f" }]],
     ["function_call", { name: "f" }],
     ["response_format", { type: "json_schema", json_schema: { name: "x" } }],
@@ -105,8 +104,8 @@ describe("what is not built", () => {
 
   test("messages are refused where they hold what is not built", async () => {
     const cases: [message: object, param: string][] = [
-      [{ role: "tool", content: "15C", tool_call_id: "a" }, "messages[0].role"],
-      [{ role: "assistant", content: null, tool_calls: [{ id: "a" }] }, "messages[0].tool_calls"],
+      [{ role: "function", content: "15C", name: "a" }, "messages[0].role"],
+      [{ role: "assistant", content: null, function_call: { name: "a" } }, "messages[0].function_call"],
       [
         {
           role: "user",
@@ -162,7 +161,7 @@ describe("what is wrong", () => {
     const cases: [body: object, param: string][] = [
       [{ prompt: [] }, "prompt"],
       [{ prompt: [1, "a"] }, "prompt"],
-      [{ prompt: [260] }, "prompt"],
+      [{ prompt: [261] }, "prompt"],
       [{ prompt: ["a", "b", "c"], n: 64 }, "n"],
       [{ max_tokens: 0 }, "max_tokens"],
       [{ logprobs: true }, "logprobs"],

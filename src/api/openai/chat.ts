@@ -1,20 +1,27 @@
 // POST /v1/chat/completions.
 
-import type { GroupEvent } from "../generation-group.ts";
 import { readJsonObject } from "../limits.ts";
-import type { ChatMessage, LoadedModel } from "../model-directory.ts";
-import { parseParameters } from "../parameters.ts";
+import type { ChatToolCall, LoadedModel } from "../model-directory.ts";
+import { parseParameters, unsupported } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling, samplingOfChoice } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
+import {
+  type GroupAnswerEvent,
+  type ToolAnswerOptions,
+  toolGenerationOptions,
+  withToolCalls,
+} from "../tool-answers.ts";
 import { chatLogprobs, type ShownToken } from "./logprobs.ts";
+import { offeredTools, toChatMessages } from "./messages.ts";
 import { checkTogether, checkTokenIds, invalid } from "./request-checks.ts";
 import {
   CHAT_UNBUILT,
   type ChatRequest,
   chatSchema,
   refuseUnbuiltMessages,
+  refuseUnbuiltTools,
   samplingOf,
   stopsOf,
 } from "./schema.ts";
@@ -25,6 +32,7 @@ export function chatRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
     const body = await readJsonObject(context.req.raw, deps.settings);
     refuseUnbuiltMessages(body.messages);
+    refuseUnbuiltTools(body);
     const request = parseParameters(chatSchema, CHAT_UNBUILT, body);
     checkTogether(request);
     if (request.top_logprobs !== undefined && request.logprobs !== true) {
@@ -43,14 +51,6 @@ export function chatRoute(deps: ApiDependencies) {
   };
 }
 
-function toChatMessage(message: ChatRequest["messages"][number]): ChatMessage {
-  const { role, content } = message;
-  return {
-    role: role === "developer" ? "system" : role,
-    content: typeof content === "string" ? content : content.map((part) => part.text).join(""),
-  };
-}
-
 async function prepareChat(
   request: ChatRequest,
   model: LoadedModel,
@@ -62,8 +62,15 @@ async function prepareChat(
     model,
     "logit_bias",
   );
+  const tools = offeredTools(request);
+  if (tools.length > 0 && request.logprobs) throw unsupported("logprobs", "log-probabilities beside tools");
+  const answers: ToolAnswerOptions = { tools, parallel: request.parallel_tool_calls ?? true };
   const prompt = await model.text.renderChat(
-    { messages: request.messages.map(toChatMessage), addGenerationPrompt: true },
+    {
+      messages: toChatMessages(request.messages),
+      addGenerationPrompt: true,
+      ...(tools.length === 0 ? {} : { tools }),
+    },
     { signal },
   );
   const asked = request.max_completion_tokens ?? request.max_tokens;
@@ -78,15 +85,16 @@ async function prepareChat(
     options: {
       stop: stopsOf(request),
       ignoreEos: request.ignore_eos ?? false,
+      ...toolGenerationOptions(tools),
       ...(request.logprobs ? { logprobs: request.top_logprobs ?? 0 } : {}),
     },
-    frames: (events) => chatFrames(events, request, model),
-    whole: (events) => chatReply(events, request, model),
+    frames: (events) => chatFrames(withToolCalls(events, answers), request, model),
+    whole: (events) => chatReply(withToolCalls(events, answers), request, model),
   };
 }
 
 async function* chatFrames(
-  events: AsyncIterable<GroupEvent>,
+  events: AsyncIterable<GroupAnswerEvent>,
   request: ChatRequest,
   model: LoadedModel,
 ): AsyncGenerator<string, void, void> {
@@ -107,6 +115,10 @@ async function* chatFrames(
     if (event.type === "text") {
       const logprobs = request.logprobs ? chatLogprobs(model.text, event.tokens) : undefined;
       yield chunks.content(index, event.text, logprobs);
+    } else if (event.type === "call") {
+      yield chunks.toolCall(index, event.call, event.id, event.name);
+    } else if (event.type === "arguments") {
+      yield chunks.toolArguments(index, event.call, event.json);
     } else {
       totals.add(index, event.usage);
       yield chunks.finish(index, event.reason);
@@ -117,19 +129,29 @@ async function* chatFrames(
 }
 
 async function chatReply(
-  events: AsyncIterable<GroupEvent>,
+  events: AsyncIterable<GroupAnswerEvent>,
   request: ChatRequest,
   model: LoadedModel,
 ): Promise<object> {
   const n = request.n ?? 1;
   const totals = new UsageTotals(n);
-  const choices = Array.from({ length: n }, () => ({ text: "", tokens: [] as ShownToken[], reason: "" }));
+  const choices = Array.from({ length: n }, () => ({
+    text: "",
+    tokens: [] as ShownToken[],
+    calls: [] as ChatToolCall[],
+    reason: "",
+  }));
   for await (const { index, event } of events) {
     const choice = choices[index];
     if (choice === undefined) continue;
     if (event.type === "text") {
       choice.text += event.text;
       choice.tokens.push(...event.tokens);
+    } else if (event.type === "call") {
+      choice.calls.push({ id: event.id, type: "function", function: { name: event.name, arguments: "" } });
+    } else if (event.type === "arguments") {
+      const call = choice.calls[event.call];
+      if (call !== undefined) call.function.arguments += event.json;
     } else if (event.type === "finish") {
       choice.reason = event.reason;
       totals.add(index, event.usage);
@@ -142,9 +164,14 @@ async function chatReply(
     created: head.created,
     model: head.model,
     system_fingerprint: head.fingerprint,
-    choices: choices.map(({ text, tokens, reason }, index) => ({
+    choices: choices.map(({ text, tokens, calls, reason }, index) => ({
       index,
-      message: { role: "assistant", content: text, refusal: null },
+      message: {
+        role: "assistant",
+        content: calls.length > 0 && text === "" ? null : text,
+        refusal: null,
+        ...(calls.length > 0 ? { tool_calls: calls } : {}),
+      },
       logprobs: request.logprobs ? chatLogprobs(model.text, tokens) : null,
       finish_reason: reason,
     })),

@@ -54,17 +54,49 @@ const textPart = v.strictObject({ type: v.literal("text"), text: v.string() });
 const textContent = v.union([v.string(), v.pipe(v.array(textPart), v.minLength(1))]);
 const nothing = v.nullish(v.union([v.null(), v.pipe(v.array(v.unknown()), v.length(0))]));
 
+/** openai-node refuses call indexes from 128 on. */
+const MAX_TOOLS = 128;
+const functionName = v.pipe(
+  v.string(),
+  v.regex(/^[\w.-]{1,64}$/, "Names are 1 to 64 letters, digits, _, - or ."),
+);
+
+const toolCall = v.strictObject({
+  id: v.pipe(v.string(), v.minLength(1)),
+  type: v.optional(v.literal("function"), "function"),
+  function: v.strictObject({ name: functionName, arguments: v.string() }),
+  /** Written by streams that were put together; means nothing. */
+  index: v.optional(v.number()),
+});
+
+const toolSchema = v.strictObject({
+  type: v.literal("function"),
+  function: v.strictObject({
+    name: functionName,
+    description: v.nullish(v.string()),
+    parameters: v.nullish(v.record(v.string(), v.unknown())),
+    strict: v.nullish(v.literal(false)),
+  }),
+});
+
 const messageSchema = v.variant("role", [
   v.strictObject({ role: v.picklist(["system", "developer", "user"]), content: textContent }),
   v.strictObject({
     role: v.literal("assistant"),
-    content: textContent,
+    // Absent or null next to tool_calls (messages.ts checks that there are some).
+    content: v.nullish(v.union([textContent, v.pipe(v.array(textPart), v.length(0))])),
+    tool_calls: v.nullish(v.pipe(v.array(toolCall), v.maxLength(MAX_TOOLS))),
     // A reply's message is often sent back as it came; these say nothing when empty.
     refusal: nothing,
-    tool_calls: nothing,
     function_call: nothing,
     annotations: nothing,
     audio: nothing,
+  }),
+  v.strictObject({
+    role: v.literal("tool"),
+    content: textContent,
+    tool_call_id: v.pipe(v.string(), v.minLength(1)),
+    name: v.optional(functionName),
   }),
 ]);
 
@@ -75,6 +107,9 @@ export const chatSchema = v.strictObject({
   max_completion_tokens: v.optional(whole(1)),
   logprobs: v.optional(v.boolean()),
   top_logprobs: v.optional(whole(0, MAX_TOP_LOGPROBS)),
+  tools: v.optional(v.pipe(v.array(toolSchema), v.maxLength(MAX_TOOLS))),
+  tool_choice: v.optional(v.picklist(["auto", "none"])),
+  parallel_tool_calls: v.optional(v.boolean()),
   metadata: v.optional(v.record(v.string(), v.string())),
   safety_identifier: label,
   prompt_cache_key: label,
@@ -88,11 +123,8 @@ const isTextOnly = (value: unknown): boolean =>
   Array.isArray(value) && value.every((item) => item === "text");
 
 export const CHAT_UNBUILT: Record<string, Unbuilt> = {
-  tools: { feature: "tool calling", harmless: isEmptyArray },
-  tool_choice: { feature: "tool calling", harmless: isOneOf("none", "auto") },
-  parallel_tool_calls: { feature: "tool calling", harmless: isOneOf(true) },
-  functions: { feature: "tool calling", harmless: isEmptyArray },
-  function_call: { feature: "tool calling", harmless: isOneOf("none", "auto") },
+  functions: { feature: "the old form of tools", harmless: isEmptyArray },
+  function_call: { feature: "the old form of tool_choice", harmless: isOneOf("none", "auto") },
   response_format: { feature: "structured output", harmless: isTextFormat },
   modalities: { feature: "output other than text", harmless: isTextOnly },
   audio: { feature: "audio" },
@@ -107,6 +139,21 @@ export const CHAT_UNBUILT: Record<string, Unbuilt> = {
   prompt_cache_retention: { feature: "setting the prompt cache", harmless: isOneOf("in_memory") },
 };
 
+/** tool_choice that forces a call, and functions with strict: true, need structured output. Throws unsupported_parameter. */
+export function refuseUnbuiltTools({ tools, tool_choice }: Record<string, unknown>): void {
+  if (tool_choice === "required" || (typeof tool_choice === "object" && tool_choice !== null))
+    throw unsupported("tool_choice", "forcing a tool call");
+  if (!Array.isArray(tools)) return;
+  tools.forEach((tool: unknown, index) => {
+    if (typeof tool !== "object" || tool === null) return;
+    const { type, function: called } = tool as Record<string, unknown>;
+    if (typeof type === "string" && type !== "function")
+      throw unsupported(`tools[${index}].type`, `a tool of type ${JSON.stringify(type)}`);
+    if (typeof called === "object" && called !== null && "strict" in called && called.strict === true)
+      throw unsupported(`tools[${index}].function.strict`, "keeping arguments to their schema");
+  });
+}
+
 /**
  * Refuses by name what a message may hold in OpenAI's API but not here yet; the schema would only call it wrong.
  * Throws unsupported_parameter.
@@ -116,13 +163,11 @@ export function refuseUnbuiltMessages(messages: unknown): void {
   messages.forEach((message: unknown, index) => {
     if (typeof message !== "object" || message === null) return;
     const at = `messages[${index}]`;
-    const { role, content, tool_calls, function_call, name } = message as Record<string, unknown>;
-    if (role === "tool" || role === "function") throw unsupported(`${at}.role`, "tool calling");
-    if (Array.isArray(tool_calls) && tool_calls.length > 0)
-      throw unsupported(`${at}.tool_calls`, "tool calling");
+    const { role, content, function_call, name } = message as Record<string, unknown>;
+    if (role === "function") throw unsupported(`${at}.role`, "the old form of tool results");
     if (function_call !== undefined && function_call !== null)
-      throw unsupported(`${at}.function_call`, "tool calling");
-    if (name !== undefined) throw unsupported(`${at}.name`, "naming participants");
+      throw unsupported(`${at}.function_call`, "the old form of tool calls");
+    if (name !== undefined && role !== "tool") throw unsupported(`${at}.name`, "naming participants");
     if (!Array.isArray(content)) return;
     content.forEach((part: unknown, number) => {
       if (typeof part !== "object" || part === null || !("type" in part) || part.type === "text") return;

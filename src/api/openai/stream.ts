@@ -66,6 +66,18 @@ export class ChatChunks {
     return this.#delta(index, `{"content":${JSON.stringify(text)}}`, logprobs, null);
   }
 
+  /** A call of the choice's answer begins. */
+  toolCall(index: number, call: number, id: string, name: string): string {
+    const opening = { index: call, id, type: "function", function: { name, arguments: "" } };
+    return this.#delta(index, `{"tool_calls":[${JSON.stringify(opening)}]}`, undefined, null);
+  }
+
+  /** More of a call's arguments. */
+  toolArguments(index: number, call: number, json: string): string {
+    const more = `{"index":${call},"function":{"arguments":${JSON.stringify(json)}}}`;
+    return this.#delta(index, `{"tool_calls":[${more}]}`, undefined, null);
+  }
+
   finish(index: number, reason: string): string {
     return this.#delta(index, "{}", undefined, reason);
   }
