@@ -55,7 +55,7 @@ describe.each(goldenFolders("golden_edge.safetensors"))("$name", ({ dir }) => {
       expect(compared).toBe(places.size);
       expect(wrong).toEqual([]);
     },
-    60_000,
+    180_000,
   );
 });
 

@@ -13,6 +13,14 @@ const cases = goldenCases();
 test("the committed goldens are there", () => {
   const names = cases.map(({ name }) => name);
   for (const name of [
+    "formats-2bit",
+    "formats-3bit",
+    "formats-5bit",
+    "formats-f16-f32",
+    "formats-llama-biases",
+    "formats-mxfp4",
+    "formats-mxfp8",
+    "formats-nvfp4",
     "llama-4bit",
     "llama4text-bf16",
     "maverick-4bit",
