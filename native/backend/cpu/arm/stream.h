@@ -83,30 +83,33 @@ STREAM_INLINE void stream_scales(const uint8_t *const row[STREAM_ROWS], size_t g
 /* A group, or the two groups of 32 that a step of 6 bits has: dot[t][i] holds group i's integer dots with the four rows. `half`:
  * the second group is not there (and its bytes are not read). */
 STREAM_INLINE void stream_dots(const stream_rows *w, size_t index, bool half, int bits, int group, int tokens, const stream_act *a, int32x4_t dot[STREAM_TOKENS][2]) {
-    const int columns = bits == 6 ? 64 : 32, bytes = columns * bits / 8, steps = group <= columns ? 1 : group / columns;
+    const int columns = bits == 6 ? 64 : 32, bytes = columns * bits / 8, steps = group <= columns ? 1 : group / columns, pair = steps == 1 ? 1 : 2;
     int32x4_t acc[STREAM_TOKENS][STREAM_ROWS];
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < STREAM_ROWS; r++) acc[t][r] = vdupq_n_s32(0);
+#pragma GCC unroll 1 /* two steps are enough to hide the loop; more overflow the registers */
+    for (int from = 0; from < steps; from += 2) {
+#pragma GCC unroll 2
+        for (int j = 0; j < pair; j++) {
+            const size_t at = index * (size_t)steps + (size_t)(from + j);
 #pragma GCC unroll 4
-    for (int step = 0; step < steps; step++) {
-        const size_t at = index * (size_t)steps + (size_t)step;
+            for (int r = 0; r < STREAM_ROWS; r++) {
+                const uint8_t *p = w->code[r] + at * (size_t)bytes;
+                int8x16_t c[4];
+                if (half) {
+                    uint8_t first[48] = {0};
+                    memcpy(first, p, 24);
+                    stream_codes(first, bits, c);
+                } else {
+                    if (j == 0 || bytes == 48) __builtin_prefetch(p + w->ahead, 0, 2);
+                    stream_codes(p, bits, c);
+                }
 #pragma GCC unroll 4
-        for (int r = 0; r < STREAM_ROWS; r++) {
-            const uint8_t *p = w->code[r] + at * (size_t)bytes;
-            int8x16_t c[4];
-            if (half) {
-                uint8_t first[48] = {0};
-                memcpy(first, p, 24);
-                stream_codes(first, bits, c);
-            } else {
-                __builtin_prefetch(p + w->ahead, 0, 2);
-                stream_codes(p, bits, c);
+                for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < columns / 16; i++) acc[t][r] = stream_dot(acc[t][r], c[i], vld1q_s8(a[t].q + at * (size_t)columns + 16 * i));
             }
-#pragma GCC unroll 4
-            for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 4
-                for (int i = 0; i < columns / 16; i++) acc[t][r] = stream_dot(acc[t][r], c[i], vld1q_s8(a[t].q + at * (size_t)columns + 16 * i));
         }
     }
 #pragma GCC unroll 4
@@ -122,39 +125,47 @@ STREAM_INLINE void stream_dots(const stream_rows *w, size_t index, bool half, in
     }
 }
 
-/* `n` <= 4 groups from g on, a multiple of 4, for `tokens` activation rows. */
-STREAM_INLINE void stream_quad(const stream_rows *w, size_t g, size_t n, int bits, int group, int tokens, const stream_act *a, float32x4_t chain[STREAM_TOKENS][4]) {
-    const int together = bits == 6 && group == 32 ? 2 : 1;
-    float32x4_t sw[4], bw[4];
-    stream_scales(w->scale, g, w->scale_type, n, sw);
-    stream_scales(w->bias, g, w->scale_type, n, bw);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i += together) {
-        if ((size_t)i >= n) break;
-        int32x4_t dot[STREAM_TOKENS][2];
-        stream_dots(w, (g + (size_t)i) / (size_t)together, together == 2 && (size_t)i + 1 == n, bits, group, tokens, a, dot);
+/* Groups g+i, and g+i+1 where two come together (of `n` from g on), to their chains. */
+STREAM_INLINE void stream_group(const stream_rows *w, size_t g, int i, size_t n, int together, int bits, int group, int tokens, const stream_act *a, const float32x4_t *sw, const float32x4_t *bw, float32x4_t chain[4][STREAM_TOKENS]) {
+    int32x4_t dot[STREAM_TOKENS][2];
+    stream_dots(w, (g + (size_t)i) / (size_t)together, together == 2 && (size_t)i + 1 == n, bits, group, tokens, a, dot);
 #pragma GCC unroll 2
-        for (int j = 0; j < together; j++) {
-            if ((size_t)(i + j) >= n) break;
+    for (int j = 0; j < together; j++) {
+        if ((size_t)(i + j) >= n) break;
 #pragma GCC unroll 4
-            for (int t = 0; t < tokens; t++) {
-                const float32x4_t s = vmulq_n_f32(sw[i + j], a[t].scale[g + (size_t)(i + j)]), b = vmulq_n_f32(bw[i + j], a[t].sum[g + (size_t)(i + j)]);
-                chain[t][i + j] = vaddq_f32(chain[t][i + j], vfmaq_f32(b, s, vcvtq_f32_s32(dot[t][j])));
-            }
+        for (int t = 0; t < tokens; t++) {
+            const float32x4_t s = vmulq_n_f32(sw[i + j], a[t].scale[g + (size_t)(i + j)]), b = vmulq_n_f32(bw[i + j], a[t].sum[g + (size_t)(i + j)]);
+            chain[i + j][t] = vaddq_f32(chain[i + j][t], vfmaq_f32(b, s, vcvtq_f32_s32(dot[t][j])));
         }
     }
 }
 
+/* `n` <= 4 groups from g on, which is a multiple of 4, for `tokens` activation rows. Chains of one or two are registers. */
+STREAM_INLINE void stream_quad(const stream_rows *w, size_t g, size_t n, int bits, int group, int tokens, const stream_act *a, float32x4_t chain[4][STREAM_TOKENS]) {
+    const int together = bits == 6 && group == 32 ? 2 : 1;
+    float32x4_t sw[4], bw[4];
+    stream_scales(w->scale, g, w->scale_type, n, sw);
+    stream_scales(w->bias, g, w->scale_type, n, bw);
+    if (tokens <= 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i += together)
+            if ((size_t)i < n) stream_group(w, g, i, n, together, bits, group, tokens, a, sw, bw, chain);
+    } else {
+#pragma GCC unroll 1
+        for (int i = 0; (size_t)i < n; i += together) stream_group(w, g, i, n, together, bits, group, tokens, a, sw, bw, chain);
+    }
+}
+
 STREAM_INLINE void stream_multiply(const stream_rows *w, int bits, int group, int tokens, const stream_act *a, float32x4_t *result) {
-    float32x4_t chain[STREAM_TOKENS][4];
+    float32x4_t chain[4][STREAM_TOKENS];
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; t++)
-        for (int i = 0; i < 4; i++) chain[t][i] = vdupq_n_f32(0);
+        for (int i = 0; i < 4; i++) chain[i][t] = vdupq_n_f32(0);
     size_t g = 0;
     for (; g + 4 <= w->groups; g += 4) stream_quad(w, g, 4, bits, group, tokens, a, chain);
     if (g < w->groups) stream_quad(w, g, w->groups - g, bits, group, tokens, a, chain);
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; t++) result[t] = vaddq_f32(vaddq_f32(chain[t][0], chain[t][1]), vaddq_f32(chain[t][2], chain[t][3]));
+    for (int t = 0; t < tokens; t++) result[t] = vaddq_f32(vaddq_f32(chain[0][t], chain[1][t]), vaddq_f32(chain[2][t], chain[3][t]));
 }
 
 typedef void (*stream_kernel)(const stream_rows *w, const stream_act *a, float32x4_t *result);
