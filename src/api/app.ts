@@ -5,6 +5,8 @@ import { Hono } from "hono";
 import { PAGE_FILES } from "../dashboard/page.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { createLogger, type Logger } from "../log.ts";
+import { anthropicErrorBody } from "./anthropic/errors.ts";
+import { countTokensRoute, messagesRoute } from "./anthropic/messages.ts";
 import { keyCheck } from "./auth.ts";
 import { errorResponse } from "./error-response.ts";
 import { Lifecycle } from "./lifecycle.ts";
@@ -31,6 +33,13 @@ export interface AppOptions {
 /** The path that a supervisor asks without a key, also while the node is shutting down. */
 const HEALTH = "/health";
 
+const ANTHROPIC = "/v1/messages";
+
+/** Anthropic's clients read errors in a form of their own. */
+function isAnthropic(path: string): boolean {
+  return path === ANTHROPIC || path.startsWith(`${ANTHROPIC}/`);
+}
+
 const REQUEST_ID = /^[\w.:-]{1,128}$/;
 
 export function createApp(options: AppOptions): Hono<ApiEnv> {
@@ -50,6 +59,8 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, "/v1/models/:id{.+}", { GET: retrieveModelRoute(deps) });
   route(app, "/v1/chat/completions", { POST: chatRoute(deps) });
   route(app, "/v1/completions", { POST: completionsRoute(deps) });
+  route(app, ANTHROPIC, { POST: messagesRoute(deps) });
+  route(app, `${ANTHROPIC}/count_tokens`, { POST: countTokensRoute(deps) });
 
   app.notFound((context) =>
     errorResponse(
@@ -62,7 +73,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
     if (error.code === "internal_error")
       deps.log.error("request failed", { ...fields, stack: stackOf(thrown) });
     else if (error.status >= 500) deps.log.warn("request failed", fields);
-    return errorResponse(error);
+    return errorResponse(error, {}, isAnthropic(context.req.path) ? anthropicErrorBody : undefined);
   });
   return app;
 }
@@ -88,6 +99,7 @@ function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependenc
     context.set("requestId", id);
     await next();
     context.res.headers.set("x-request-id", id);
+    if (isAnthropic(context.req.path)) context.res.headers.set("request-id", id);
     log.info("request", {
       request: id,
       method: context.req.method,

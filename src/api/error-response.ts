@@ -39,14 +39,19 @@ export function errorBody(error: CaravanError): ErrorBody {
   };
 }
 
-export function errorResponse(thrown: unknown, headers: Record<string, string> = {}): Response {
+/** `bodyOf`: the form of the error; absent = OpenAI's. */
+export function errorResponse(
+  thrown: unknown,
+  headers: Record<string, string> = {},
+  bodyOf: (error: CaravanError) => object = errorBody,
+): Response {
   const error = asCaravanError(thrown);
   const extra: Record<string, string> = { ...headers };
   if (error.retryAfterSeconds !== undefined)
     extra["retry-after"] = String(Math.ceil(error.retryAfterSeconds));
   if (PERMANENT.has(error.code)) extra["x-should-retry"] = "false";
   if (error.status === 401) extra["www-authenticate"] = 'Bearer realm="caravan"';
-  return Response.json(errorBody(error), { status: error.status, headers: extra });
+  return Response.json(bodyOf(error), { status: error.status, headers: extra });
 }
 
 /** `data: {"error":…}`: what a stream ends with when it fails after its headers were sent. */

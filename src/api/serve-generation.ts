@@ -10,7 +10,7 @@ import type { Lifecycle } from "./lifecycle.ts";
 import type { LoadedModel, ModelDirectory } from "./model-directory.ts";
 import type { ApiContext } from "./routes.ts";
 import type { ApiSettings } from "./settings.ts";
-import { eventStream } from "./sse.ts";
+import { eventStream, type StreamWire } from "./sse.ts";
 
 /** What the routes are made with. */
 export interface ApiDependencies {
@@ -60,7 +60,7 @@ export function requireReady(model: LoadedModel): void {
 export async function serveGeneration(
   context: ApiContext,
   deps: ApiDependencies,
-  request: { model: string; stream: boolean },
+  request: { model: string; stream: boolean; wire?: StreamWire },
   prepare: (model: LoadedModel, signal: AbortSignal) => Promise<PreparedGeneration>,
 ): Promise<Response> {
   const { lifecycle, settings, log } = deps;
@@ -97,6 +97,7 @@ export async function serveGeneration(
     handedOver = true;
     return await eventStream({
       frames: prepared.frames(events),
+      wire: request.wire,
       keepAliveMs: settings.keepAliveMs,
       stallLimitMs: settings.stallLimitMs,
       cancel: ticket.cancel,

@@ -17,9 +17,19 @@ export function prefillFrame(done: number, total: number): string {
   return `: prefill ${done}/${total}\n\n`;
 }
 
+/** How an API family writes its stream, where that is not OpenAI's way. */
+export interface StreamWire {
+  contentType?: string;
+  /** What ends a stream that fails after its headers were sent. */
+  errorFrame: (error: CaravanError) => string;
+  /** Sent in silence; must mean nothing to the family's clients. */
+  keepAliveFrame?: string;
+}
+
 export interface EventStreamOptions {
   /** Whole frames, comments included. Its failure becomes an error frame and the end of the stream. */
   frames: AsyncIterator<string, void>;
+  wire?: StreamWire | undefined;
   keepAliveMs: number;
   /** How long a reader may take nothing although there is something for it. */
   stallLimitMs: number;
@@ -69,7 +79,7 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
           if ((controller.desiredSize ?? 0) > 0) {
             if (quietMs < keepAliveMs) return;
             lastWrite = performance.now();
-            controller.enqueue(encoder.encode(KEEP_ALIVE_FRAME));
+            controller.enqueue(encoder.encode(options.wire?.keepAliveFrame ?? KEEP_ALIVE_FRAME));
           } else if (quietMs >= stallLimitMs) {
             giveUp(stalled(stallLimitMs));
             controller.error(stalled(stallLimitMs));
@@ -92,7 +102,7 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
           if (over) return;
           const error = asCaravanError(thrown);
           close(error);
-          controller.enqueue(encoder.encode(errorFrame(error)));
+          controller.enqueue(encoder.encode((options.wire?.errorFrame ?? errorFrame)(error)));
           controller.close();
         }
       },
@@ -102,7 +112,7 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
   );
   return new Response(body, {
     headers: {
-      "content-type": "text/event-stream; charset=utf-8",
+      "content-type": options.wire?.contentType ?? "text/event-stream; charset=utf-8",
       "cache-control": "no-cache",
       // Proxies that buffer would hold tokens back.
       "x-accel-buffering": "no",

@@ -1,0 +1,67 @@
+// POST /v1/messages and /v1/messages/count_tokens.
+
+import { readJsonObject } from "../limits.ts";
+import type { LoadedModel } from "../model-directory.ts";
+import { parseParameters } from "../parameters.ts";
+import type { ApiContext } from "../routes.ts";
+import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
+import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
+import { toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
+import { anthropicErrorFrame } from "./errors.ts";
+import { promptOf } from "./prompt.ts";
+import { messageFrames, messageReply } from "./reply.ts";
+import {
+  countSchema,
+  MESSAGES_UNBUILT,
+  type MessagesRequest,
+  messagesSchema,
+  refuseUnbuilt,
+} from "./schema.ts";
+
+export function messagesRoute(deps: ApiDependencies) {
+  return async (context: ApiContext): Promise<Response> => {
+    const body = await readJsonObject(context.req.raw, deps.settings);
+    refuseUnbuilt(body);
+    const request = parseParameters(messagesSchema, MESSAGES_UNBUILT, body);
+    return serveGeneration(
+      context,
+      deps,
+      { model: request.model, stream: request.stream ?? false, wire: { errorFrame: anthropicErrorFrame } },
+      (model, signal) => prepare(request, model, signal),
+    );
+  };
+}
+
+async function prepare(
+  request: MessagesRequest,
+  model: LoadedModel,
+  signal: AbortSignal,
+): Promise<PreparedGeneration> {
+  const { temperature, top_p, top_k } = request;
+  const asked = Object.entries({ temperature, top_p, top_k }).filter(([, value]) => value !== undefined);
+  const { input, tools } = promptOf(request);
+  const { ids } = await model.text.renderChat(input, { signal });
+  const maxTokens = resolveMaxTokens(request.max_tokens, model, ids.length, { promptParam: "messages" });
+  const answers = { tools, parallel: request.tool_choice?.disable_parallel_tool_use !== true };
+  return {
+    plans: [
+      { promptIds: ids, maxTokens, sampling: resolveSampling(Object.fromEntries(asked), model.defaults) },
+    ],
+    options: { stop: request.stop_sequences ?? [], ...toolGenerationOptions(tools) },
+    frames: (events) => messageFrames(withToolCalls(events, answers), model, ids.length),
+    whole: (events) => messageReply(withToolCalls(events, answers), model),
+  };
+}
+
+/** Counts as the model's own template and tokenizer make it of the messages; loads the model if need be. */
+export function countTokensRoute({ models, settings }: ApiDependencies) {
+  return async (context: ApiContext): Promise<Response> => {
+    const body = await readJsonObject(context.req.raw, settings);
+    refuseUnbuilt(body);
+    const request = parseParameters(countSchema, MESSAGES_UNBUILT, body);
+    const { signal } = context.req.raw;
+    const model = await models.find(request.model, { signal });
+    const { ids } = await model.text.renderChat(promptOf(request).input, { signal });
+    return Response.json({ input_tokens: ids.length });
+  };
+}
