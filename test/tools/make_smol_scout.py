@@ -5,7 +5,8 @@ There is no small Llama 4. This makes one whose text is known: it says what Smol
 
 - Even layers stay dense. In odd layers the first half of the MLP's neurons becomes the shared expert. The second half
   becomes every routed expert, with its groups of 32 neurons in another order for each: the same function, different weights.
-- Router rows come in pairs +v, -v with a large norm, so the choice depends on the token while the score, sigmoid(large), is 1.
+- Router rows come in pairs +v, -v with a large norm, so the choice depends on the token while the score, sigmoid(large), is 1
+  (but for a rare token, on whose input all of a layer's rows happen to be nearly perpendicular).
 - RoPE on every layer, rows of q and k in interleaved order; no QK norm, no temperature tuning; chunks of 8192.
 
 A wrong router, expert index, stride, score or interleaving shows as garbage at once. When all is right the logits equal
