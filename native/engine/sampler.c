@@ -1,6 +1,7 @@
 /* sampler.c — see sampler.h. */
 #include "sampler.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -47,6 +48,9 @@ static void adjust(const uint8_t *step, const cv_step_row *r, const float *logit
         float *v = &x[h[i].token];
         if (h[i].in_context && r->repetition_penalty != 1) *v = *v < 0 ? *v * r->repetition_penalty : *v / r->repetition_penalty;
         if (h[i].in_output) *v -= r->presence_penalty + r->frequency_penalty * (float)h[i].in_output;
+        /* A tiny repetition penalty leaves float32's range: the token stays the most (or least) probable, and the step of
+         * everybody else does not fail. */
+        if (*v > FLT_MAX) *v = FLT_MAX;
     }
 }
 
@@ -195,7 +199,8 @@ int cv_sample(const void *base, const cv_step_row *r, const float *logits, size_
     }
     if (broken) return cv_fail(err, CV_E_STEP, "the logits are not numbers: the weights are damaged or overflow");
     if (!isfinite(x[best])) return cv_fail(err, CV_E_STEP, "no token may be chosen: all are masked or banned");
-    out->token = r->temperature > 0 ? sample(step, r, x, vocab, x[best], position, s) : (uint32_t)best;
+    /* The inverse of a denormal temperature is infinite, and 0 * infinity no weight: such a temperature is greedy. */
+    out->token = r->temperature >= FLT_MIN ? sample(step, r, x, vocab, x[best], position, s) : (uint32_t)best;
     out->n_top = 0;
     out->logprob = 0;
     if (r->n_top_logprobs || (r->flags & CV_ROW_LOGPROB)) {

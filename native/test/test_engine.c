@@ -130,6 +130,35 @@ static void test_sampling(cv_checks *c, const uint32_t *tokens) {
     }
     cv_check(c, cells > 3 && chi < 2.0 * cells + 20, "chi square %g over %d cells", chi, cells);
     cv_end_case(c);
+    cv_case(c, "temperatures down to the smallest float choose the most probable token");
+    static const float tiny[] = {1e-37f, 1.2e-38f, 1e-39f, 1e-40f, 1e-45f};
+    for (size_t i = 0; e && i < sizeof tiny / sizeof tiny[0]; i++) {
+        tm_row warm = {.first = 0, .tokens = tokens + 1, .n = 3, .seq = 1, .flags = CV_ROW_SAMPLE, .temperature = 2, .seed = 100 + i};
+        tm_row cold = {.first = 0, .tokens = tokens, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE | CV_ROW_RETURN_LOGITS, .temperature = tiny[i], .seed = i};
+        int code = run(e, tm_step(step, &warm, 1, NULL, 0), err); /* leaves other candidates in the scratch */
+        if (!code) code = run(e, tm_step(step, &cold, 1, NULL, 0), err);
+        if (!cv_check(c, !code, "%d %s", code, err)) break;
+        uint32_t best = 0;
+        for (uint32_t t = 1; t < TM_VOCAB; t++)
+            if (logits_of(0)[t] > logits_of(0)[best]) best = t;
+        cv_check(c, row(0)->token == best, "temperature %g gave %u, the best is %u", (double)tiny[i], row(0)->token, best);
+    }
+    cv_end_case(c);
+    cv_case(c, "a tiny repetition penalty does not fail the step");
+    if (e) {
+        tm_row rows[2] = {{.first = 0, .tokens = tokens, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE | CV_ROW_RETURN_LOGITS | CV_ROW_LOGPROB}, {.first = 0, .tokens = tokens, .n = 1, .seq = 1, .flags = CV_ROW_SAMPLE}};
+        size_t size = tm_step(step, rows, 2, NULL, 0), at = size;
+        cv_step *head = (cv_step *)(void *)step;
+        cv_step_row *r = (cv_step_row *)(void *)(step + sizeof(cv_step));
+        for (uint32_t t = 0; t < TM_VOCAB; t++) *(cv_step_history *)(void *)(step + at + t * sizeof(cv_step_history)) = (cv_step_history){.token = t, .in_context = 1};
+        r[0].history_offset = at;
+        r[0].n_history = TM_VOCAB;
+        r[0].repetition_penalty = 1e-40f;
+        head->total_size = (at + TM_VOCAB * sizeof(cv_step_history) + 7) & ~(size_t)7;
+        int code = run(e, head->total_size, err);
+        cv_check(c, !code && row(0)->token < TM_VOCAB && row(1)->token < TM_VOCAB && row(0)->logprob <= 0 && row(0)->logprob > -10, "%d %s", code, code ? err : "tokens or logprob out of range");
+    }
+    cv_end_case(c);
     cv_case(c, "a step may use the token that the step before it sampled");
     if (e) {
         uint32_t last = CV_TOKEN_LAST;

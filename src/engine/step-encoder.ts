@@ -10,6 +10,8 @@ const FLAG_RETURN_LOGITS = 2;
 const FLAG_LOGPROB = 4;
 const POOL = { full: 0, chunked: 1 } as const;
 const FIRST_CAPACITY = 1 << 14;
+/** The engine refuses a repetition penalty of 0, and with it the steps of everybody: what float32 would round to 0. */
+const SMALLEST_PENALTY = 2 ** -126;
 
 export class StepEncoder {
   #bytes = new Uint8Array(FIRST_CAPACITY);
@@ -76,7 +78,9 @@ export class StepEncoder {
     this.#f32(at + STEP_ROW.min_p, sampling.min_p);
     this.#f32(at + STEP_ROW.xtc_probability, sampling.xtc_probability);
     this.#f32(at + STEP_ROW.xtc_threshold, sampling.xtc_threshold);
-    this.#f32(at + STEP_ROW.repetition_penalty, sampling.repetition_penalty);
+    const { repetition_penalty: penalty } = sampling;
+    const vanishes = penalty > 0 && Math.fround(penalty) === 0;
+    this.#f32(at + STEP_ROW.repetition_penalty, vanishes ? SMALLEST_PENALTY : penalty);
     this.#f32(at + STEP_ROW.presence_penalty, sampling.presence_penalty);
     this.#f32(at + STEP_ROW.frequency_penalty, sampling.frequency_penalty);
     this.#u32(at + STEP_ROW.top_k, sampling.top_k);

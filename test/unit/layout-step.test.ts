@@ -129,6 +129,30 @@ function decode(bytes: Uint8Array): Step {
 }
 
 describe("a step", () => {
+  test("has no repetition penalty of 0, which the engine refuses, however small the request's is", () => {
+    for (const penalty of [Number.MIN_VALUE, 1e-60, 1e-46]) {
+      const one: StepRow = {
+        slot: 0,
+        firstPosition: 0,
+        tokens: Uint32Array.of(1),
+        fullPages: Uint32Array.of(0),
+        chunkPages: new Uint32Array(),
+        chunkBase: 0,
+        logits: "last",
+        sample: true,
+        returnLogits: false,
+        logprob: false,
+        topLogprobs: 0,
+        sampling: { ...GREEDY, repetition_penalty: penalty },
+        bias: [],
+        history: new Uint32Array(),
+        xtcKeep: new Uint32Array(),
+      };
+      const written = decode(new StepEncoder().encode({ rows: [one], copies: [] }));
+      expect(written.rows[0]?.sampling.repetition_penalty).toBeGreaterThan(0);
+    }
+  });
+
   test("is read back as it was, whatever the buffer held before", () => {
     const encoder = new StepEncoder();
     fc.assert(
