@@ -94,13 +94,16 @@ export function resolveMaxTokens(
   return Math.min(limit, room);
 }
 
+/** JSON's 1e999 is Infinity, which no line to the runner can hold. */
+const finite = v.pipe(v.number(), v.finite());
+
 const generationConfigSchema = v.looseObject({
   do_sample: v.nullish(v.boolean()),
-  temperature: v.nullish(v.pipe(v.number(), v.minValue(0))),
+  temperature: v.nullish(v.pipe(finite, v.minValue(0))),
   top_p: v.nullish(v.pipe(v.number(), v.minValue(0), v.maxValue(1))),
   top_k: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(0))),
   min_p: v.nullish(v.pipe(v.number(), v.minValue(0), v.maxValue(1))),
-  repetition_penalty: v.nullish(v.pipe(v.number(), v.gtValue(0))),
+  repetition_penalty: v.nullish(v.pipe(finite, v.gtValue(0))),
   max_new_tokens: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(1))),
 });
 

@@ -12,7 +12,7 @@ import {
   unsignedSeed,
 } from "../../src/api/sampling-defaults.ts";
 import { CaravanError } from "../../src/errors.ts";
-import { BEGIN, bytesOf, END, HEADER } from "../tools/byte-text.ts";
+import { BEGIN, bytesOf, END, HEADER, VOCABULARY } from "../tools/byte-text.ts";
 import { MODEL, sayScript, scriptedModels } from "../tools/scripted-models.ts";
 
 const messages = [{ role: "user", content: "Hi" }];
@@ -170,6 +170,21 @@ describe("what is wrong", () => {
       const [status, , at] = await refusal(await setup().completion(body));
       expect([status, String(at).split(/[.[]/)[0]]).toEqual([400, param]);
     }
+  });
+
+  test("a logit_bias that leaves no token to choose is refused, in both routes", async () => {
+    const ban = (from: number) =>
+      Object.fromEntries(Array.from({ length: VOCABULARY - from }, (_, i) => [String(from + i), -100]));
+    const { chat, completion } = setup();
+    const no: [number, string, string] = [400, "invalid_argument", "logit_bias"];
+    expect(await refusal(await chat({ logit_bias: ban(0) }))).toEqual(no);
+    expect(await refusal(await completion({ logit_bias: ban(0) }))).toEqual(no);
+    expect((await chat({ logit_bias: ban(1) })).status).toBe(200);
+    // Two spellings of one id are one token.
+    expect((await chat({ logit_bias: { ...ban(1), "01": -100 } })).status).toBe(200);
+    const { [String(END)]: _, ...allButTheEnd } = ban(0);
+    expect((await chat({ logit_bias: allButTheEnd })).status).toBe(200);
+    expect(await refusal(await chat({ logit_bias: allButTheEnd, ignore_eos: true }))).toEqual(no);
   });
 
   test("the prompt and max_tokens must fit the context", async () => {
@@ -330,5 +345,7 @@ describe("defaults", () => {
     });
     expect(read({ temperature: null })).toEqual({});
     expect(() => read({ top_p: 7 })).toThrow("top_p");
+    expect(() => read(JSON.parse('{"temperature":1e999}'))).toThrow("temperature");
+    expect(() => read(JSON.parse('{"repetition_penalty":1e999}'))).toThrow("repetition_penalty");
   });
 });

@@ -15,7 +15,7 @@ import {
 } from "../tool-answers.ts";
 import { chatLogprobs, type ShownToken } from "./logprobs.ts";
 import { offeredTools, toChatMessages } from "./messages.ts";
-import { checkTogether, checkTokenIds, invalid } from "./request-checks.ts";
+import { checkBias, checkTogether, invalid } from "./request-checks.ts";
 import {
   CHAT_UNBUILT,
   type ChatRequest,
@@ -57,11 +57,7 @@ async function prepareChat(
   signal: AbortSignal,
 ): Promise<PreparedGeneration> {
   const sampling = resolveSampling(samplingOf(request), model.defaults);
-  checkTokenIds(
-    sampling.logit_bias.map(([id]) => id),
-    model,
-    "logit_bias",
-  );
+  checkBias(sampling.logit_bias, model, request.ignore_eos ?? false);
   const tools = offeredTools(request);
   if (tools.length > 0 && request.logprobs) throw unsupported("logprobs", "log-probabilities beside tools");
   const answers: ToolAnswerOptions = { tools, parallel: request.parallel_tool_calls ?? true };

@@ -17,7 +17,7 @@ import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "
 import { prefillFrame } from "../sse.ts";
 import { type EchoedPrompt, echoPrompt, type ReplyEvent, replyEvents } from "./echo.ts";
 import { completionLogprobs, type ShownToken } from "./logprobs.ts";
-import { checkTogether, checkTokenIds, invalid } from "./request-checks.ts";
+import { checkBias, checkTogether, checkTokenIds, invalid } from "./request-checks.ts";
 import {
   COMPLETION_UNBUILT,
   type CompletionRequest,
@@ -72,7 +72,11 @@ function promptsOf(prompt: CompletionRequest["prompt"]): Prompt[] {
 }
 
 /** Control tokens may be written by name: a raw prompt is where a client applies a template of its own. */
-async function encodePrompt(prompt: Prompt, model: LoadedModel, signal: AbortSignal): Promise<number[]> {
+export async function encodePrompt(
+  prompt: Prompt,
+  model: LoadedModel,
+  signal: AbortSignal,
+): Promise<number[]> {
   if (typeof prompt !== "string") {
     checkTokenIds(prompt, model, "prompt");
     return prompt;
@@ -91,11 +95,7 @@ async function prepareCompletion(
   signal: AbortSignal,
 ): Promise<PreparedGeneration> {
   const sampling = resolveSampling(samplingOf(request), model.defaults);
-  checkTokenIds(
-    sampling.logit_bias.map(([id]) => id),
-    model,
-    "logit_bias",
-  );
+  checkBias(sampling.logit_bias, model, request.ignore_eos ?? false);
   const n = request.n ?? 1;
   const scoring = request.max_tokens === 0;
   const plans: PreparedGeneration["plans"] = [];

@@ -1,5 +1,6 @@
 // Checks that both OpenAI routes make beyond the schema: parameters that only make sense together, and with the model.
 
+import type { Sampling } from "../../engine/protocol.ts";
 import { CaravanError } from "../../errors.ts";
 import type { LoadedModel } from "../model-directory.ts";
 import type { ChatRequest, CompletionRequest } from "./schema.ts";
@@ -20,4 +21,22 @@ export function checkTokenIds(ids: readonly number[], model: LoadedModel, param:
   const wrong = ids.find((id) => id >= model.vocabSize);
   if (wrong === undefined) return;
   throw invalid(param, `${wrong} is no token of ${model.id}, whose vocabulary has ${model.vocabSize}.`);
+}
+
+/**
+ * The biases must name tokens of the model and leave at least one that may be chosen: the engine has nothing to choose
+ * from otherwise, which fails the step that other requests share. Throws invalid_argument.
+ */
+export function checkBias(bias: Sampling["logit_bias"], model: LoadedModel, ignoreEos: boolean): void {
+  checkTokenIds(
+    bias.map(([id]) => id),
+    model,
+    "logit_bias",
+  );
+  // Ids may repeat ("7" and "07"), so the list is no shorter than the set of what it bans.
+  if (bias.length + model.eosIds.length < model.vocabSize) return;
+  const banned = new Set(bias.filter(([, value]) => value <= -100).map(([id]) => id));
+  if (ignoreEos) for (const id of model.eosIds) banned.add(id);
+  if (banned.size < model.vocabSize) return;
+  throw invalid("logit_bias", `it bans every token of ${model.id}.`);
 }
