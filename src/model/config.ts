@@ -59,16 +59,17 @@ export interface ModelConfig {
   dtype: "bfloat16" | "float16" | "float32";
 }
 
-const ARCHITECTURES: Record<string, "llama" | "llama4"> = {
-  LlamaForCausalLM: "llama",
-  Llama4ForCausalLM: "llama4",
-  Llama4ForConditionalGeneration: "llama4",
-};
-const MODEL_TYPES: Record<string, "llama" | "llama4"> = {
-  llama: "llama",
-  llama4: "llama4",
-  llama4_text: "llama4",
-};
+// Maps: a file may name `constructor`, which every object has.
+const ARCHITECTURES: ReadonlyMap<string, "llama" | "llama4"> = new Map([
+  ["LlamaForCausalLM", "llama"],
+  ["Llama4ForCausalLM", "llama4"],
+  ["Llama4ForConditionalGeneration", "llama4"],
+]);
+const MODEL_TYPES: ReadonlyMap<string, "llama" | "llama4"> = new Map([
+  ["llama", "llama"],
+  ["llama4", "llama4"],
+  ["llama4_text", "llama4"],
+]);
 
 const count = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(most));
 const positive = v.pipe(v.number(), v.finite(), v.gtValue(0));
@@ -314,13 +315,13 @@ function unsupported(where: string, key: string, value: unknown, supported: stri
 
 function architectureOf(config: v.InferOutput<typeof Config>, where: string): "llama" | "llama4" {
   const named = config.architectures?.[0];
-  const found = named === undefined ? MODEL_TYPES[config.model_type ?? ""] : ARCHITECTURES[named];
+  const found = named === undefined ? MODEL_TYPES.get(config.model_type ?? "") : ARCHITECTURES.get(named);
   if (found !== undefined) return found;
   throw unsupported(
     where,
     named === undefined ? "model_type" : "architectures",
     named ?? config.model_type,
-    Object.keys(ARCHITECTURES).join(", "),
+    [...ARCHITECTURES.keys()].join(", "),
   );
 }
 

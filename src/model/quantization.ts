@@ -77,7 +77,7 @@ function entryOf(config: Record<string, unknown> | undefined, path: string): unk
 /** An entry stands alone: what it leaves out has the default, not the value at the top of the object. */
 function explicit(entry: Record<string, unknown>, shapes: QuantizedShapes, where: string): Quantization {
   const mode = entry.mode ?? "affine";
-  const fp = typeof mode === "string" ? FP_MODES[mode] : undefined;
+  const fp = typeof mode === "string" && Object.hasOwn(FP_MODES, mode) ? FP_MODES[mode] : undefined;
   if (fp !== undefined) return fp;
   const bits = entry.bits ?? (32 * shapes.words) / shapes.cols;
   const group = entry.group_size ?? shapes.cols / shapes.scales;

@@ -231,6 +231,18 @@ describe("rotation frequencies", () => {
 describe("what cannot be run is refused with file, key and what can", () => {
   const cases: [string, () => unknown, string, RegExp][] = [
     [
+      "an architecture that every object has a property of",
+      () => llama({ architectures: ["constructor"] }),
+      "unsupported_model",
+      /architectures: "constructor"/,
+    ],
+    [
+      "a model_type that every object has a property of",
+      () => llama({ architectures: undefined, model_type: "toString" }),
+      "unsupported_model",
+      /model_type: "toString"/,
+    ],
+    [
       "an unknown architecture",
       () => llama({ architectures: ["Qwen3ForCausalLM"] }),
       "unsupported_model",
