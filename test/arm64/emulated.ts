@@ -21,16 +21,24 @@ beforeAll(() => {
 });
 afterAll(() => place.remove());
 
-async function run(program: string, args: readonly string[], env: Record<string, string>): Promise<void> {
+/** What a command that must succeed writes to stdout. */
+async function run(program: string, args: readonly string[], env: Record<string, string>): Promise<string> {
   const child = Bun.spawn([program, ...args], {
     cwd: place.cwd,
     env: { ...place.env, ...env },
-    stdout: "ignore",
+    stdout: "pipe",
     stderr: "pipe",
   });
-  const [err, code] = await Promise.all([child.stderr.text(), child.exited]);
+  const [out, err, code] = await Promise.all([child.stdout.text(), child.stderr.text(), child.exited]);
   expect({ code, err: code === 0 ? "" : err }).toEqual({ code: 0, err: "" });
+  return out;
 }
+
+test("says the version of this machine's executable", async () => {
+  const own = await run(PROGRAM, ["--version"], {});
+  expect(own).toMatch(/\d+\.\d+\.\d+/);
+  expect(await run(ARM64, ["--version"], {})).toBe(own);
+});
 
 interface Variant {
   compute: "exact" | "fast";

@@ -1,5 +1,6 @@
 # tools.sh — sourced by run.sh: finds or fetches what cross-building and emulating arm64 takes, into .tools/arm64 alone.
-# Sets CLANG, EMULATOR, SYSROOT and BUN_ARM64. Without one of them it says why and ends the script as skipped.
+# Sets CLANG, EMULATOR, SYSROOT and BUN_ARM64; without one of them it says why and ends the script as skipped. Sets GCC to a
+# gcc for arm64, empty where there is none.
 
 tools=$PWD/.tools/arm64
 mkdir -p "$tools"
@@ -26,9 +27,7 @@ fetch_deb() {
   local apt=(-qq -o Dir::State::Lists="$tools/apt/lists" -o Dir::Cache="$tools/apt/cache" -o APT::Sandbox::User=)
   mkdir -p "$tools/apt/lists/partial" "$tools/apt/cache/archives/partial" "$tools/root"
   rm -f "$tools"/apt/*.deb
-  if [ ! -e "$tools/apt/updated" ]; then
-    apt-get "${apt[@]}" update >"$tools/apt.log" 2>&1 && touch "$tools/apt/updated" || return 1
-  fi
+  apt-get "${apt[@]}" update >"$tools/apt.log" 2>&1 || return 1
   (cd "$tools/apt" && apt-get "${apt[@]}" download "$1") >"$tools/apt.log" 2>&1 && dpkg-deb -x "$tools"/apt/*.deb "$tools/root" && rm -f "$tools"/apt/*.deb
 }
 
@@ -52,6 +51,8 @@ find_sysroot() {
 }
 find_sysroot || { fetch_deb libc6-arm64-cross && find_sysroot; } ||
   skip "no arm64 C library: apt-get cannot download libc6-arm64-cross"
+
+GCC=$(command -v aarch64-linux-gnu-gcc)
 
 # Bun for arm64, of the version that builds
 bun_version=$("$BUN" --version)
