@@ -11,6 +11,9 @@ import { keyCheck } from "./auth.ts";
 import { errorResponse } from "./error-response.ts";
 import { Lifecycle } from "./lifecycle.ts";
 import type { ModelDirectory } from "./model-directory.ts";
+import { ollamaChatRoute, ollamaGenerateRoute } from "./ollama/generate.ts";
+import { psRoute, showRoute, tagsRoute, versionRoute } from "./ollama/models.ts";
+import { ollamaErrorBody } from "./ollama/reply.ts";
 import { chatRoute } from "./openai/chat.ts";
 import { completionsRoute } from "./openai/completions.ts";
 import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
@@ -40,6 +43,12 @@ function isAnthropic(path: string): boolean {
   return path === ANTHROPIC || path.startsWith(`${ANTHROPIC}/`);
 }
 
+/** Where the error bodies of a path are not OpenAI's. */
+function errorBodyOf(path: string): ((error: CaravanError) => object) | undefined {
+  if (isAnthropic(path)) return anthropicErrorBody;
+  return path.startsWith("/api/") ? ollamaErrorBody : undefined;
+}
+
 const REQUEST_ID = /^[\w.:-]{1,128}$/;
 
 export function createApp(options: AppOptions): Hono<ApiEnv> {
@@ -61,6 +70,12 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, "/v1/completions", { POST: completionsRoute(deps) });
   route(app, ANTHROPIC, { POST: messagesRoute(deps) });
   route(app, `${ANTHROPIC}/count_tokens`, { POST: countTokensRoute(deps) });
+  route(app, "/api/chat", { POST: ollamaChatRoute(deps) });
+  route(app, "/api/generate", { POST: ollamaGenerateRoute(deps) });
+  route(app, "/api/tags", { GET: tagsRoute(deps) });
+  route(app, "/api/ps", { GET: psRoute(deps) });
+  route(app, "/api/show", { POST: showRoute(deps) });
+  route(app, "/api/version", { GET: versionRoute() });
 
   app.notFound((context) =>
     errorResponse(
@@ -73,7 +88,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
     if (error.code === "internal_error")
       deps.log.error("request failed", { ...fields, stack: stackOf(thrown) });
     else if (error.status >= 500) deps.log.warn("request failed", fields);
-    return errorResponse(error, {}, isAnthropic(context.req.path) ? anthropicErrorBody : undefined);
+    return errorResponse(error, {}, errorBodyOf(context.req.path));
   });
   return app;
 }
