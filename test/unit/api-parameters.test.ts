@@ -12,7 +12,7 @@ import {
   unsignedSeed,
 } from "../../src/api/sampling-defaults.ts";
 import { CaravanError } from "../../src/errors.ts";
-import { BEGIN, bytesOf, END, HEADER, VOCABULARY } from "../tools/byte-text.ts";
+import { BEGIN, bytesOf, byteText, END, HEADER, VOCABULARY } from "../tools/byte-text.ts";
 import { MODEL, sayScript, scriptedModels } from "../tools/scripted-models.ts";
 
 const messages = [{ role: "user", content: "Hi" }];
@@ -185,6 +185,26 @@ describe("what is wrong", () => {
     const { [String(END)]: _, ...allButTheEnd } = ban(0);
     expect((await chat({ logit_bias: allButTheEnd })).status).toBe(200);
     expect(await refusal(await chat({ logit_bias: allButTheEnd, ignore_eos: true }))).toEqual(no);
+  });
+
+  test("more messages than the context has tokens are refused before the template sees them", async () => {
+    let rendered = 0;
+    const models = scriptedModels(sayScript("hello"), {
+      text: {
+        ...byteText,
+        renderChat: (input, options) => {
+          rendered += 1;
+          return byteText.renderChat(input, options);
+        },
+      },
+    });
+    const reply = await createApp({ models }).request("/v1/chat/completions", {
+      method: "POST",
+      body: JSON.stringify({ model: MODEL, messages: Array(4096).fill({ role: "user", content: "x" }) }),
+      headers: { "content-type": "application/json" },
+    });
+    expect(await refusal(reply)).toEqual([400, "context_length_exceeded", "messages"]);
+    expect(rendered).toBe(0);
   });
 
   test("the prompt and max_tokens must fit the context", async () => {

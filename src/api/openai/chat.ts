@@ -15,7 +15,7 @@ import {
 } from "../tool-answers.ts";
 import { chatLogprobs, type ShownToken } from "./logprobs.ts";
 import { offeredTools, toChatMessages } from "./messages.ts";
-import { checkBias, checkTogether, invalid } from "./request-checks.ts";
+import { checkBias, checkMessageCount, checkTogether, invalid } from "./request-checks.ts";
 import {
   CHAT_UNBUILT,
   type ChatRequest,
@@ -60,6 +60,7 @@ async function prepareChat(
   checkBias(sampling.logit_bias, model, request.ignore_eos ?? false);
   const tools = offeredTools(request);
   if (tools.length > 0 && request.logprobs) throw unsupported("logprobs", "log-probabilities beside tools");
+  checkMessageCount(request, model);
   const answers: ToolAnswerOptions = { tools, parallel: request.parallel_tool_calls ?? true };
   const prompt = await model.text.renderChat(
     {
