@@ -17,6 +17,7 @@ import { ollamaErrorBody } from "./ollama/reply.ts";
 import { chatRoute } from "./openai/chat.ts";
 import { completionsRoute } from "./openai/completions.ts";
 import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
+import { responsesRoute } from "./openai/responses.ts";
 import { healthRoute } from "./ops/health.ts";
 import { readyRoute } from "./ops/ready.ts";
 import { corsHeaders, hostCheck, originCheck, preflightHeaders } from "./origin.ts";
@@ -68,6 +69,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, "/v1/models/:id{.+}", { GET: retrieveModelRoute(deps) });
   route(app, "/v1/chat/completions", { POST: chatRoute(deps) });
   route(app, "/v1/completions", { POST: completionsRoute(deps) });
+  route(app, "/v1/responses", { POST: responsesRoute(deps) });
   route(app, ANTHROPIC, { POST: messagesRoute(deps) });
   route(app, `${ANTHROPIC}/count_tokens`, { POST: countTokensRoute(deps) });
   route(app, "/api/chat", { POST: ollamaChatRoute(deps) });

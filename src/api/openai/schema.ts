@@ -55,8 +55,8 @@ const textContent = v.union([v.string(), v.pipe(v.array(textPart), v.minLength(1
 const nothing = v.nullish(v.union([v.null(), v.pipe(v.array(v.unknown()), v.length(0))]));
 
 /** openai-node refuses call indexes from 128 on. */
-const MAX_TOOLS = 128;
-const functionName = v.pipe(
+export const MAX_TOOLS = 128;
+export const functionName = v.pipe(
   v.string(),
   v.regex(/^[\w.-]{1,64}$/, "Names are 1 to 64 letters, digits, _, - or ."),
 );
