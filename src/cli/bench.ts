@@ -58,6 +58,13 @@ function show(report: BenchReport): string {
     lines.push(
       `known prompt of ${p.prompt_tokens} tokens (${p.cached_tokens} cached): first token after ${spread(p.cached_ttft_ms)} ms instead of ${spread(p.ttft_ms)}; a step takes ${p.step_ms.median} ms`,
     );
+  const b = report.beside;
+  if (b !== undefined) {
+    const times = (after: number, before: number): string => `${after} ms (${(after / before).toFixed(2)} ×)`;
+    lines.push(
+      `a prompt of ${b.prompt_tokens} tokens beside ${b.streams} streams: between their tokens p50 ${times(b.itl_beside_ms.p50, b.itl_ms.p50)}, p95 ${times(b.itl_beside_ms.p95, b.itl_ms.p95)}; its first token after ${times(b.ttft_beside_ms, b.ttft_alone_ms)}`,
+    );
+  }
   if (memory !== undefined) {
     const { planned, engine } = memory;
     const pair = (part: keyof typeof planned): string =>
@@ -71,7 +78,7 @@ function show(report: BenchReport): string {
 /** The fixed form that other programs read, unless more was asked for. */
 function printed(report: BenchReport, full: boolean): BenchReport {
   if (full) return report;
-  const { machine: _, memory: __, prefix: ___, ...fixed } = report;
+  const { machine: _, memory: __, prefix: ___, beside: ____, ...fixed } = report;
   return fixed;
 }
 
@@ -90,6 +97,7 @@ export const bench: Command = {
     json: { help: "print one JSON object" },
     full: { help: "with --json: also the machine's ceilings and memory against the plan" },
     "prefix-cache": { value: "on|off", help: "off: do not measure prompts with a known prefix" },
+    beside: { value: "N", help: "also a prompt of N tokens that comes while the most streams run" },
     compare: {
       value: "FILE",
       help: "an earlier --json output: exit code 1 where a figure is worse beyond the spreads",
@@ -121,6 +129,7 @@ length and answering by context.`,
     const compare = args.text("compare");
     const earlier = compare === undefined ? undefined : readJsonFile(compare, EarlierReportSchema);
     const prefixes = args.choice("prefix-cache", ["on", "off"]);
+    const beside = args.integer("beside", 1, 1 << 24);
     const page = args.text("report");
     const json = args.flag("json");
     const more = !json || args.flag("full") || page !== undefined;
@@ -139,6 +148,7 @@ length and answering by context.`,
         ...(scheduling === undefined ? {} : { scheduling }),
         ceiling: more,
         memory: more,
+        ...(beside === undefined ? {} : { beside }),
         prefix: more && prefixes !== "off",
         onProgress: (done, total, detail) => progress.show("bench", done / total, detail),
       });

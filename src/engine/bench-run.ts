@@ -5,6 +5,7 @@
 import { cpus } from "node:os";
 import { readModelConfig } from "../model/config.ts";
 import { multiplyAddsOfPromptToken, weightBytesOfStep } from "../model/token-work.ts";
+import { type BesideOptions, type BesideResult, besideContext, measureBeside } from "./bench-beside.ts";
 import { measurePrefix, type PrefixResult } from "./bench-prefix.ts";
 import { quantile, round, type Spread, spread } from "./bench-statistics.ts";
 import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
@@ -34,6 +35,8 @@ export interface BenchOptions {
   memory?: boolean;
   /** Also measure prompts whose prefix is in the cache. */
   prefix?: boolean;
+  /** Length of a prompt to measure beside the most streams. */
+  beside?: number;
   onProgress?: (done: number, total: number, detail: string) => void;
 }
 
@@ -65,6 +68,8 @@ export interface BenchReport {
   memory?: BenchMemory;
   /** First tokens with the prompt's prefix in the cache, one for each length of prompt, where asked for. */
   prefix?: PrefixResult[];
+  /** A long prompt beside the most streams, where asked for. */
+  beside?: BesideResult;
 }
 
 export interface MachineCeiling {
@@ -100,11 +105,12 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
     Math.min(longest + HEAD_START, readModelConfig(options.modelDir).contextLength),
   );
   const { device, compute, threads, cpu } = options;
+  const beside = besideOf(options);
   const model = await loadModel({
     model: options.model,
     modelDir: options.modelDir,
-    context,
-    streams: Math.max(...options.streams),
+    context: Math.max(context, beside === undefined ? 0 : besideContext(beside)),
+    streams: Math.max(...options.streams) + (beside === undefined ? 0 : 1),
     ...(device === undefined ? {} : { device }),
     ...(compute === undefined ? {} : { compute }),
     ...(threads === undefined ? {} : { threads }),
@@ -124,6 +130,9 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
         ? {}
         : { machine: machineOf(model, results, ceilings, measureCeilings(model)) }),
       ...(options.prefix ? { prefix: await measurePrefixes(model, options) } : {}),
+      ...(beside === undefined
+        ? {}
+        : { beside: await measureBeside(model, beside, randomFor(model, options)) }),
       ...(options.memory ? { memory: memoryOf(model) } : {}),
     };
   } finally {
@@ -161,13 +170,27 @@ async function measureAll(model: LoadedEngine, options: BenchOptions): Promise<B
 }
 
 async function measurePrefixes(model: LoadedEngine, options: BenchOptions): Promise<PrefixResult[]> {
-  const random = new RandomTokens((options.seed ?? 1) + 1, model.limits.vocab, model.stopTokens);
+  const random = randomFor(model, options);
   const list: PrefixResult[] = [];
   for (const [i, length] of options.promptTokens.entries()) {
     options.onProgress?.(i, options.promptTokens.length, `${length} tokens of a known prompt`);
     list.push(await measurePrefix(model, length, options.repeat, random));
   }
   return list;
+}
+
+/** Other tokens than those of the trials. */
+function randomFor(model: LoadedEngine, options: BenchOptions): RandomTokens {
+  return new RandomTokens((options.seed ?? 1) + 1, model.limits.vocab, model.stopTokens);
+}
+
+function besideOf({ beside, streams, promptTokens }: BenchOptions): BesideOptions | undefined {
+  if (beside === undefined) return undefined;
+  return {
+    streams: Math.max(...streams),
+    streamPromptTokens: Math.min(...promptTokens),
+    promptTokens: beside,
+  };
 }
 
 interface Ceilings {

@@ -29,8 +29,8 @@ export interface SchedulerOptions {
   mode: "sequential" | "batched";
   /** Requests that may wait beside those that run; more are refused with queue_full. */
   maxWaiting: number;
-  /** Wanted upper bound of a step's time while streams are running. */
-  stepTargetMs?: number;
+  /** How much longer a step with prompts may take than the running streams alone; default 1.85. */
+  slowdown?: number;
   /** Whether sequences resume behind prefixes that are still in the pages; default true. */
   prefixCache?: boolean;
   /** Milliseconds, monotonic. */
@@ -67,8 +67,9 @@ export class Scheduler {
       options.mode === "sequential" ? 1 : Math.min(limits.slots, limits.maxRows, limits.maxTokens);
     this.#budget = new TokenBudget({
       maxTokens: limits.maxTokens,
-      targetMs: options.stepTargetMs ?? 200,
-      minTokens: 32,
+      slowdown: options.slowdown ?? 1.85,
+      firstTargetMs: 200,
+      minTokens: 8,
     });
     this.#retry = new RetryEstimate(this.#maxRunning);
   }
@@ -176,7 +177,8 @@ export class Scheduler {
         "engine_failed",
         `a step of ${planned.rows.length} rows gave ${result.rows.length} results`,
       );
-    if (planned.tokens > planned.decodeRows) this.#budget.observe(planned.tokens, result.computeNs);
+    const { tokens, decodeRows } = planned;
+    this.#budget.observe(decodeRows, tokens - decodeRows, result.computeNs);
     for (let i = 0; i < planned.rows.length; i++) {
       const row = planned.rows[i];
       const outcome = result.rows[i];

@@ -1,39 +1,97 @@
 // How many prompt tokens a step may carry, and who gets them.
 //
-// Alone, a prompt gets the engine's largest step. Beside running streams a step must not take much longer than
-// `targetMs`, or the streams stall: the budget then follows from the measured time a token. It never falls below
-// `minTokens`, so prompts always advance.
+// Alone, a prompt gets the engine's largest step. Beside running streams a step should take at most `slowdown` times what
+// it takes without prompts, or the streams stall. Both costs are measured: steps of streams alone by their number of
+// rows, and what each prompt token adds to such a step. A piece's cost a token depends on its size (more rows share one
+// read of the weights), so the measured cost is the one of recent pieces and the size settles where it fits the target.
+
+/** Weight of the newest measurement. */
+const NEWEST = 0.25;
+/** Steps with prompts after which the cost of streams alone is measured again, with one step that carries no prompt. */
+const STALE_STEPS = 64;
+
+interface StreamsCost {
+  ms: number;
+  /** Steps with prompts since it was measured. */
+  age: number;
+}
+
+export interface TokenBudgetOptions {
+  maxTokens: number;
+  /** Wanted time of a step with prompts and streams, over the time of the streams alone; above 1. */
+  slowdown: number;
+  /** Wanted time of such a step while the streams' own cost is unknown. */
+  firstTargetMs: number;
+  /** Prompts always advance by so many tokens. */
+  minTokens: number;
+}
 
 export class TokenBudget {
-  readonly #maxTokens: number;
-  readonly #targetMs: number;
-  readonly #minTokens: number;
-  /** Smoothed time a token in steps with prompts; NaN until measured. */
-  #msPerToken = Number.NaN;
+  readonly #options: TokenBudgetOptions;
+  /** By rows. */
+  readonly #streams = new Map<number, StreamsCost>();
+  /** Smoothed time that a prompt token adds: in steps with prompts alone, and beside streams. NaN until measured. */
+  #aloneMs = Number.NaN;
+  #besideMs = Number.NaN;
+  #probing = false;
 
-  constructor(options: { maxTokens: number; targetMs: number; minTokens: number }) {
-    this.#maxTokens = options.maxTokens;
-    this.#targetMs = options.targetMs;
-    this.#minTokens = Math.min(options.minTokens, options.maxTokens);
+  constructor(options: TokenBudgetOptions) {
+    this.#options = { ...options, minTokens: Math.min(options.minTokens, options.maxTokens) };
   }
 
-  /** Learns from a finished step. Steps with few tokens say nothing about the cost of many. */
-  observe(tokens: number, computeNs: number): void {
-    if (tokens < this.#minTokens || computeNs <= 0) return;
-    const ms = computeNs / 1e6 / tokens;
-    this.#msPerToken = Number.isNaN(this.#msPerToken) ? ms : this.#msPerToken * 0.75 + ms * 0.25;
+  /** Learns from a finished step. */
+  observe(decodeRows: number, promptTokens: number, computeNs: number): void {
+    if (computeNs <= 0) return;
+    const ms = computeNs / 1e6;
+    if (promptTokens === 0) {
+      this.#probing = false;
+      const known = this.#streams.get(decodeRows);
+      this.#streams.set(decodeRows, { ms: smooth(known?.ms ?? Number.NaN, ms), age: 0 });
+      return;
+    }
+    if (decodeRows === 0) {
+      // Few tokens say nothing about the cost of many.
+      if (promptTokens >= this.#options.minTokens) this.#aloneMs = smooth(this.#aloneMs, ms / promptTokens);
+      return;
+    }
+    for (const cost of this.#streams.values()) cost.age++;
+    const own = this.#nearest(decodeRows)?.ms ?? 0;
+    this.#besideMs = smooth(this.#besideMs, Math.max(ms - own, ms * 0.05) / promptTokens);
   }
 
-  /** Prompt tokens for a step that already carries `decodeRows` decode rows. */
+  /** Prompt tokens for a step that already carries `decodeRows` decode rows. 0 now and then, to measure those alone. */
   promptTokens(decodeRows: number): number {
-    const room = this.#maxTokens - decodeRows;
+    const { maxTokens, minTokens, slowdown, firstTargetMs } = this.#options;
+    const room = maxTokens - decodeRows;
     if (decodeRows === 0) return room;
+    const streams = this.#nearest(decodeRows);
+    if ((streams === undefined || streams.age >= STALE_STEPS) && !this.#probing) {
+      this.#probing = true;
+      return 0;
+    }
+    const tokenMs = Number.isNaN(this.#besideMs) ? this.#aloneMs : this.#besideMs;
+    const spareMs = streams === undefined ? firstTargetMs : streams.ms * (slowdown - 1);
     // Before the first measurement a small piece finds out what a token costs.
-    const affordable = Number.isNaN(this.#msPerToken)
-      ? 4 * this.#minTokens
-      : Math.floor(this.#targetMs / this.#msPerToken);
-    return Math.max(0, Math.min(room, Math.max(this.#minTokens, affordable)));
+    const affordable = Number.isNaN(tokenMs) ? 4 * minTokens : Math.floor(spareMs / tokenMs);
+    return Math.max(0, Math.min(room, Math.max(minTokens, affordable)));
   }
+
+  /** What about as many rows cost: up to a quarter more or less, or one. */
+  #nearest(rows: number): StreamsCost | undefined {
+    let best: StreamsCost | undefined;
+    let distance = Math.max(1, rows / 4);
+    for (const [measured, cost] of this.#streams) {
+      const away = Math.abs(measured - rows);
+      if (away > distance || (away === distance && best !== undefined)) continue;
+      best = cost;
+      distance = away;
+    }
+    return best;
+  }
+}
+
+function smooth(before: number, now: number): number {
+  return Number.isNaN(before) ? now : before * (1 - NEWEST) + now * NEWEST;
 }
 
 /** Splits `budget` so that nobody gets more than it wants and nobody is cut while another gets more: the smallest wants
