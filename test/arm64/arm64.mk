@@ -14,6 +14,7 @@ GCC_SRC := $(wildcard native/backend/cpu/arm/*.c) native/backend/cpu/scalar.c na
 GCC_OBJ := $(GCC_SRC:native/%.c=$(ARM64)/gcc/%.o)
 
 .PHONY: arm64-linux arm64-macos arm64-gcc
+.DELETE_ON_ERROR:
 arm64-linux: $(ARM64)/libcaravan.so $(ARM64_TESTS)
 arm64-macos: $(ARM64)/macos/libcaravan.dylib
 arm64-gcc: $(ARM64)/gcc/test_kernels
