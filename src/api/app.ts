@@ -24,6 +24,7 @@ import { corsHeaders, hostCheck, originCheck, preflightHeaders } from "./origin.
 import { type ApiContext, type ApiEnv, route } from "./routes.ts";
 import type { ApiDependencies } from "./serve-generation.ts";
 import { type ApiSettings, DEFAULT_SETTINGS } from "./settings.ts";
+import { applyTemplateRoute, detokenizeRoute, tokenizeRoute } from "./text/text-routes.ts";
 
 export interface AppOptions {
   models: ModelDirectory;
@@ -69,6 +70,9 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, "/v1/models/:id{.+}", { GET: retrieveModelRoute(deps) });
   route(app, "/v1/chat/completions", { POST: chatRoute(deps) });
   route(app, "/v1/completions", { POST: completionsRoute(deps) });
+  route(app, "/v1/tokenize", { POST: tokenizeRoute(deps) });
+  route(app, "/v1/detokenize", { POST: detokenizeRoute(deps) });
+  route(app, "/v1/apply-template", { POST: applyTemplateRoute(deps) });
   route(app, "/v1/responses", { POST: responsesRoute(deps) });
   route(app, ANTHROPIC, { POST: messagesRoute(deps) });
   route(app, `${ANTHROPIC}/count_tokens`, { POST: countTokensRoute(deps) });

@@ -34,7 +34,7 @@ function textOf(content: ChatRequest["messages"][number]["content"]): string {
 }
 
 /** The functions that the model may call: none where tool_choice says so, since then it is not told of any. */
-export function offeredTools(request: ChatRequest): ChatTool[] {
+export function offeredTools(request: Partial<Pick<ChatRequest, "tools" | "tool_choice">>): ChatTool[] {
   if (request.tool_choice === "none") return [];
   const names = new Set<string>();
   return (request.tools ?? []).map(({ function: { name, description, parameters } }, index) => {

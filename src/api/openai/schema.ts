@@ -78,8 +78,9 @@ const toolSchema = v.strictObject({
     strict: v.nullish(v.literal(false)),
   }),
 });
+export const toolsSchema = v.pipe(v.array(toolSchema), v.maxLength(MAX_TOOLS));
 
-const messageSchema = v.variant("role", [
+export const messageSchema = v.variant("role", [
   v.strictObject({ role: v.picklist(["system", "developer", "user"]), content: textContent }),
   v.strictObject({
     role: v.literal("assistant"),
@@ -107,7 +108,7 @@ export const chatSchema = v.strictObject({
   max_completion_tokens: v.optional(whole(1)),
   logprobs: v.optional(v.boolean()),
   top_logprobs: v.optional(whole(0, MAX_TOP_LOGPROBS)),
-  tools: v.optional(v.pipe(v.array(toolSchema), v.maxLength(MAX_TOOLS))),
+  tools: v.optional(toolsSchema),
   tool_choice: v.optional(v.picklist(["auto", "none"])),
   parallel_tool_calls: v.optional(v.boolean()),
   metadata: v.optional(v.record(v.string(), v.string())),
