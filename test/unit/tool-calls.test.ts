@@ -1,12 +1,19 @@
 import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
-import { ToolCallParser } from "../../src/chat/tool-calls.ts";
+import { Detokenizer } from "../../src/chat/detokenizer.ts";
+import { ChatTemplate } from "../../src/chat/template.ts";
+import { Tokenizer } from "../../src/chat/tokenizer.ts";
+import { readTokenizerFiles } from "../../src/chat/tokenizer-files.ts";
+import { TOOL_CALL_MARKERS, ToolCallParser } from "../../src/chat/tool-calls.ts";
+import { REAL_MODELS } from "./chat-folders.ts";
 
 interface Found {
   text: string;
   calls: { name: string; arguments: string }[];
 }
 
+/** Of the real models, those whose template tells of tools. */
+const TAKES_TOOLS = new Set(["llama4"]);
 const NAMES = ["get_weather", "add", "brave_search", "ns.read"];
 
 function parsePieces(pieces: readonly string[]): Found {
@@ -152,6 +159,30 @@ test("a call that breaks after its arguments began keeps them, and the rest is t
     calls: [{ name: "add", arguments: '{"a":1' }],
   });
 });
+
+for (const model of REAL_MODELS) {
+  test.skipIf(model.missing !== null)(`with ${model.name}'s own template and tokens`, async () => {
+    const files = await readTokenizerFiles(model.dir);
+    const tokenizer = new Tokenizer(files);
+    const template = new ChatTemplate(files, tokenizer);
+    const input = {
+      messages: [{ role: "user", content: "Add." }],
+      tools: [{ type: "function", function: { name: "add" } }],
+    };
+    if (!TAKES_TOOLS.has(model.name)) {
+      expect(() => template.renderChat(input)).toThrow("no place for tools");
+      return;
+    }
+    expect(template.renderChat(input).text).toContain('"name": "add"');
+    const answer = 'See: <|python_start|>[add(a=1, b="é😀")]<|python_end|>';
+    const detokenizer = new Detokenizer(tokenizer.table, { skipSpecials: true, keep: TOOL_CALL_MARKERS });
+    const pieces = tokenizer.encodeWithSpecials(answer).map((id) => detokenizer.push(id));
+    expect(parsePieces([...pieces, detokenizer.flush()])).toEqual({
+      text: "See: ",
+      calls: [{ name: "add", arguments: '{"a":1,"b":"é😀"}' }],
+    });
+  });
+}
 
 const PIECES = [
   ...FORMS.map(([text]) => text),
