@@ -59,13 +59,21 @@ const OWN = {
   },
 };
 
-/** config.json of the MLX 4-bit model with `layers` layers (the real ones have 48). */
-export function llama4Config(name: Llama4Name, layers = 48): Record<string, unknown> {
+/** Llama4VisionConfig of both models. patch: pixels of a patch, three colours; positions: patches of an image, and one. */
+const VISION = { hidden: 1408, ff: 5632, layers: 34, out: 4096, patch: 3 * 14 * 14, positions: 24 * 24 + 1 };
+
+/** config.json of the MLX 4-bit model with `layers` layers (the real ones have 48). text: keys of text_config that are to
+ * be others. */
+export function llama4Config(
+  name: Llama4Name,
+  layers = 48,
+  text: Record<string, unknown> = {},
+): Record<string, unknown> {
   const quantization = { group_size: GROUP, bits: BITS, mode: "affine" };
   return {
     architectures: ["Llama4ForConditionalGeneration"],
     model_type: "llama4",
-    text_config: { ...TEXT, ...OWN[name], num_hidden_layers: layers },
+    text_config: { ...TEXT, ...OWN[name], num_hidden_layers: layers, ...text },
     eos_token_id: [200001, 200007, 200008],
     torch_dtype: "bfloat16",
     quantization,
@@ -82,13 +90,7 @@ export function llama4Tensors(name: Llama4Name, layers = 48): TensorSpec[] {
   const out: TensorSpec[] = [];
   const norm = (path: string) =>
     out.push({ name: `${PREFIX}${path}.weight`, dtype: "BF16", shape: [hidden] });
-  const matrix = (path: string, ...shape: number[]) => {
-    const lead = shape.slice(0, -1);
-    const cols = shape.at(-1) ?? 0;
-    out.push({ name: `${PREFIX}${path}.weight`, dtype: "U32", shape: [...lead, (cols * BITS) / 32] });
-    for (const part of ["scales", "biases"])
-      out.push({ name: `${PREFIX}${path}.${part}`, dtype: "BF16", shape: [...lead, cols / GROUP] });
-  };
+  const matrix = (path: string, ...shape: number[]) => out.push(...quantizedMatrix(PREFIX + path, shape));
   const mlp = (path: string, width: number, ...lead: number[]) => {
     matrix(`${path}gate_proj`, ...lead, width, hidden);
     matrix(`${path}up_proj`, ...lead, width, hidden);
@@ -114,6 +116,49 @@ export function llama4Tensors(name: Llama4Name, layers = 48): TensorSpec[] {
   norm("model.norm");
   matrix("lm_head", TEXT.vocab_size, hidden);
   return out;
+}
+
+/** What conversions of the whole model (mlx-vlm) hold beside the text: the image encoder, its adapter and projector. */
+export function llama4VisionTensors(): TensorSpec[] {
+  const { hidden, ff, layers, out: adapted, patch, positions } = VISION;
+  const specs: TensorSpec[] = [];
+  const float = (name: string, ...shape: number[]) => specs.push({ name, dtype: "BF16", shape });
+  const matrix = (path: string, rows: number, cols: number, bias = true) => {
+    specs.push(...quantizedMatrix(path, [rows, cols]));
+    if (bias) float(`${path}.bias`, rows);
+  };
+  const norm = (path: string) => {
+    for (const part of ["weight", "bias"]) float(`${path}.${part}`, hidden);
+  };
+  const base = "vision_model.";
+  float(`${base}class_embedding`, hidden);
+  // Its rows are no multiple of a group.
+  float(`${base}patch_embedding.linear.weight`, hidden, patch);
+  float(`${base}positional_embedding_vlm`, positions, hidden);
+  for (const name of ["layernorm_pre", "layernorm_post"]) norm(base + name);
+  for (let i = 0; i < layers; i++) {
+    const layer = `${base}model.layers.${i}.`;
+    for (const name of ["q_proj", "k_proj", "v_proj", "o_proj"])
+      matrix(`${layer}self_attn.${name}`, hidden, hidden);
+    matrix(`${layer}mlp.fc1`, ff, hidden);
+    matrix(`${layer}mlp.fc2`, hidden, ff);
+    for (const name of ["input_layernorm", "post_attention_layernorm"]) norm(layer + name);
+  }
+  matrix(`${base}vision_adapter.mlp.fc1`, adapted, ff, false);
+  matrix(`${base}vision_adapter.mlp.fc2`, adapted, adapted, false);
+  matrix("multi_modal_projector.linear_1", TEXT.hidden_size, adapted, false);
+  return specs;
+}
+
+/** Codes, scales and biases of [.., rows, cols]. */
+function quantizedMatrix(path: string, shape: number[]): TensorSpec[] {
+  const lead = shape.slice(0, -1);
+  const cols = shape.at(-1) ?? 0;
+  return [
+    { name: `${path}.weight`, dtype: "U32", shape: [...lead, (cols * BITS) / 32] },
+    { name: `${path}.scales`, dtype: "BF16", shape: [...lead, cols / GROUP] },
+    { name: `${path}.biases`, dtype: "BF16", shape: [...lead, cols / GROUP] },
+  ];
 }
 
 export interface Shard {

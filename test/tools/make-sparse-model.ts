@@ -1,9 +1,10 @@
 // Scout or Maverick at 4 bits as files that are all hole: real headers, real sizes, no weights. For opening, planning and
 // stepping through models of 61 and 226 GB on any machine: reading a hole gives zeros.
 //
-//   bun test/tools/make-sparse-model.ts scout|maverick OUT_DIR [--layers 48] [--step]
+//   bun test/tools/make-sparse-model.ts scout|maverick OUT_DIR [--layers 48] [--step [--position 0]]
 //
-// --step also opens the engine on it and runs one decode step, whose logits must all be 0.
+// --layers takes fewer layers, each of full size. --step also opens the engine on it and runs one decode step at the
+// position, whose logits must all be 0; all positions before it share one page.
 
 import { mkdirSync, statSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -15,10 +16,17 @@ import { readModelConfig } from "../../src/model/config.ts";
 import { makeLoadPlan } from "../../src/model/load-plan.ts";
 import { planMemory } from "../../src/model/memory-plan.ts";
 import { INDEX_FILE, openCheckpoint } from "../../src/model/safetensors.ts";
+import type { StepRow } from "../../src/scheduler/step.ts";
 import { type Llama4Name, llama4Config, llama4Shards, llama4Tensors, tensorBytes } from "./llama4-shapes.ts";
 
-/** Writes config.json, the index and the sparse shards into `dir`, which is made. Returns the bytes of all tensors. */
-export function writeSparseModel(dir: string, name: Llama4Name, layers: number): number {
+/** Writes config.json, the index and the sparse shards into `dir`, which is made. Returns the bytes of all tensors.
+ * text: keys of text_config that are to be others. */
+export function writeSparseModel(
+  dir: string,
+  name: Llama4Name,
+  layers: number,
+  text: Record<string, unknown> = {},
+): number {
   mkdirSync(dir, { recursive: true });
   const shards = llama4Shards(llama4Tensors(name, layers));
   const weightMap: Record<string, string> = {};
@@ -31,7 +39,7 @@ export function writeSparseModel(dir: string, name: Llama4Name, layers: number):
   const total = tensorBytes(shards);
   const index = { metadata: { total_size: total }, weight_map: weightMap };
   writeFileSync(join(dir, INDEX_FILE), JSON.stringify(index));
-  writeFileSync(join(dir, "config.json"), JSON.stringify(llama4Config(name, layers), null, 1));
+  writeFileSync(join(dir, "config.json"), JSON.stringify(llama4Config(name, layers, text), null, 1));
   return total;
 }
 
@@ -39,50 +47,60 @@ export interface SparseStep {
   /** Milliseconds. */
   load: number;
   step: number;
+  /** Bytes, as the engine counts them. */
+  weightsMapped: number;
+  weightsCopied: number;
   logits: Float32Array;
 }
 
-/** Opens the engine on `dir`, as if memory for it were there (mapped holes need none), and decodes one token. */
-export async function stepOnce(dir: string): Promise<SparseStep> {
+/** Opens the engine on `dir`, as if memory for it were there (mapped holes need none), and decodes one token at
+ * `position`. */
+export async function stepOnce(
+  dir: string,
+  { position = 0, compute = "fast" }: { position?: number; compute?: "exact" | "fast" } = {},
+): Promise<SparseStep> {
   const plan = makeLoadPlan(readModelConfig(dir), await openCheckpoint(dir));
   const sizes = { kvType: "bf16", threads: 2, maxTokens: 1, maxLogits: 1 } as const;
-  const memory = planMemory(plan, { ...sizes, context: 128, streams: 1, available: 2 ** 50 });
+  const memory = planMemory(plan, { ...sizes, context: 64, streams: 1, available: 2 ** 50 });
   const start = performance.now();
   const engine = await NativeStepEngine.load(
-    encodePlan(plan, { ...sizes, ...memory, compute: "fast", maxRows: 1, slots: 1 }),
+    encodePlan(plan, { ...sizes, ...memory, compute, maxRows: 1, slots: 1 }),
     plan.config.vocabSize,
   );
   try {
     const loaded = performance.now();
-    const page = Uint32Array.of(0);
-    const none = new Uint32Array(0);
-    const { rows } = await engine.submit({
-      rows: [
-        {
-          slot: 0,
-          firstPosition: 0,
-          tokens: Uint32Array.of(1),
-          fullPages: memory.fullPages > 0 ? page : none,
-          chunkPages: memory.chunkPages > 0 ? page : none,
-          chunkBase: 0,
-          logits: "last",
-          sample: true,
-          returnLogits: true,
-          logprob: false,
-          topLogprobs: 0,
-          sampling: GREEDY,
-          bias: [],
-          history: none,
-          xtcKeep: none,
-        },
-      ],
-      copies: [],
-    });
+    const row = zeroPageRow(position, memory.pageTokens, plan.config.chunk);
+    const { rows } = await engine.submit({ rows: [row], copies: [] });
     const end = performance.now();
-    return { load: loaded - start, step: end - loaded, logits: rows[0]?.logits ?? new Float32Array(0) };
+    const { weightsMapped, weightsCopied } = engine.stats();
+    const logits = rows[0]?.logits ?? new Float32Array(0);
+    return { load: loaded - start, step: end - loaded, weightsMapped, weightsCopied, logits };
   } finally {
     await engine.close();
   }
+}
+
+/** One token at `position`, with page 0 in every entry of both tables. chunk: 0 where no layer is chunked. */
+export function zeroPageRow(position: number, pageTokens: number, chunk: number, token = 1): StepRow {
+  const none = new Uint32Array(0);
+  const base = chunk === 0 ? 0 : Math.floor(position / chunk) * chunk;
+  return {
+    slot: 0,
+    firstPosition: position,
+    tokens: Uint32Array.of(token),
+    fullPages: new Uint32Array(Math.floor(position / pageTokens) + 1),
+    chunkPages: chunk === 0 ? none : new Uint32Array(Math.floor((position - base) / pageTokens) + 1),
+    chunkBase: base,
+    logits: "last",
+    sample: true,
+    returnLogits: true,
+    logprob: false,
+    topLogprobs: 0,
+    sampling: GREEDY,
+    bias: [],
+    history: none,
+    xtcKeep: none,
+  };
 }
 
 function diskBytes(dir: string, files: readonly { path: string }[]): number {
@@ -92,12 +110,17 @@ function diskBytes(dir: string, files: readonly { path: string }[]): number {
 async function main(): Promise<void> {
   const { values, positionals } = parseArgs({
     allowPositionals: true,
-    options: { layers: { type: "string", default: "48" }, step: { type: "boolean", default: false } },
+    options: {
+      layers: { type: "string", default: "48" },
+      step: { type: "boolean", default: false },
+      position: { type: "string", default: "0" },
+    },
   });
   const [name, dir] = positionals;
   const layers = Number(values.layers);
-  if ((name !== "scout" && name !== "maverick") || dir === undefined || !(layers >= 1)) {
-    console.error("usage: make-sparse-model.ts scout|maverick OUT_DIR [--layers 48] [--step]");
+  const position = Number(values.position);
+  if ((name !== "scout" && name !== "maverick") || dir === undefined || !(layers >= 1) || !(position >= 0)) {
+    console.error("usage: make-sparse-model.ts scout|maverick OUT_DIR [--layers 48] [--step [--position 0]]");
     process.exit(2);
   }
   const total = writeSparseModel(dir, name, layers);
@@ -106,7 +129,7 @@ async function main(): Promise<void> {
     `${name}, ${layers} layers: ${total} bytes of tensors in ${checkpoint.files.length} files, ${diskBytes(dir, checkpoint.files)} on disk`,
   );
   if (!values.step) return;
-  const { load, step, logits } = await stepOnce(dir);
+  const { load, step, logits } = await stepOnce(dir, { position });
   const wrong = logits.findIndex((value) => value !== 0);
   console.log(
     `opened in ${Math.round(load)} ms; one decode step in ${Math.round(step)} ms gave ${logits.length} logits`,
