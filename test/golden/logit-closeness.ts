@@ -1,5 +1,7 @@
 // How close logits are to a reference's: top tokens and Kullback-Leibler divergence, position by position.
 
+import { logSumExp } from "../../src/scheduler/prompt-logprobs.ts";
+
 export interface Closeness {
   rows: number;
   /** Positions with the same top token. */
@@ -54,12 +56,6 @@ export function topOf(row: Float32Array): { top: number; lead: number } {
     } else if (value > second) second = value;
   }
   return { top, lead: (row[top] ?? Number.NaN) - second };
-}
-
-/** log(sum(exp(row))) */
-export function logSumExp(row: Float32Array): number {
-  const largest = row.reduce((most, x) => Math.max(most, x), Number.NEGATIVE_INFINITY);
-  return largest + Math.log(row.reduce((sum, x) => sum + Math.exp(x - largest), 0));
 }
 
 function divergence(p: Float32Array, q: Float32Array): number {

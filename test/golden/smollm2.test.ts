@@ -3,7 +3,8 @@
 
 import { describe, expect, test } from "bun:test";
 import { runLogits } from "../../src/engine/logits.ts";
-import { logSumExp, topOf } from "./logit-closeness.ts";
+import { logSumExp } from "../../src/scheduler/prompt-logprobs.ts";
+import { topOf } from "./logit-closeness.ts";
 import { largestDifference } from "./read-golden.ts";
 import { type GreedyAnswer, SMOLLM2, SMOLLM2_ANSWERS, SMOLLM2_TEXT, smolScout } from "./smollm2-model.ts";
 
