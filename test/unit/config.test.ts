@@ -59,12 +59,15 @@ describe("a Llama 4 config", () => {
       expertsPerToken: 1,
       chunk: 8192,
       floorScale: 8192,
+      attnScale: 0.1,
       contextLength: 131072,
       tieWordEmbeddings: false,
       attentionBias: false,
       ropeInterleaved: true,
     });
     expect(config.normEps).toBe(1e-5);
+    expect(config.invFreq[1]).toBeCloseTo(500000 ** (-2 / 128), 6);
+    expect(config.mlpBias).toBe(false);
     expect(config.layers.length).toBe(48);
     expect(which(config.layers, "moe")).toBe("1".repeat(48));
     for (const key of ["rope", "chunked", "qkNorm"] as const)
@@ -115,6 +118,60 @@ describe("a Llama 4 config", () => {
     });
     expect(dense).toMatchObject({ experts: 0, expertsPerToken: 0 });
     expect(llama4({ num_experts_per_tok: 8 })).toMatchObject({ experts: 16, expertsPerToken: 8 });
+  });
+
+  test("takes every number from its key", () => {
+    const text = {
+      ...SMALL4,
+      intermediate_size_mlp: 256,
+      num_local_experts: 12,
+      num_experts_per_tok: 3,
+      attention_chunk_size: 48,
+      floor_scale: 100,
+      attn_scale: 0.25,
+      rms_norm_eps: 1e-6,
+      rope_theta: 1000,
+      max_position_embeddings: 999,
+      attention_bias: true,
+    };
+    const config = parseModelConfig(
+      { architectures: ["Llama4ForConditionalGeneration"], tie_word_embeddings: true, text_config: text },
+      WHERE,
+    );
+    expect(config).toMatchObject({
+      hiddenSize: 64,
+      expertSize: 128,
+      intermediateSize: 256,
+      heads: 8,
+      kvHeads: 4,
+      headDim: 32,
+      vocabSize: 512,
+      experts: 12,
+      expertsPerToken: 3,
+      chunk: 48,
+      floorScale: 100,
+      attnScale: 0.25,
+      normEps: 1e-6,
+      contextLength: 999,
+      attentionBias: true,
+      tieWordEmbeddings: true,
+    });
+    expect(config.layers.length).toBe(8);
+    expect(config.invFreq[1]).toBeCloseTo(1000 ** (-2 / 32), 6);
+  });
+
+  test("without a width of its own for dense layers has the experts'", () => {
+    expect(llama4({ intermediate_size_mlp: null }).intermediateSize).toBe(128);
+  });
+
+  test("says what it was run in, inside or outside text_config; bfloat16 where nothing does", () => {
+    const nested = (outer: object, text: object) =>
+      parseModelConfig({ model_type: "llama4", ...outer, text_config: { ...SMALL4, ...text } }, WHERE).dtype;
+    expect(nested({ torch_dtype: "float16" }, {})).toBe("float16");
+    expect(nested({ dtype: "float32" }, {})).toBe("float32");
+    expect(nested({}, { torch_dtype: "float16" })).toBe("float16");
+    expect(nested({}, { dtype: "float32" })).toBe("float32");
+    expect(nested({}, {})).toBe("bfloat16");
   });
 
   test("takes QK norm and temperature tuning from any truthy value", () => {
@@ -199,6 +256,19 @@ describe("rotation frequencies", () => {
       expect(Math.abs(value / wanted[kind] - 1)).toBeLessThan(1e-6);
     });
     expect([...kinds].sort()).toEqual(["between", "long", "short"]);
+  });
+
+  test("with llama3 scaling have low 1, high 4 and 8192 positions where the config leaves them out", () => {
+    const { factor, rope_type } = llama3;
+    expect(llama({ ...base, rope_scaling: { factor, rope_type } }).invFreq).toEqual(
+      llama({ ...base, rope_scaling: llama3 }).invFreq,
+    );
+  });
+
+  test("rotate halves in Llama, neighbours in Llama 4 and where rope_traditional says so", () => {
+    expect(llama().ropeInterleaved).toBe(false);
+    expect(llama({ rope_traditional: true }).ropeInterleaved).toBe(true);
+    expect(llama4({ rope_traditional: false }).ropeInterleaved).toBe(true);
   });
 
   test("with low == high (Scout) have no band between and no NaN, even where a wave is exactly that long", () => {
