@@ -74,10 +74,13 @@ static void copy_pages(cv_model *m, const cv_parsed_step *s) {
     }
 }
 
+/* Entries of a row's table of alternatives, or of samples. */
+static size_t top_entries(const cv_step_row *r) { return r->flags & CV_ROW_SAMPLE_ALL ? r->n_tokens : r->n_top_logprobs; }
+
 /* Lays out the result: rows, then alternatives, then logits. */
 static int make_result(const cv_engine *e, const cv_parsed_step *s, job *j) {
     size_t n = s->head->n_rows, at = sizeof(cv_result) + n * sizeof(cv_result_row), vocab = e->model->shape.vocab;
-    for (size_t i = 0; i < n; i++) at += s->rows[i].n_top_logprobs * sizeof(cv_result_top);
+    for (size_t i = 0; i < n; i++) at += top_entries(&s->rows[i]) * sizeof(cv_result_top);
     for (size_t i = 0; i < n; i++)
         if (s->rows[i].flags & CV_ROW_RETURN_LOGITS) at += (s->first_logit[i + 1] - s->first_logit[i]) * vocab * sizeof(float);
     j->result = calloc(1, at);
@@ -96,11 +99,16 @@ static int fill_result(cv_engine *e, const cv_parsed_step *s, job *j, cv_err err
         const cv_step_row *r = &s->rows[i];
         rows[i] = (cv_result_row){.token = CV_TOKEN_LAST, .top_offset = at};
         cv_result_top *top = (cv_result_top *)(void *)(base + at);
-        at += r->n_top_logprobs * sizeof(cv_result_top);
+        at += top_entries(r) * sizeof(cv_result_top);
         if (!(r->flags & CV_ROW_SAMPLE)) continue;
-        const float *logits = e->act.logits + (s->first_logit[i + 1] - 1) * vocab;
-        int code = cv_sample(s->head, r, logits, vocab, r->first_position + r->n_tokens, &e->sampler, &rows[i], top, err);
-        if (code) return code;
+        uint32_t first = r->flags & CV_ROW_SAMPLE_ALL ? 0 : r->n_tokens - 1;
+        for (uint32_t t = first; t < r->n_tokens; t++) {
+            const float *logits = e->act.logits + (s->first_logit[i + 1] - (r->n_tokens - t)) * vocab;
+            int code = cv_sample(s->head, r, logits, vocab, r->first_position + t + 1, &e->sampler, &rows[i], top, err);
+            if (code) return code;
+            if (r->flags & CV_ROW_SAMPLE_ALL) top[t] = (cv_result_top){rows[i].token, rows[i].logprob};
+        }
+        if (r->flags & CV_ROW_SAMPLE_ALL) rows[i].n_top = r->n_tokens;
         e->last[r->slot] = rows[i].token;
     }
     for (size_t i = 0; i < n; i++) {

@@ -78,6 +78,8 @@ static int parse_row(const cv_model *m, const void *base, uint64_t total, const 
     if (r->slot >= m->n_slots) return cv_fail(err, CV_E_ARGUMENT, "row %zu: slot %u of %zu", row, r->slot, m->n_slots);
     if (!inside(total, r->tokens_offset, r->n_tokens, 4, 4)) return cv_fail(err, CV_E_ARGUMENT, "row %zu: its tokens are cut off", row);
     if (r->logits > CV_LOGITS_ALL || (r->logits == CV_LOGITS_NONE && r->flags)) return cv_fail(err, CV_E_ARGUMENT, "row %zu: asks for a sample without logits", row);
+    if ((r->flags & CV_ROW_SAMPLE_ALL) && (!(r->flags & CV_ROW_SAMPLE) || r->logits != CV_LOGITS_ALL || r->n_top_logprobs || r->n_history || r->mask_offset))
+        return cv_fail(err, CV_E_ARGUMENT, "row %zu: samples of all positions take logits of all, and no alternatives, penalties or mask", row);
     int code = check_pages(m, base, total, r, row, err);
     if (!code) code = check_sampling(m, base, total, r, row, err);
     if (code) return code;

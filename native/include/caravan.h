@@ -164,7 +164,9 @@ enum { CV_LOGITS_NONE = 0, CV_LOGITS_LAST = 1, CV_LOGITS_ALL = 2 };
 enum {
     CV_ROW_SAMPLE = 1,        /* sample after the last token (needs logits != NONE) */
     CV_ROW_RETURN_LOGITS = 2, /* raw logits in the result */
-    CV_ROW_LOGPROB = 4        /* the sampled token's log-probability (else 0); implied by n_top_logprobs > 0 */
+    CV_ROW_LOGPROB = 4,       /* the sampled token's log-probability (else 0); implied by n_top_logprobs > 0 */
+    CV_ROW_SAMPLE_ALL = 8     /* with CV_ROW_SAMPLE and logits ALL: sample behind every one of the row's tokens (drafts to be compared with the
+                                 samples); no alternatives, penalties or mask, which depend on what is accepted */
 };
 
 /* One sequence's part of a step. Page tables: entry i of the full table holds positions [i*P, (i+1)*P); entry i of the
@@ -221,7 +223,7 @@ typedef struct {
     float logprob;       /* natural log-probability of `token` before temperature and filters, after bias, mask and penalties */
     uint32_t n_top;
     uint32_t n_logits;   /* positions whose logits follow at logits_offset (0 unless CV_ROW_RETURN_LOGITS) */
-    uint64_t top_offset;    /* cv_result_top[n_top], most probable first */
+    uint64_t top_offset;    /* cv_result_top[n_top], most probable first; with CV_ROW_SAMPLE_ALL the samples instead, by position */
     uint64_t logits_offset; /* float32 [n_logits, vocab] */
 } cv_result_row; /* 32 bytes */
 

@@ -178,6 +178,49 @@ static void test_sampling(cv_checks *c, const uint32_t *tokens) {
     tm_free(&m);
 }
 
+static void test_sample_all(cv_checks *c, const uint32_t *tokens) {
+    tiny_model m;
+    char err[256] = "";
+    cv_engine *e = NULL;
+    cv_case(c, "samples behind every token of a row are those of one token at a time, over chunk edges and in a batch");
+    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 2) && !cv_open(m.plan, m.plan_size, &e, err, sizeof err), "open: %s", err);
+    cv_result_top single[N];
+    for (uint32_t i = 0; e && i < N; i++) {
+        tm_row r = {.first = i, .tokens = tokens + i, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE | CV_ROW_LOGPROB, .temperature = i % 2 ? 0.9f : 0, .seed = 5};
+        int code = run(e, tm_step(step, &r, 1, NULL, 0), err);
+        if (!cv_check(c, !code, "%d %s", code, err)) break;
+        single[i] = (cv_result_top){row(0)->token, row(0)->logprob};
+    }
+    for (uint32_t temperature = 0; e && temperature < 2; temperature++)
+        for (uint32_t at = 0, n; at < N; at += n) {
+            n = 9 < N - at ? 9 : N - at;
+            tm_row rows[2] = {{.first = at, .tokens = tokens + at, .n = n, .seq = 1, .flags = CV_ROW_SAMPLE | CV_ROW_SAMPLE_ALL | CV_ROW_LOGPROB, .temperature = temperature ? 0.9f : 0, .seed = 5},
+                              {.first = at, .tokens = tokens + at, .n = n, .seq = 2, .flags = CV_ROW_SAMPLE}};
+            int code = run(e, tm_step(step, rows, 2, NULL, 0), err);
+            if (!cv_check(c, !code && row(0)->n_top == n && row(1)->n_top == 0, "%d %s", code, err)) break;
+            const cv_result_top *all = (const cv_result_top *)(const void *)(result + row(0)->top_offset);
+            for (uint32_t i = 0; i < n; i++)
+                if ((at + i) % 2 == temperature)
+                    cv_check(c, all[i].token == single[at + i].token && all[i].logprob == single[at + i].logprob, "position %u: %u, alone %u", at + i, all[i].token, single[at + i].token);
+            cv_check(c, row(0)->token == all[n - 1].token, "the last sample is the row's token");
+        }
+    cv_end_case(c);
+    cv_case(c, "samples of all positions are refused with alternatives, without logits of all, or without a sample");
+    if (e) {
+        tm_row r = {.first = 0, .tokens = tokens, .n = 3, .seq = 0, .flags = CV_ROW_SAMPLE | CV_ROW_SAMPLE_ALL, .top_logprobs = 2};
+        cv_check(c, run(e, tm_step(step, &r, 1, NULL, 0), err) == CV_E_ARGUMENT, "alternatives: %s", err);
+        r.top_logprobs = 0;
+        size_t size = tm_step(step, &r, 1, NULL, 0);
+        ((cv_step_row *)(void *)(step + sizeof(cv_step)))->logits = CV_LOGITS_LAST;
+        cv_check(c, run(e, size, err) == CV_E_ARGUMENT, "logits of the last: %s", err);
+        r.flags = CV_ROW_SAMPLE_ALL;
+        cv_check(c, run(e, tm_step(step, &r, 1, NULL, 0), err) == CV_E_ARGUMENT, "no sample: %s", err);
+    }
+    cv_end_case(c);
+    cv_close(e);
+    tm_free(&m);
+}
+
 static void test_tickets(cv_checks *c, const uint32_t *tokens) {
     tiny_model m;
     char err[256] = "";
@@ -318,6 +361,7 @@ int main(void) {
     test_pieces_and_batches(&c, CV_COMPUTE_FAST, CV_BF16, 2, tokens);
     test_pieces_and_batches(&c, CV_COMPUTE_FAST, CV_Q8, 2, tokens);
     test_sampling(&c, tokens);
+    test_sample_all(&c, tokens);
     test_tickets(&c, tokens);
     test_damaged_plans(&c, 3000);
     test_damaged_steps(&c, 3000, tokens);
