@@ -35,9 +35,40 @@ class LimitError extends Error {}
 /** A template said no, by its raise_exception. */
 class Refusal extends Error {}
 
+/** Most spaces of one indentation. */
+const MAX_INDENT = 256;
+/** Filters that make as many spaces as they are told to, at once: their result cannot be looked at in time. */
+const INDENTING = new Set<unknown>(["indent", "tojson"]);
+
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === "object" && value !== null;
+
+/** The expressions that are the arguments of an indenting filter, when `node` applies one. */
+function indentArguments(node: unknown): unknown[] {
+  if (!isObject(node) || (node.type !== "FilterExpression" && node.type !== "FilterStatement")) return [];
+  const { filter } = node;
+  if (!isObject(filter) || !isObject(filter.callee) || !INDENTING.has(filter.callee.value)) return [];
+  // A keyword's expression is its value; that of an unpacked list its argument.
+  return Array.isArray(filter.args)
+    ? filter.args.flatMap((each: unknown) => (isObject(each) ? [each, each.value, each.argument] : []))
+    : [];
+}
+
+/** The largest number in a value of the interpreter: itself, or an element. */
+function largestNumber(value: unknown): number {
+  if (typeof value === "number") return value;
+  if (!Array.isArray(value)) return 0;
+  return value.reduce<number>((most, each: unknown) => {
+    const number = isObject(each) && typeof each.value === "number" ? each.value : 0;
+    return Math.max(most, number);
+  }, 0);
+}
+
 class LimitedInterpreter extends Interpreter {
   readonly #limits: SandboxLimits;
   readonly #deadline: number;
+  /** Expressions that say how far something is indented. */
+  readonly #indents = new Set<unknown>();
   #steps = 0;
 
   constructor(environment: Environment, limits: SandboxLimits) {
@@ -52,8 +83,13 @@ class LimitedInterpreter extends Interpreter {
     if ((this.#steps & 0xff) === 0 && performance.now() > this.#deadline) {
       throw new LimitError(`more than ${limits.maxTimeMs} ms`);
     }
+    const [node] = args;
+    for (const expression of indentArguments(node)) if (isObject(expression)) this.#indents.add(expression);
     const result = super.evaluate(...args);
     const { value } = result;
+    if (this.#indents.has(node) && largestNumber(value) > MAX_INDENT) {
+      throw new LimitError(`an indentation of ${largestNumber(value)} spaces`);
+    }
     if (typeof value === "string" && value.length > limits.maxText) {
       throw new LimitError(`a text of ${value.length} characters`);
     }

@@ -289,9 +289,22 @@ describe("a template", () => {
       "doubles a list",
       "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s|length }}",
     ],
+    ["indents by gigabytes", "{{ 'x'|indent(2000000000) }}"],
+    ["indents by gigabytes from a variable", "{% set n = 500000000 + 1 %}{{ 'x'|indent(width=n) }}"],
+    ["indents a block by gigabytes", "{% filter indent(500000000) %}x{% endfilter %}"],
+    ["unpacks the width of an indent", "{% set n = [500000000] %}{{ 'x'|indent(*n) }}"],
+    ["indents JSON by gigabytes", "{{ messages|tojson(indent=500000000) }}"],
     ["calls itself", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"],
     ["reaches for JavaScript", "{{ messages.constructor.constructor('return process')().exit(3) }}"],
   ];
+  test("may indent as templates do", () => {
+    const source =
+      "{{ [1]|tojson(indent=4) }}{{ 'a\\nb'|indent(8) }}{% filter indent(2) %}c\nd{% endfilter %}";
+    expect(new SandboxedTemplate(source, "model").render(hi, 10, limits)).toBe(
+      "[\n    1\n]a\n        bc\n  d",
+    );
+  });
+
   for (const [name, source] of hostile) {
     test(`that ${name} is stopped`, () => {
       const start = performance.now();
