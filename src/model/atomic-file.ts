@@ -1,5 +1,6 @@
 // A file that appears under its name only when it is whole: written as NAME.partial, synced, renamed.
 // Whatever goes wrong before that, NAME does not exist (or still holds what it held) and NAME.partial is gone.
+// Two writers of one NAME: the later begins NAME.partial anew, the earlier fails when it would name the file.
 // A NAME that is a device or a pipe (/dev/stdout, /dev/null) is written directly: renaming over it would replace it.
 
 import { type FileHandle, open, rename, rm, stat } from "node:fs/promises";
@@ -13,19 +14,25 @@ export class AtomicFile {
   /** Undefined for a device or a pipe. */
   readonly #partial: string | undefined;
   readonly #file: FileHandle;
+  /** Tells our partial file from one that another writer has put in its place. */
+  readonly #identity: string;
   #open = true;
 
-  private constructor(path: string, partial: string | undefined, file: FileHandle) {
+  private constructor(path: string, partial: string | undefined, file: FileHandle, identity: string) {
     this.path = path;
     this.#partial = partial;
     this.#file = file;
+    this.#identity = identity;
   }
 
   /** @throws CaravanError disk_full, or bad_file where the folder cannot be written */
   static async create(path: string): Promise<AtomicFile> {
     try {
       const partial = (await isSpecial(path)) ? undefined : partialPath(path);
-      return new AtomicFile(path, partial, await open(partial ?? path, "w"));
+      // A new file, never the one that an earlier writer may still write to.
+      if (partial !== undefined) await rm(partial, { force: true });
+      const file = await open(partial ?? path, partial === undefined ? "w" : "wx");
+      return new AtomicFile(path, partial, file, identityOf(await file.stat()));
     } catch (cause) {
       throw writeError(path, cause);
     }
@@ -60,6 +67,12 @@ export class AtomicFile {
       await this.#file.sync();
       await this.#file.close();
       this.#open = false;
+      if (!(await this.#isOurs(this.#partial))) {
+        throw new CaravanError("bad_file", "another program replaced or removed the unfinished file", {
+          where: this.path,
+          hint: "Give each of them a file of its own.",
+        });
+      }
       await rename(this.#partial, this.path);
       await syncFolder(dirname(this.path));
     });
@@ -74,7 +87,13 @@ export class AtomicFile {
   }
 
   async #drop(): Promise<void> {
-    if (this.#partial !== undefined) await rm(this.#partial, { force: true });
+    if (this.#partial !== undefined && (await this.#isOurs(this.#partial)))
+      await rm(this.#partial, { force: true });
+  }
+
+  async #isOurs(partial: string): Promise<boolean> {
+    const there = await stat(partial).catch(() => undefined);
+    return there !== undefined && identityOf(there) === this.#identity;
   }
 
   async #guarded(action: () => Promise<void>): Promise<void> {
@@ -86,6 +105,10 @@ export class AtomicFile {
       throw writeError(this.path, cause);
     }
   }
+}
+
+function identityOf({ dev, ino }: { dev: number; ino: number }): string {
+  return `${dev}:${ino}`;
 }
 
 /** There, and neither a file nor a folder. */

@@ -61,6 +61,21 @@ describe("an array", () => {
     expect(readdirSync(dir).filter((name) => name.startsWith("short"))).toEqual([]);
   });
 
+  test("that another writer began anew is given up: the file is never a mix of the two", async () => {
+    const path = join(dir, "shared.npy");
+    const first = await NpyWriter.open(path, [6]);
+    await first.write(VALUES.subarray(0, 3));
+    const second = await NpyWriter.open(path, [2]);
+    await second.write(Float32Array.of(7, 8));
+    await first.write(VALUES.subarray(3));
+    await expect(first.close()).rejects.toThrow("another");
+    await first.abandon();
+    expect(existsSync(path)).toBe(false);
+    await second.close();
+    expect(await readNpy(path)).toEqual({ shape: [2], data: Float32Array.of(7, 8) });
+    expect(readdirSync(dir).filter((name) => name.endsWith(".partial"))).toEqual([]);
+  });
+
   test("cannot be written where there is no folder", async () => {
     await expect(NpyWriter.open(join(dir, "no/such/out.npy"), [1])).rejects.toMatchObject({
       name: "CaravanError",
