@@ -131,7 +131,7 @@ function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependenc
   });
 
   app.use(async (context, next) => {
-    const host = context.req.header("host") ?? new URL(context.req.url).host;
+    const host = context.req.header("host") ?? hostOf(context.req.url);
     checkHost(host);
     const origin = checkOrigin(context.req.header("origin") ?? null, host);
     const preflight = isPreflight(context);
@@ -149,6 +149,13 @@ function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependenc
       preflightHeaders(allow, context.req.header("access-control-request-headers") ?? null),
     );
   });
+}
+
+/** The host of a request that has no Host header: tests give a whole URL; a socket (HTTP/1.0) gives a path alone, in
+ * which routes would not be found either. Throws invalid_argument. */
+function hostOf(url: string): string {
+  if (URL.canParse(url)) return new URL(url).host;
+  throw new CaravanError("invalid_argument", "The request has no Host header.", { hint: "Use HTTP/1.1." });
 }
 
 /** A browser asks before it sends; it sends no key with the question. */

@@ -63,6 +63,16 @@ afterEach(async () => {
   }
 });
 
+test("a request without a Host header (HTTP/1.0) is refused with 400, whatever its path", async () => {
+  const { server } = start(sayScript("hello"));
+  for (const path of ["/v1/models", "/health", "/"]) {
+    const { received } = dial(server, `GET ${path} HTTP/1.0\r\n\r\n`);
+    await until(() => received().includes("}}"), "the reply is there");
+    expect(received()).toStartWith("HTTP/1.1 400");
+    expect(received()).toContain("Host header");
+  }
+});
+
 describe("shutdown", () => {
   test("refuses new requests with shutting_down while running ones finish", async () => {
     const { gate, open } = gateAt(2);
