@@ -12,6 +12,8 @@ import { type Closeness, closeness } from "./logit-closeness.ts";
 /** Where the reference prefers its first token by this much, in logits, rounding must not choose another. */
 const CLEAR_MARGIN = 0.5;
 const MEAN_KL = 0.01;
+/** The definition, scalar.c, is slow. */
+const TIME_LIMIT_MS = 60_000;
 /** CV_CPU_NEON of caravan.h: the sets of x86 are numbered below it, arm64's from it on. */
 const FIRST_ARM_LEVEL = 16;
 /** Compared over all kernel sets beside the small ones, which have a format each. */
@@ -71,13 +73,18 @@ describe("every kernel set of this machine", () => {
       { ...each, compute: "exact" as const },
       { ...each, compute: "fast" as const },
     ]),
-  )("gives the same bits in $compute on $name, whole and token by token", async ({ load, compute }) => {
-    const golden = await load();
-    const wanted = await golden.run({ compute, cpu: "scalar" });
-    for (const cpu of sets)
-      for (const piece of [golden.prefill, 1])
-        expect(bitsOf(await golden.run({ compute, cpu, piece }), wanted), `${cpu}, pieces of ${piece}`).toBe(
-          "the same bits",
-        );
-  });
+  )(
+    "gives the same bits in $compute on $name, whole and token by token",
+    async ({ load, compute }) => {
+      const golden = await load();
+      const wanted = await golden.run({ compute, cpu: "scalar" });
+      for (const cpu of sets)
+        for (const piece of [golden.prefill, 1])
+          expect(
+            bitsOf(await golden.run({ compute, cpu, piece }), wanted),
+            `${cpu}, pieces of ${piece}`,
+          ).toBe("the same bits");
+    },
+    TIME_LIMIT_MS,
+  );
 });
