@@ -14,6 +14,10 @@ export const RUN_OPTIONS: Record<string, OptionSpec> = {
     value: "on|off",
     help: "reuse the beginnings of prompts that are still in the cache (default on)",
   },
+  speculate: {
+    value: "on|off",
+    help: "guess tokens from earlier text and check several at once (default on)",
+  },
   device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
 };
 
@@ -28,7 +32,9 @@ export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOp
   const scheduling = args.choice("scheduling", ["sequential", "batched"]);
   const kvBits = args.choice("kv-bits", ["8", "16"]);
   const prefixCache = args.choice("prefix-cache", ["on", "off"]);
+  const speculate = args.choice("speculate", ["on", "off"]);
   return {
+    ...(speculate === undefined ? {} : { speculate: speculate === "on" }),
     ...(prefixCache === undefined ? {} : { prefixCache: prefixCache === "on" }),
     ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),
     ...(context === undefined ? {} : { context }),

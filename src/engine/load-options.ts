@@ -24,6 +24,8 @@ export const LoadOptionsSchema = v.strictObject({
   kvBits: v.exactOptional(v.picklist([8, 16])),
   /** Whether prefixes that are still in the cache's pages are used again; default true. */
   prefixCache: v.exactOptional(v.boolean()),
+  /** Whether drafts are looked up in the text so far and checked several at a time; default true. */
+  speculate: v.exactOptional(v.boolean()),
   scheduling: v.exactOptional(v.picklist(["auto", "sequential", "batched"])),
 });
 

@@ -111,6 +111,8 @@ export interface EngineStatus {
   pages?: { full: { total: number; free: number }; chunked: { total: number; free: number } };
   /** Sequences started and those that resumed behind a known prefix; their tokens and those not computed again. */
   prefix_cache?: { enabled: boolean; lookups: number; hits: number; tokens: number; cached_tokens: number };
+  /** Rows that carried drafts, their drafted tokens, and those accepted. */
+  speculation?: { enabled: boolean; rows: number; drafted: number; accepted: number };
   memory?: { weights_mapped: number; weights_copied: number; kv: number; scratch: number };
   error?: ErrorRecord;
 }

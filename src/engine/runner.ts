@@ -5,6 +5,7 @@
 import * as v from "valibot";
 import { CaravanError } from "../errors.ts";
 import { choosePolicy } from "../scheduler/policy.ts";
+import { PromptLookup } from "../scheduler/prompt-lookup.ts";
 import { Scheduler } from "../scheduler/scheduler.ts";
 import { StepLoop } from "../scheduler/step-loop.ts";
 import { errorRecord } from "./error-record.ts";
@@ -87,6 +88,7 @@ class Runner {
       mode: this.#policy.mode,
       maxWaiting: options.maxQueue ?? DEFAULT_MAX_QUEUE,
       prefixCache: options.prefixCache ?? true,
+      ...(options.speculate === false ? {} : { drafter: new PromptLookup() }),
       now: () => performance.now(),
       emit: (event) => writer.add(event),
     });
@@ -177,6 +179,10 @@ class Runner {
         chunked: { total: chunked.capacity, free: chunked.available },
       },
       prefix_cache: this.#prefixStatus(),
+      speculation: {
+        enabled: this.#scheduler.speculation.enabled,
+        ...this.#scheduler.speculation.statistics,
+      },
       memory,
     };
   }

@@ -25,6 +25,8 @@ export interface RunOptions {
   kvBits?: 8 | 16;
   /** False: every prompt is computed whole. */
   prefixCache?: boolean;
+  /** False: one token at a time, no drafts. */
+  speculate?: boolean;
 }
 
 export interface OpenOptions extends RunOptions {

@@ -16,6 +16,8 @@ export interface PlannedRow {
   count: number;
   /** The row reaches the end of what is known, so the next token is sampled. */
   sample: boolean;
+  /** Guesses of the tokens behind the first one, counted in `count`: every position is sampled to check them. */
+  drafts: readonly number[];
   /** Every position's logits come back, for the prompt's log-probabilities. */
   promptLogits: boolean;
 }
@@ -26,35 +28,40 @@ export interface PlannedStep {
   rows: PlannedRow[];
   tokens: number;
   decodeRows: number;
+  /** Of the tokens, those that are drafts. */
+  draftTokens: number;
 }
 
 /** Pages of all rows are held already. */
 export function buildStep(rows: PlannedRow[]): PlannedStep {
   let tokens = 0;
   let decodeRows = 0;
+  let draftTokens = 0;
   const built: StepRow[] = [];
   for (const row of rows) {
     tokens += row.count;
+    draftTokens += row.drafts.length;
     if (row.sequence.remaining === 1) decodeRows++;
     built.push(buildRow(row));
   }
-  return { step: { rows: built, copies: [] }, rows, tokens, decodeRows };
+  return { step: { rows: built, copies: [] }, rows, tokens, decodeRows, draftTokens };
 }
 
-function buildRow({ sequence, first, count, sample, promptLogits }: PlannedRow): StepRow {
+function buildRow({ sequence, first, count, sample, drafts, promptLogits }: PlannedRow): StepRow {
   const { full, chunked } = sequence.pages;
   const { request } = sequence;
   const unread = first >= sequence.known;
-  const logits: RowLogits = promptLogits ? "all" : sample ? "last" : "none";
+  const logits: RowLogits = promptLogits || drafts.length > 0 ? "all" : sample ? "last" : "none";
   return {
     slot: sequence.slot,
     firstPosition: first,
-    tokens: unread ? LAST : sequence.tokens(first, first + count),
+    tokens: unread ? LAST : tokensOf(sequence, first, count, drafts),
     fullPages: full?.view() ?? NO_PAGES,
     chunkPages: chunked?.view() ?? NO_PAGES,
     chunkBase: chunked?.base ?? 0,
     logits,
     sample,
+    ...(drafts.length > 0 ? { sampleAll: true } : {}),
     returnLogits: promptLogits,
     logprob: sample && request.logprobs !== undefined,
     topLogprobs: sample ? (request.logprobs ?? 0) : 0,
@@ -63,4 +70,9 @@ function buildRow({ sequence, first, count, sample, promptLogits }: PlannedRow):
     history: sequence.history(),
     xtcKeep: sequence.xtcKeep,
   };
+}
+
+function tokensOf(sequence: Sequence, first: number, count: number, drafts: readonly number[]): Uint32Array {
+  const known = sequence.tokens(first, first + count - drafts.length);
+  return drafts.length === 0 ? known : Uint32Array.of(...known, ...drafts);
 }

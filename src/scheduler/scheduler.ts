@@ -12,12 +12,14 @@ import { errorRecord } from "../engine/error-record.ts";
 import type { GenerateEvent, GenerateRequest } from "../engine/protocol.ts";
 import { CaravanError } from "../errors.ts";
 import { buildStep, type PlannedRow, type PlannedStep } from "./batch-builder.ts";
+import type { Drafter } from "./drafter.ts";
 import { type CacheGeometry, PagePools } from "./pages.ts";
 import { PrefixCache } from "./prefix-cache.ts";
 import { WaitingQueue } from "./queue.ts";
 import { checkRequest } from "./request-check.ts";
 import { RetryEstimate } from "./retry-estimate.ts";
 import { Sequence } from "./sequence.ts";
+import { Speculation } from "./speculation.ts";
 import type { RowResult, StepLimits, StepResult } from "./step.ts";
 import { shareFairly, TokenBudget } from "./token-budget.ts";
 
@@ -33,6 +35,8 @@ export interface SchedulerOptions {
   slowdown?: number;
   /** Whether sequences resume behind prefixes that are still in the pages; default true. */
   prefixCache?: boolean;
+  /** Guesses tokens that are then checked several at a time (speculative decoding); default none. */
+  drafter?: Drafter;
   /** Milliseconds, monotonic. */
   now: () => number;
   emit: (event: GenerateEvent) => void;
@@ -45,6 +49,7 @@ export class Scheduler {
   readonly contextTokens: number;
   readonly pools: PagePools;
   readonly prefixes: PrefixCache;
+  readonly speculation: Speculation;
   readonly #options: SchedulerOptions;
   readonly #maxRunning: number;
   readonly #budget: TokenBudget;
@@ -63,6 +68,7 @@ export class Scheduler {
     this.pools = new PagePools(options.geometry);
     this.prefixes = new PrefixCache(this.pools, options.prefixCache ?? true);
     this.contextTokens = Math.min(options.contextTokens, this.pools.longestSequence);
+    this.speculation = new Speculation(options.drafter);
     this.#maxRunning =
       options.mode === "sequential" ? 1 : Math.min(limits.slots, limits.maxRows, limits.maxTokens);
     this.#budget = new TokenBudget({
@@ -147,24 +153,28 @@ export class Scheduler {
    * tokens are not known; a sequence that needs them makes everybody wait for that step, so that it keeps its pace. */
   plan(ahead: boolean): PlannedStep | undefined {
     this.expire();
-    if (ahead && this.#running.some((s) => s.pending > 0 && s.needsLastToken && this.#continues(s)))
+    if (ahead && this.#running.some((s) => s.pending > 0 && this.#continues(s) && this.#waitsForToken(s)))
       return undefined;
     this.#admit();
     for (const sequence of this.#running)
-      sequence.pages.dropFinishedChunks(sequence.computed, this.prefixes.keepFrom(sequence));
+      sequence.pages.dropFinishedChunks(
+        sequence.computed - sequence.drafting,
+        this.prefixes.keepFrom(sequence),
+      );
     const rows: PlannedRow[] = [];
     this.#planDecode(rows);
     this.#planPrompts(rows);
     if (rows.length === 0) return undefined;
     const planned = buildStep(rows);
     const now = this.#options.now();
-    for (const { sequence, first, count, sample } of rows) {
+    for (const { sequence, first, count, sample, drafts } of rows) {
       if (Number.isNaN(sequence.startedMs)) {
         sequence.startedMs = now;
         sequence.cachedTokens = first;
         this.prefixes.started(sequence);
       }
       sequence.computed += count;
+      sequence.drafting = drafts.length;
       if (sample) sequence.pending++;
     }
     return planned;
@@ -177,14 +187,23 @@ export class Scheduler {
         "engine_failed",
         `a step of ${planned.rows.length} rows gave ${result.rows.length} results`,
       );
-    const { tokens, decodeRows } = planned;
-    this.#budget.observe(decodeRows, tokens - decodeRows, result.computeNs);
+    this.#observe(planned, result.computeNs);
     for (let i = 0; i < planned.rows.length; i++) {
       const row = planned.rows[i];
       const outcome = result.rows[i];
       if (row === undefined || outcome === undefined || row.sequence.state === "done") continue;
       this.#accept(row, outcome);
     }
+  }
+
+  #observe({ tokens, decodeRows, draftTokens }: PlannedStep, computeNs: number): void {
+    if (draftTokens === 0) {
+      this.#budget.observe(decodeRows, tokens - decodeRows, computeNs);
+      return;
+    }
+    this.#budget.skipped();
+    const streamsMs = this.#budget.streamsMs(decodeRows);
+    if (streamsMs !== undefined) this.speculation.observe(draftTokens, computeNs / 1e6, streamsMs);
   }
 
   /** A step that gave nothing: its sequences end with the error. */
@@ -285,13 +304,41 @@ export class Scheduler {
     return sequence.total < this.#finalLength(sequence);
   }
 
-  /** One row for each running sequence that is one token short of sampling. */
+  /** Whether a sequence's next row needs the token that is in flight. */
+  #waitsForToken(sequence: Sequence): boolean {
+    return sequence.needsLastToken || this.speculation.wants(sequence);
+  }
+
+  /** One row for each running sequence that is one token short of sampling, with drafts where they pay. */
   #planDecode(rows: PlannedRow[]): void {
-    for (const sequence of [...this.#running]) {
-      if (sequence.state !== "running" || sequence.remaining !== 1 || !this.#continues(sequence)) continue;
-      if (!this.#secure(sequence, 1, rows)) continue;
-      rows.push(planRow(sequence, 1, true, false));
+    const open = this.#running.filter((s) => s.remaining === 1 && this.#continues(s));
+    let spare = this.#spareForDrafts();
+    for (const [i, sequence] of open.entries()) {
+      if (sequence.state !== "running" || !this.#secure(sequence, 1, rows)) continue;
+      const drafts = this.#draft(sequence, open.length, Math.ceil(spare / (open.length - i)));
+      spare -= drafts.length;
+      rows.push(planRow(sequence, 1 + drafts.length, true, false, drafts));
     }
+  }
+
+  /** Tokens with logits that a step may carry beside a decode row of each running sequence. None beside prompts: those
+   * need the arithmetic more, and the streams should not be slowed twice. */
+  #spareForDrafts(): number {
+    const { maxLogits, maxTokens } = this.#options.limits;
+    if (!this.speculation.enabled || this.#running.some((sequence) => sequence.remaining > 1)) return 0;
+    return Math.max(0, Math.min(maxLogits, maxTokens) - this.#running.length);
+  }
+
+  /** Guesses behind a decode row whose page is held, and pages for them as far as there are some. */
+  #draft(sequence: Sequence, rows: number, most: number): readonly number[] {
+    if (most < 1 || sequence.pending > 0) return [];
+    const room = this.#finalLength(sequence) - sequence.total - 1;
+    const stepMs = this.#budget.streamsMs(rows);
+    const drafts = this.speculation.draft(sequence, Math.min(most, room), rows, stepMs);
+    if (drafts.length === 0) return drafts;
+    const count = sequence.pages.fitting(sequence.computed, 1 + drafts.length);
+    sequence.pages.extend(sequence.computed + count);
+    return drafts.slice(0, count - 1);
   }
 
   /** Pieces of prompts, the budget shared fairly, the oldest first to take pages. */
@@ -357,13 +404,39 @@ export class Scheduler {
       sequence.reported = done;
       this.#options.emit({ type: "progress", id: sequence.id, done, total: sequence.promptTokens });
     }
+    if (row.drafts.length > 0) {
+      this.#acceptDrafts(row, outcome);
+      return;
+    }
     if (row.epoch === sequence.epoch) {
       sequence.settled = first + count;
       this.prefixes.publish(sequence);
     }
     if (!sample) return;
     sequence.pending--;
+    this.speculation.passed(sequence);
     this.#acceptToken(sequence, outcome);
+  }
+
+  /** Takes samples as long as the drafts in front of them were right: what would have been sampled one by one. */
+  #acceptDrafts({ sequence, epoch, first, drafts }: PlannedRow, { top: samples }: RowResult): void {
+    let right = 0;
+    while (right < drafts.length && samples[right]?.[0] === drafts[right]) right++;
+    this.speculation.accepted(sequence, drafts.length, right);
+    sequence.pending--;
+    const same = (): boolean => sequence.state === "running" && epoch === sequence.epoch;
+    if (same()) {
+      // Positions of wrong drafts are written again.
+      sequence.computed = first + 1 + right;
+      sequence.drafting = 0;
+    }
+    for (const [token, logprob] of samples.slice(0, right + 1)) {
+      this.#acceptToken(sequence, { token, logprob, top: [], logits: undefined });
+      if (sequence.state === "done") return;
+    }
+    if (!same()) return;
+    sequence.settled = first + 1 + right;
+    this.prefixes.publish(sequence);
   }
 
   #acceptToken(sequence: Sequence, outcome: RowResult): void {
@@ -426,6 +499,7 @@ export class Scheduler {
     else this.#waiting.remove(sequence);
     sequence.state = "done";
     this.#live.delete(sequence.id);
+    this.speculation.end(sequence);
     if (sequence.deadlineMs !== Number.POSITIVE_INFINITY) this.#withDeadline--;
   }
 
@@ -445,8 +519,14 @@ function wantsPromptLogits(sequence: Sequence): boolean {
   );
 }
 
-function planRow(sequence: Sequence, count: number, sample: boolean, promptLogits: boolean): PlannedRow {
-  return { sequence, epoch: sequence.epoch, first: sequence.computed, count, sample, promptLogits };
+function planRow(
+  sequence: Sequence,
+  count: number,
+  sample: boolean,
+  promptLogits: boolean,
+  drafts: readonly number[] = [],
+): PlannedRow {
+  return { sequence, epoch: sequence.epoch, first: sequence.computed, count, sample, drafts, promptLogits };
 }
 
 /** Length of the common beginning of two sequences' known tokens, up to `most`. */

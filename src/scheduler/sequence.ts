@@ -32,6 +32,8 @@ export class Sequence {
   slot = -1;
   computed = 0;
   settled = 0;
+  /** Of the computed positions, those of drafts in flight, which may be dropped. */
+  drafting = 0;
   /** Positions that the prefix tree has been offered, and the node there. */
   published = 0;
   node: PrefixNode | undefined;
@@ -111,6 +113,7 @@ export class Sequence {
   resume(position: number, node: PrefixNode | undefined): void {
     this.computed = position;
     this.settled = position;
+    this.drafting = 0;
     this.published = position;
     this.node = node;
     this.epoch++;

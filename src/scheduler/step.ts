@@ -24,6 +24,8 @@ export interface StepRow {
   logits: RowLogits;
   /** Sample behind the last token. */
   sample: boolean;
+  /** Sample behind every token instead, with logits "all": tokens behind the first are drafts. */
+  sampleAll?: boolean;
   /** Raw logits in the result. */
   returnLogits: boolean;
   /** Log-probability of the sampled token in the result. */
@@ -56,7 +58,7 @@ export interface RowResult {
   token: number;
   /** 0 unless asked for. */
   logprob: number;
-  /** Most probable first; empty unless asked for. */
+  /** Most probable first; empty unless asked for. With sampleAll: the sample behind each token and its log-probability. */
   top: TopLogprobs;
   /** float32 [positions, vocab] when asked for. */
   logits: Float32Array | undefined;

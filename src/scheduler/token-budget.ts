@@ -7,12 +7,12 @@
 
 /** Weight of the newest measurement. */
 const NEWEST = 0.25;
-/** Steps with prompts after which the cost of streams alone is measured again, with one step that carries no prompt. */
+/** Steps with prompts or drafts after which the cost of streams alone is measured again, with one step that carries neither. */
 const STALE_STEPS = 64;
 
 interface StreamsCost {
   ms: number;
-  /** Steps with prompts since it was measured. */
+  /** Other steps since it was measured. */
   age: number;
 }
 
@@ -39,7 +39,18 @@ export class TokenBudget {
     this.#options = { ...options, minTokens: Math.min(options.minTokens, options.maxTokens) };
   }
 
-  /** Learns from a finished step. */
+  /** What a step of so many decode rows takes without anything else; undefined where that is to be measured (again). */
+  streamsMs(decodeRows: number): number | undefined {
+    const streams = this.#nearest(decodeRows);
+    return streams === undefined || streams.age >= STALE_STEPS ? undefined : streams.ms;
+  }
+
+  /** A step went by that measured something else. */
+  skipped(): void {
+    for (const cost of this.#streams.values()) cost.age++;
+  }
+
+  /** Learns from a finished step without drafts. */
   observe(decodeRows: number, promptTokens: number, computeNs: number): void {
     if (computeNs <= 0) return;
     const ms = computeNs / 1e6;
@@ -54,7 +65,7 @@ export class TokenBudget {
       if (promptTokens >= this.#options.minTokens) this.#aloneMs = smooth(this.#aloneMs, ms / promptTokens);
       return;
     }
-    for (const cost of this.#streams.values()) cost.age++;
+    this.skipped();
     const own = this.#nearest(decodeRows)?.ms ?? 0;
     this.#besideMs = smooth(this.#besideMs, Math.max(ms - own, ms * 0.05) / promptTokens);
   }

@@ -14,10 +14,13 @@ import {
   GREEDY,
   type Sampling,
 } from "../../src/engine/protocol.ts";
+import type { Drafter } from "../../src/scheduler/drafter.ts";
 import { PagePools, SequencePages } from "../../src/scheduler/pages.ts";
 import { logSumExp } from "../../src/scheduler/prompt-logprobs.ts";
+import { PromptLookup } from "../../src/scheduler/prompt-lookup.ts";
 import { Scheduler } from "../../src/scheduler/scheduler.ts";
-import type { StepRow } from "../../src/scheduler/step.ts";
+import type { SpeculationStatistics } from "../../src/scheduler/speculation.ts";
+import type { StepEngine, StepRow } from "../../src/scheduler/step.ts";
 import { StepLoop } from "../../src/scheduler/step-loop.ts";
 import { TINY_VOCAB, writeTinyLlama4 } from "../tools/tiny-llama4.ts";
 
@@ -48,12 +51,19 @@ function request(id: string, tokens: number[], more: Partial<GenerateRequest> = 
 interface Run {
   events: Map<string, GenerateEvent[]>;
   preemptions: number;
+  speculation: SpeculationStatistics;
 }
 
 /** Runs requests together; `pages` fewer than the engine has, to make them scarce. */
 function generate(
   requests: GenerateRequest[],
-  options: { mode?: "sequential" | "batched"; fullPages?: number; maxTokens?: number; depth?: number } = {},
+  options: {
+    mode?: "sequential" | "batched";
+    fullPages?: number;
+    maxTokens?: number;
+    depth?: number;
+    drafter?: Drafter;
+  } = {},
 ): Promise<Run> {
   return new Promise((resolve, reject) => {
     const events = new Map<string, GenerateEvent[]>(requests.map(({ id }) => [id, []]));
@@ -63,23 +73,36 @@ function generate(
       limits: { ...model.limits, maxTokens: options.maxTokens ?? model.limits.maxTokens },
       contextTokens: model.contextTokens,
       mode: options.mode ?? "batched",
+      prefixCache: false,
+      ...(options.drafter === undefined ? {} : { drafter: options.drafter }),
       maxWaiting: requests.length,
       now: () => performance.now(),
       emit: (event) => {
         events.get(event.id)?.push(event);
         if (event.type !== "finish" && event.type !== "error") return;
         open--;
-        if (open === 0) resolve({ events, preemptions: scheduler.preemptions });
+        const { preemptions, speculation } = scheduler;
+        if (open === 0) resolve({ events, preemptions, speculation: speculation.statistics });
       },
     });
     const loop = new StepLoop({
       scheduler,
-      engine: model.engine,
+      engine: options.drafter === undefined ? model.engine : evenly(model.engine),
       depth: options.depth ?? 2,
       onFatal: reject,
     });
     for (const each of requests) loop.add(each);
   });
+}
+
+/** The same engine with steps that claim to take the same time whatever they carry, so that drafts always pay. */
+function evenly(engine: StepEngine): StepEngine {
+  return {
+    submit: async (step) => ({ ...(await engine.submit(step)), computeNs: 1_000_000 }),
+    get failed() {
+      return engine.failed;
+    },
+  };
 }
 
 const bytesOf = (data: Float32Array): Uint8Array =>
@@ -128,6 +151,30 @@ describe("streams on the C engine", () => {
     for (const [name, run] of Object.entries(runs))
       for (const { id } of requests)
         expect(`${name} ${id}: ${tokensOf(run, id)}`).toBe(`${name} ${id}: ${tokensOf(alone, id)}`);
+  });
+
+  test("give the same tokens with drafts, right and wrong ones, over chunk edges and in batches", async () => {
+    // What each gives alone, at other times something else.
+    const alone = await generate(requests);
+    const answers = new Map(requests.map(({ id, tokens }) => [id, [...tokens, ...tokensOf(alone, id)]]));
+    const known: Drafter = {
+      draft: (id, tokens, most) =>
+        (answers.get(id) ?? [])
+          .slice(tokens.length, tokens.length + most)
+          .map((token, i) => ((tokens.length + i) % 7 === 3 ? 1 : token)),
+      end: () => {},
+    };
+    const runs = {
+      one: await generate(requests, { mode: "sequential", drafter: known }),
+      batch: await generate(requests, { drafter: known }),
+      scarce: await generate(requests, { drafter: known, fullPages: 9 }),
+      lookup: await generate(requests, { mode: "sequential", drafter: new PromptLookup() }),
+    };
+    for (const [name, run] of Object.entries(runs))
+      for (const { id } of requests)
+        expect(`${name} ${id}: ${tokensOf(run, id)}`).toBe(`${name} ${id}: ${tokensOf(alone, id)}`);
+    expect(runs.one.speculation.accepted).toBeGreaterThan(50);
+    expect(runs.one.speculation.drafted).toBeGreaterThan(runs.one.speculation.accepted);
   });
 
   test("report the prompt's log-probabilities as the raw logits have them, across chunk edges", async () => {

@@ -167,16 +167,16 @@ export class FakeEngine implements StepEngine {
       for (let i = 0; i < row.tokens.length; i++)
         logits.set(fakeLogits(this.#contextHash(row, row.firstPosition + i), vocab), i * vocab);
     if (!row.sample) return { token: TOKEN_LAST, logprob: 0, top: [], logits };
-    const token = sampleFake(
-      this.#contextHash(row, end - 1),
-      row.sampling,
-      end,
-      row.history,
-      row.bias,
-      vocab,
-    );
+    const sampleBehind = (position: number): number =>
+      sampleFake(this.#contextHash(row, position), row.sampling, position + 1, row.history, row.bias, vocab);
+    const logprob = (token: number): number => (row.logprob ? -token / vocab : 0);
+    const token = sampleBehind(end - 1);
     this.#slots[row.slot] = token;
-    return { token, logprob: row.logprob ? -token / vocab : 0, top: [], logits };
+    if (!row.sampleAll) return { token, logprob: logprob(token), top: [], logits };
+    if (row.logits !== "all" || row.history.length > 0 || row.topLogprobs > 0) throw new Error("drafts");
+    const samples = Array.from(row.tokens, (_, i) => sampleBehind(row.firstPosition + i));
+    const top = samples.map((sample): [number, number] => [sample, logprob(sample)]);
+    return { token, logprob: logprob(token), top, logits };
   }
 
   /** Reads everything that a query at `position` attends to, through the page tables. */

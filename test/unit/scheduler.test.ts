@@ -5,6 +5,7 @@ import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { type GenerateEvent, type GenerateRequest, GREEDY } from "../../src/engine/protocol.ts";
 import { CaravanError } from "../../src/errors.ts";
+import type { Drafter } from "../../src/scheduler/drafter.ts";
 import { Scheduler, type SchedulerOptions } from "../../src/scheduler/scheduler.ts";
 import { StepLoop } from "../../src/scheduler/step-loop.ts";
 import { FakeEngine, type FakeModel, generateAlone, promptLogprobsAlone, turn } from "./fake-engine.ts";
@@ -124,6 +125,8 @@ describe("any load", () => {
   test("gives every request the tokens it gets alone, one end each, and all pages back", async () => {
     let preemptions = 0;
     let cached = 0;
+    let accepted = 0;
+    let dropped = 0;
     await fc.assert(
       fc.asyncProperty(
         models,
@@ -131,7 +134,8 @@ describe("any load", () => {
         fc.constantFrom(1, 2, 3),
         fc.infiniteStream(fc.nat(5)),
         fc.constantFrom(true, true, true, false),
-        async (m, list, depth, dice, prefixCache) => {
+        fc.option(fc.record({ right: fc.constantFrom(0, 3, 8, 10), logits: fc.nat(12) })),
+        async (m, list, depth, dice, prefixCache, drafts) => {
           const chunk = m.chunkPages * m.pageTokens;
           const full = m.full || chunk === 0;
           const longest = Math.ceil(81 / m.pageTokens);
@@ -142,9 +146,24 @@ describe("any load", () => {
               fullPages: full ? longest + m.pools : 0,
               chunkPages: chunk === 0 ? 0 : m.chunkPages + m.pools,
             },
-            limits: { maxRows: m.rows, maxTokens: m.tokens, maxLogits: m.rows, slots: m.rows, vocab: 97 },
+            limits: {
+              maxRows: m.rows,
+              maxTokens: m.tokens,
+              maxLogits: m.rows + (drafts?.logits ?? 0),
+              slots: m.rows,
+              vocab: 97,
+            },
           };
-          const r = rig({ model, depth, prefixCache });
+          // Guesses from the tokens that each request gets alone, so many in ten of them right.
+          const answers = new Map<string, number[]>();
+          const drafter: Drafter = {
+            draft: (id, known, most) => {
+              const next = (answers.get(id) ?? []).slice(known.length, known.length + most);
+              return next.map((token) => (Number(dice.next().value) * 2 < (drafts?.right ?? 0) ? token : 1));
+            },
+            end: () => {},
+          };
+          const r = rig({ model, depth, prefixCache, ...(drafts === null ? {} : { drafter }) });
           const requests: GenerateRequest[] = [];
           list.forEach((job, i) => {
             const earlier = job.continues === null ? undefined : requests[job.continues];
@@ -165,6 +184,8 @@ describe("any load", () => {
               },
             });
             requests.push(made);
+            const alone = generateAlone(model, made, r.scheduler.contextTokens).tokens;
+            answers.set(made.id, [...made.tokens, ...alone]);
           });
           const last = Math.max(...list.map((job) => job.arrives + job.leaves));
           for (let time = 0; time <= last; time++) {
@@ -179,6 +200,8 @@ describe("any load", () => {
           expect(r.fatal).toEqual([]);
           preemptions += r.scheduler.preemptions;
           cached += r.scheduler.prefixes.statistics.cachedTokens;
+          accepted += r.scheduler.speculation.statistics.accepted;
+          dropped += r.scheduler.speculation.statistics.drafted - r.scheduler.speculation.statistics.accepted;
           if (!prefixCache) expect(r.scheduler.prefixes.statistics.cachedTokens).toBe(0);
           list.forEach((job, i) => {
             const id = `r${i}`;
@@ -207,6 +230,8 @@ describe("any load", () => {
     // The pools are small enough that putting back is part of what was tested, and prefixes were shared.
     expect(preemptions).toBeGreaterThan(50);
     expect(cached).toBeGreaterThan(5000);
+    expect(accepted).toBeGreaterThan(1000);
+    expect(dropped).toBeGreaterThan(1000);
   }, 60_000);
 });
 
