@@ -75,7 +75,7 @@ export class Scheduler {
       maxTokens: limits.maxTokens,
       slowdown: options.slowdown ?? 1.85,
       firstTargetMs: 200,
-      minTokens: 8,
+      minTokens: 2,
     });
     this.#retry = new RetryEstimate(this.#maxRunning);
   }

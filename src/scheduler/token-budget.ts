@@ -8,7 +8,7 @@
 /** Weight of the newest measurement. */
 const NEWEST = 0.25;
 /** Steps with prompts or drafts after which the cost of streams alone is measured again, with one step that carries neither. */
-const STALE_STEPS = 64;
+const STALE_STEPS = 32;
 
 interface StreamsCost {
   ms: number;
@@ -22,7 +22,7 @@ export interface TokenBudgetOptions {
   slowdown: number;
   /** Wanted time of such a step while the streams' own cost is unknown. */
   firstTargetMs: number;
-  /** Prompts always advance by so many tokens. */
+  /** Prompts always advance by so many tokens, whatever they cost. */
   minTokens: number;
 }
 
@@ -57,7 +57,7 @@ export class TokenBudget {
     if (promptTokens === 0) {
       this.#probing = false;
       const known = this.#streams.get(decodeRows);
-      this.#streams.set(decodeRows, { ms: smooth(known?.ms ?? Number.NaN, ms), age: 0 });
+      this.#streams.set(decodeRows, { ms: known === undefined ? ms : typical(known.ms, ms), age: 0 });
       return;
     }
     if (decodeRows === 0) {
@@ -101,22 +101,37 @@ export class TokenBudget {
   }
 }
 
+/** Nearer to the usual time than to the mean: a step that something else held up says little about the next one. */
+function typical(before: number, now: number): number {
+  const weight = now < before ? 2 * NEWEST : 0.6 * NEWEST;
+  return before * (1 - weight) + now * weight;
+}
+
 function smooth(before: number, now: number): number {
   return Number.isNaN(before) ? now : before * (1 - NEWEST) + now * NEWEST;
 }
 
 /** Splits `budget` so that nobody gets more than it wants and nobody is cut while another gets more: the smallest wants
- * are served whole, the rest share equally, down to single tokens. The whole budget is used if the wants allow it. */
+ * are served whole, the rest share equally, down to single tokens, which go to the first ones. The whole budget is used
+ * if the wants allow it. With prompts in order of age the oldest therefore advances whatever the budget is. */
 export function shareFairly(wants: readonly number[], budget: number): number[] {
-  const shares = new Array<number>(wants.length).fill(0);
-  const order = wants.map((_, index) => index).sort((a, b) => (wants[a] ?? 0) - (wants[b] ?? 0) || a - b);
+  const order = wants.toSorted((a, b) => a - b);
   let left = budget;
-  let open = order.length;
-  for (const index of order) {
-    const share = Math.min(wants[index] ?? 0, Math.floor(left / open));
-    shares[index] = share;
-    left -= share;
-    open--;
+  let level = 0;
+  for (const [i, want] of order.entries()) {
+    const open = order.length - i;
+    level = Math.floor(left / open);
+    if (want > level) break;
+    level = want;
+    left -= want;
+  }
+  const shares = wants.map((want) => Math.min(want, level));
+  let rest = budget - shares.reduce((sum, share) => sum + share, 0);
+  for (const [i, want] of wants.entries()) {
+    if (rest === 0) break;
+    if (want <= level) continue;
+    shares[i] = level + 1;
+    rest--;
   }
   return shares;
 }

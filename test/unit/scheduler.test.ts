@@ -261,7 +261,7 @@ describe("a batch", () => {
     r.loop.add(request("b", range(60, 1), { max_tokens: 1 }));
     r.loop.add(request("c", range(5, 2), { max_tokens: 1 }));
     await turn();
-    expect(r.engine.seen[0]?.rows.map((row) => row.count)).toEqual([13, 14, 5]);
+    expect(r.engine.seen[0]?.rows.map((row) => row.count)).toEqual([14, 13, 5]);
     await r.drain();
   });
 
