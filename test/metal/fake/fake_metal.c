@@ -149,6 +149,7 @@ static object *library_function(object *o, SEL s, object *name) {
         }
     return NULL;
 }
+static void options_fast_math(object *o, SEL s, bool on) { UNUSED(o), UNUSED(s), UNUSED(on); }
 static object *constants_init(object *o, SEL s) {
     UNUSED(s);
     o->extra = calloc(1, sizeof(fake_constants));
@@ -201,6 +202,16 @@ static void residency_add(object *o, SEL s, object *buffer) {
     if (!list) fake_misuse("no memory");
     list[o->size++] = fake_retain(buffer);
     o->memory = list;
+}
+static void residency_remove(object *o, SEL s, object *buffer) {
+    UNUSED(s);
+    object **list = o->memory;
+    for (size_t i = 0; i < o->size; i++)
+        if (list[i] == buffer) {
+            list[i] = list[--o->size];
+            fake_release(buffer);
+            return;
+        }
 }
 static void residency_nothing(object *o, SEL s) { UNUSED(o), UNUSED(s); }
 static void queue_add_residency(object *o, SEL s, object *set) {
@@ -353,6 +364,7 @@ const fake_method fake_methods[] = {
     METHOD("MTLDevice", "newLibraryWithSource:options:error:", device_library),
     METHOD("MTLDevice", "newComputePipelineStateWithFunction:error:", device_pipeline),
     METHOD("MTLDevice", "newResidencySetWithDescriptor:error:", device_residency),
+    METHOD("MTLCompileOptions", "setFastMathEnabled:", options_fast_math),
     METHOD("MTLLibrary", "newFunctionWithName:", library_function),
     METHOD("MTLLibrary", "newFunctionWithName:constantValues:error:", library_function_constants),
     METHOD("MTLFunctionConstantValues", "init", constants_init),
@@ -364,6 +376,7 @@ const fake_method fake_methods[] = {
     METHOD("MTLSharedEvent", "signaledValue", event_value),
     METHOD("MTLSharedEvent", "setSignaledValue:", event_set_value),
     METHOD("MTLResidencySet", "addAllocation:", residency_add),
+    METHOD("MTLResidencySet", "removeAllocation:", residency_remove),
     METHOD("MTLResidencySet", "commit", residency_nothing),
     METHOD("MTLResidencySet", "requestResidency", residency_nothing),
     METHOD("MTLResidencySet", "endResidency", residency_nothing),

@@ -1,5 +1,5 @@
 // shim_atomics.h — atomics, relaxed only as in Metal. They are real: a word may be shared with another CPU thread, which is
-// how a host and a kernel hand something over.
+// how a host and a kernel hand something over. (An array of atomics in threadgroup memory is not modelled: declare words and cast.)
 
 namespace metal {
 enum memory_order { memory_order_relaxed };

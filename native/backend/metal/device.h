@@ -1,0 +1,48 @@
+/* device.h — a Metal device from C: messages, buffers over memory, pipelines, command buffers. No Objective-C, no SDK: all
+ * entry points are found with dlopen.
+ *
+ * Not thread-safe: one thread at a time. The first failure is kept as text; calls after it do nothing until the next begin. */
+#ifndef CV_METAL_DEVICE_H
+#define CV_METAL_DEVICE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../../engine/error.h"
+
+typedef struct cv_metal_device cv_metal_device;
+
+/* Function constants of a kernel, by the numbers of params.h. */
+typedef struct {
+    uint32_t formats[16]; /* weights A to D: format, bits, group, scale type */
+    uint32_t output, experts, layer;
+    bool same_formats, norm, input_float, bias, rows, swiglu;
+} cv_metal_constants;
+
+/* exact: no fast math. */
+int cv_metal_device_open(bool exact, cv_metal_device **out, cv_err err);
+void cv_metal_device_close(cv_metal_device *d);
+
+/* Memory that host and GPU share, zeroed. */
+int cv_metal_alloc(cv_metal_device *d, size_t bytes, void **out, cv_err err);
+void cv_metal_free(cv_metal_device *d, void *p);
+/* Lets commands use memory of the host, without copying: whole pages around it. */
+int cv_metal_share(cv_metal_device *d, const void *p, size_t bytes, cv_err err);
+
+/* Commands: begin, then for each dispatch use, bind/bytes and dispatch; then finish. */
+int cv_metal_begin(cv_metal_device *d);
+void cv_metal_use(cv_metal_device *d, const char *kernel, const cv_metal_constants *constants);
+/* Binds p; memory that is not known yet is shared first. */
+void cv_metal_bind(cv_metal_device *d, unsigned index, const void *p, size_t bytes);
+void cv_metal_bytes(cv_metal_device *d, unsigned index, const void *p, size_t bytes);
+/* work: multiply-adds. When much has been gathered the command buffer is committed and another begun: none runs for long. */
+void cv_metal_dispatch(cv_metal_device *d, const size_t groups[3], size_t threads, double work);
+/* Waits for all commands. CV_E_STEP with the reason of the first failure. */
+int cv_metal_finish(cv_metal_device *d, cv_err err);
+/* Whether something has failed since begin. */
+int cv_metal_failed(const cv_metal_device *d);
+/* Records a failure of the caller's own. */
+void cv_metal_refuse(cv_metal_device *d, int code, const char *text);
+
+#endif

@@ -1,0 +1,161 @@
+// experts.metal — mixture of experts. Decoding: the chosen experts are found from the router's logits by every simdgroup that
+// needs them, so that a layer's experts take two dispatches. Prompts: tokens are sorted by expert for matmul.metal.
+// Llama 4 scales an expert's input by the sigmoid of its logit; both products are linear in it, so it is applied behind them.
+
+template <uint R, uint B>
+METAL_FUNC void gate_and_up(Format gate_format, Format up_format, constant cv_matrix& gate_shape, constant cv_matrix& up_shape, device const uchar* wg, device const uchar* sg, device const uchar* bg,
+                            device const uchar* wu, device const uchar* su, device const uchar* bu, uint row0, device const float* const thread* x, device const float* norm, uint lane, thread float (&gate)[R][B],
+                            thread float (&up)[R][B], thread float (&squares)[B]) {
+  dot_rows<float, R, B, true>(up_format, up_shape, wu, su, bu, row0, x, norm, lane, up, squares);
+  dot_rows<float, R, B, true>(gate_format, gate_shape, wg, sg, bg, row0, x, norm, lane, gate, squares);
+}
+
+// Hidden activations of token t: act[t][chosen * expert rows + shared rows], experts in the order of choice, shared last.
+// Threadgroup (row block, block of B tokens, slot); slots 0 … chosen-1 are experts, the last is the shared expert.
+template <typename T, uint R, uint B>
+kernel void experts_up(device const uchar* wg [[buffer(0)]], device const uchar* sg [[buffer(1)]], device const uchar* bg [[buffer(2)]], device const uchar* wu [[buffer(3)]], device const uchar* su [[buffer(4)]],
+                       device const uchar* bu [[buffer(5)]], device const uchar* shared_wg [[buffer(6)]], device const uchar* shared_sg [[buffer(7)]], device const uchar* shared_bg [[buffer(8)]],
+                       device const uchar* shared_wu [[buffer(9)]], device const uchar* shared_su [[buffer(10)]], device const uchar* shared_bu [[buffer(11)]], device const float* h [[buffer(12)]],
+                       device const float* norm [[buffer(13)]], device const float* logits [[buffer(14)]], device T* act [[buffer(15)]], constant cv_up_params& p [[buffer(16)]],
+                       uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint row0 = (group.x * CV_MATVEC_SIMDGROUPS + simdgroup) * R, slot = group.z, first = group.y * B, cols = p.gate.cols;
+  const ulong width = ulong(p.chosen) * p.gate.rows + p.shared_gate.rows;
+  if (slot == p.chosen) {
+    if (row0 >= p.shared_gate.rows) return;
+    device const float* x[B];
+    for (uint b = 0; b < B; b++) x[b] = h + ulong(min(first + b, p.n - 1)) * cols;
+    float gate[R][B], up[R][B], squares[B];
+    gate_and_up<R, B>(SAME_FORMATS ? format_a() : format_c(), SAME_FORMATS ? format_a() : format_d(), p.shared_gate, p.shared_up, shared_wg, shared_sg, shared_bg, shared_wu, shared_su, shared_bu, row0, x, norm, lane, gate, up, squares);
+    if (lane != 0) return;
+    const float gate_global = global_scale(p.shared_gate, shared_bg, 0), up_global = global_scale(p.shared_up, shared_bu, 0);
+    for (uint b = 0; b < B && first + b < p.n; b++) {
+      const float factor = rsqrt(squares[b] / float(cols) + p.eps);
+      for (uint r = 0; r < R && row0 + r < p.shared_gate.rows; r++)
+        act[(first + b) * width + ulong(p.chosen) * p.gate.rows + row0 + r] = T(silu(gate[r][b] * factor * gate_global) * (up[r][b] * factor * up_global));
+    }
+    return;
+  }
+  if (row0 >= p.gate.rows) return;
+  for (uint t = first; t < min(first + B, p.n); t++) {
+    device const float* token_logits = logits + ulong(t) * p.n_experts;
+    const uint e = chosen_expert(token_logits, p.n_experts, slot, lane);
+    device const float* x[1] = {h + ulong(t) * cols};
+    float gate[R][1], up[R][1], squares[1];
+    gate_and_up<R, 1>(format_a(), SAME_FORMATS ? format_a() : format_b(), p.gate, p.up, expert_data(p.gate, wg, e), expert_scales(p.gate, sg, e), expert_biases(p.gate, bg, e), expert_data(p.up, wu, e), expert_scales(p.up, su, e),
+                      expert_biases(p.up, bu, e), row0, x, norm, lane, gate, up, squares);
+    if (lane != 0) continue;
+    const float factor = rsqrt(squares[0] / float(cols) + p.eps) * expert_score(token_logits[e]);
+    const float gate_global = global_scale(p.gate, bg, e), up_global = global_scale(p.up, bu, e);
+    for (uint r = 0; r < R && row0 + r < p.gate.rows; r++) act[t * width + ulong(slot) * p.gate.rows + row0 + r] = T(silu(gate[r][0] * factor * gate_global) * (up[r][0] * factor * up_global));
+  }
+}
+
+// h[t] (+)= Σ down_e · act_e + shared_down · act_shared, experts in the order of choice. Threadgroup (row block, block of B tokens).
+template <typename T, uint R, uint B>
+kernel void experts_down(device const uchar* w [[buffer(0)]], device const uchar* s [[buffer(1)]], device const uchar* b [[buffer(2)]], device const uchar* shared_w [[buffer(3)]], device const uchar* shared_s [[buffer(4)]],
+                         device const uchar* shared_b [[buffer(5)]], device const T* act [[buffer(6)]], device const float* logits [[buffer(7)]], device float* h [[buffer(8)]], constant cv_down_params& p [[buffer(9)]],
+                         uint2 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint row0 = (group.x * CV_MATVEC_SIMDGROUPS + simdgroup) * R, first = group.y * B;
+  if (row0 >= p.down.rows) return;
+  const ulong width = ulong(p.chosen) * p.down.cols + p.shared_down.cols;
+  float total[R][B];
+  for (uint t = 0; t < B; t++) {
+    const uint token = min(first + t, p.n - 1);
+    for (uint r = 0; r < R; r++) total[r][t] = 0.0f;
+    for (uint slot = 0; slot < p.chosen; slot++) {
+      const uint e = chosen_expert(logits + ulong(token) * p.n_experts, p.n_experts, slot, lane);
+      device const T* x[1] = {act + token * width + ulong(slot) * p.down.cols};
+      float sums[R][1], squares[1];
+      dot_rows<T, R, 1, false>(format_a(), p.down, expert_data(p.down, w, e), expert_scales(p.down, s, e), expert_biases(p.down, b, e), row0, x, h, lane, sums, squares);
+      const float global = global_scale(p.down, b, e);
+      for (uint r = 0; r < R; r++) total[r][t] += sums[r][0] * global;
+    }
+  }
+  device const T* x[B];
+  for (uint t = 0; t < B; t++) x[t] = act + min(first + t, p.n - 1) * width + ulong(p.chosen) * p.down.cols;
+  float sums[R][B], squares[B];
+  dot_rows<T, R, B, false>(SAME_FORMATS ? format_a() : format_b(), p.shared_down, shared_w, shared_s, shared_b, row0, x, h, lane, sums, squares);
+  if (lane != 0) return;
+  const float global = global_scale(p.shared_down, shared_b, 0);
+  for (uint t = 0; t < B && first + t < p.n; t++)
+    for (uint r = 0; r < R && row0 + r < p.down.rows; r++) {
+      device float* out = h + ulong(first + t) * p.down.rows + row0 + r;
+      const float y = total[r][t] + sums[r][t] * global;
+      *out = p.add != 0 ? *out + y : y;
+    }
+}
+
+// Sorts the chosen (token, rank) pairs by expert: row r of the sorted rows is token row_token[r] with row_score[r]; pair
+// (t, k) is row place[t * chosen + k]. Cuts each expert's rows into tiles for matmul.metal and counts them. One threadgroup.
+kernel void experts_sort(device const float* logits [[buffer(0)]], device uint* row_token [[buffer(1)]], device float* row_score [[buffer(2)]], device uint* place [[buffer(3)]], device cv_expert_tile* tiles [[buffer(4)]],
+                         device uint* n_tiles [[buffer(5)]], constant cv_moe_params& p [[buffer(6)]], uint thread_index [[thread_index_in_threadgroup]]) {
+  threadgroup uint count_words[CV_MOST_EXPERTS]; // rows of each expert; then its next free row
+  threadgroup atomic_uint* counts = (threadgroup atomic_uint*)count_words;
+  for (uint e = thread_index; e < p.n_experts; e += CV_SORT_THREADS) atomic_store_explicit(&counts[e], 0u, memory_order_relaxed);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint t = thread_index; t < p.n; t += CV_SORT_THREADS) {
+    device const float* token_logits = logits + ulong(t) * p.n_experts;
+    uint taken[CV_MOST_CHOSEN];
+    for (uint k = 0; k < p.chosen; k++) {
+      uint best = p.n_experts;
+      for (uint e = 0; e < p.n_experts; e++) {
+        bool free = true;
+        for (uint j = 0; j < k; j++) free = free && taken[j] != e;
+        if (free && (best == p.n_experts || token_logits[e] > token_logits[best])) best = e;
+      }
+      taken[k] = best;
+      place[t * p.chosen + k] = best; // its row is known when all have been counted
+      atomic_fetch_add_explicit(&counts[best], 1u, memory_order_relaxed);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (thread_index == 0) {
+    uint row = 0, n = 0;
+    for (uint e = 0; e < p.n_experts; e++) {
+      const uint count = atomic_load_explicit(&counts[e], memory_order_relaxed);
+      for (uint i = 0; i < count; i += CV_MATMUL_TOKENS) {
+        tiles[n].expert = e;
+        tiles[n].first = row + i;
+        tiles[n].n = min(count - i, uint(CV_MATMUL_TOKENS));
+        n++;
+      }
+      atomic_store_explicit(&counts[e], row, memory_order_relaxed);
+      row += count;
+    }
+    n_tiles[0] = n;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint t = thread_index; t < p.n; t += CV_SORT_THREADS)
+    for (uint k = 0; k < p.chosen; k++) {
+      const uint e = place[t * p.chosen + k];
+      const uint row = atomic_fetch_add_explicit(&counts[e], 1u, memory_order_relaxed);
+      row_token[row] = t;
+      row_score[row] = expert_score(logits[ulong(t) * p.n_experts + e]);
+      place[t * p.chosen + k] = row;
+    }
+}
+
+// h[t] (+)= Σ_k expert_out[place of (t, k)] + shared_out[t].
+template <bool ADD>
+kernel void experts_sum(device const float* expert_out [[buffer(0)]], device const float* shared_out [[buffer(1)]], device const uint* place [[buffer(2)]], device float* h [[buffer(3)]], constant cv_moe_params& p [[buffer(4)]],
+                        uint2 at [[thread_position_in_grid]]) {
+  if (at.x >= p.hidden || at.y >= p.n) return;
+  float y = 0.0f;
+  for (uint k = 0; k < p.chosen; k++) y += expert_out[ulong(place[at.y * p.chosen + k]) * p.hidden + at.x];
+  const ulong i = ulong(at.y) * p.hidden + at.x;
+  y += shared_out[i];
+  h[i] = ADD ? h[i] + y : y;
+}
+template [[host_name("experts_sum")]] [[kernel]] decltype(experts_sum<false>) experts_sum<false>;
+template [[host_name("experts_sum_add")]] [[kernel]] decltype(experts_sum<true>) experts_sum<true>;
+
+#define EXPERTS_TYPE(T, suffix)                                                                                         \
+  template [[host_name("experts_up_" suffix "_1")]] [[kernel]] decltype(experts_up<T, 2, 1>) experts_up<T, 2, 1>;       \
+  template [[host_name("experts_up_" suffix "_4")]] [[kernel]] decltype(experts_up<T, 2, 4>) experts_up<T, 2, 4>;       \
+  template [[host_name("experts_down_" suffix "_1")]] [[kernel]] decltype(experts_down<T, 4, 1>) experts_down<T, 4, 1>; \
+  template [[host_name("experts_down_" suffix "_4")]] [[kernel]] decltype(experts_down<T, 4, 4>) experts_down<T, 4, 4>;
+EXPERTS_TYPE(float, "f32")
+EXPERTS_TYPE(half, "f16")
+#ifdef __HAVE_BFLOAT__ // macOS 14
+EXPERTS_TYPE(bfloat, "bf16")
+#endif

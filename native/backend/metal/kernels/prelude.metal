@@ -1,0 +1,224 @@
+// prelude.metal — read before every kernel file: number formats, the dot product of weight rows, reductions.
+//
+// Arithmetic is in float. A row's result depends on its own input and weights only, not on how many rows are computed with it.
+#include <metal_stdlib>
+#include <metal_simdgroup_matrix>
+#include "params.h"
+using namespace metal;
+
+constant uint A_FORMAT [[function_constant(0)]];
+constant uint A_BITS [[function_constant(1)]];
+constant uint A_GROUP [[function_constant(2)]];
+constant uint A_SCALE [[function_constant(3)]];
+constant uint B_FORMAT [[function_constant(4)]];
+constant uint B_BITS [[function_constant(5)]];
+constant uint B_GROUP [[function_constant(6)]];
+constant uint B_SCALE [[function_constant(7)]];
+constant uint C_FORMAT [[function_constant(8)]];
+constant uint C_BITS [[function_constant(9)]];
+constant uint C_GROUP [[function_constant(10)]];
+constant uint C_SCALE [[function_constant(11)]];
+constant uint D_FORMAT [[function_constant(12)]];
+constant uint D_BITS [[function_constant(13)]];
+constant uint D_GROUP [[function_constant(14)]];
+constant uint D_SCALE [[function_constant(15)]];
+constant bool SAME_FORMATS [[function_constant(16)]];
+constant bool NORM [[function_constant(17)]];
+constant bool INPUT_FLOAT [[function_constant(18)]];
+constant uint OUTPUT [[function_constant(19)]];
+constant bool BIAS [[function_constant(20)]];
+constant bool ROWS [[function_constant(21)]];
+constant bool SWIGLU [[function_constant(22)]];
+constant uint EXPERTS [[function_constant(23)]];
+constant uint LAYER [[function_constant(24)]];
+
+// Weight formats and scale types, by caravan.h's numbers.
+enum { FORMAT_F32 = 1, FORMAT_F16 = 2, FORMAT_BF16 = 3, FORMAT_AFFINE = 4, FORMAT_MXFP4 = 5, FORMAT_MXFP8 = 6, FORMAT_NVFP4 = 7 };
+enum { SCALE_F32 = 1, SCALE_F16 = 2, SCALE_BF16 = 3, SCALE_E8M0 = 4, SCALE_E4M3 = 5 };
+enum { LAYER_CHUNKED = 1, LAYER_ROPE = 2, LAYER_QK_NORM = 4, LAYER_TEMPERATURE = 8 };
+
+// What decoding depends on, known when the pipeline is made: branches on it fold away.
+struct Format {
+  uint format, bits, group, scale;
+};
+METAL_FUNC Format format_a() { return Format{A_FORMAT, A_BITS, A_GROUP, A_SCALE}; }
+METAL_FUNC Format format_b() { return Format{B_FORMAT, B_BITS, B_GROUP, B_SCALE}; }
+METAL_FUNC Format format_c() { return Format{C_FORMAT, C_BITS, C_GROUP, C_SCALE}; }
+METAL_FUNC Format format_d() { return Format{D_FORMAT, D_BITS, D_GROUP, D_SCALE}; }
+
+METAL_FUNC float from_bf16(ushort bits) { return as_type<float>(uint(bits) << 16); }
+
+// OCP E4M3: bias 7, subnormals m/8 * 2^-6. The two NaN codes do not occur in weights.
+METAL_FUNC float from_e4m3(uint code) {
+  const uint exponent = (code >> 3) & 15u, mantissa = code & 7u;
+  const float magnitude = exponent == 0u ? float(mantissa) * 0.001953125f : as_type<float>(((exponent + 120u) << 23) | (mantissa << 20));
+  return (code & 128u) != 0u ? -magnitude : magnitude;
+}
+
+// OCP E2M1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+METAL_FUNC float from_e2m1(uint code) {
+  const uint exponent = (code >> 1) & 3u, mantissa = code & 1u;
+  const float magnitude = exponent == 0u ? 0.5f * float(mantissa) : as_type<float>(((exponent + 126u) << 23) | (mantissa << 22));
+  return (code & 8u) != 0u ? -magnitude : magnitude;
+}
+
+METAL_FUNC float stored_float(uint type, device const uchar* p, uint i) {
+  switch (type) {
+    case SCALE_F32: return ((device const float*)p)[i];
+    case SCALE_F16: return float(((device const half*)p)[i]);
+    case SCALE_BF16: return from_bf16(((device const ushort*)p)[i]);
+    case SCALE_E8M0: return p[i] == 0 ? 5.877471754e-39f : as_type<float>(uint(p[i]) << 23);
+    default: return from_e4m3(p[i]);
+  }
+}
+
+// 16 codes of BITS bits: BITS consecutive 16-bit words of the row. Loads are 32 bits where the width allows.
+template <uint BITS>
+METAL_FUNC void unpack16(device const uchar* row, uint chunk, thread float* v) {
+  uint w[5] = {0, 0, 0, 0, 0};
+  if (BITS % 2 == 0) {
+    device const uint* p = (device const uint*)row + chunk * (BITS / 2);
+    for (uint i = 0; i < BITS / 2; i++) w[i] = p[i];
+  } else {
+    device const ushort* p = (device const ushort*)row + chunk * BITS;
+    for (uint i = 0; i < BITS; i++) w[i / 2] |= uint(p[i]) << (16 * (i % 2));
+  }
+  for (uint i = 0; i < 16; i++) {
+    const uint at = i * BITS / 32, shift = i * BITS % 32;
+    uint code = w[at] >> shift;
+    if (shift + BITS > 32) code |= w[at + 1] << (32 - shift);
+    v[i] = float(code & ((1u << BITS) - 1u));
+  }
+}
+
+// 16 values of a row before scale and bias.
+METAL_FUNC void load16(Format f, device const uchar* row, uint chunk, thread float* v) {
+  switch (f.format) {
+    case FORMAT_F32:
+      for (uint i = 0; i < 16; i++) v[i] = ((device const float*)row)[chunk * 16 + i];
+      break;
+    case FORMAT_F16:
+      for (uint i = 0; i < 16; i++) v[i] = float(((device const half*)row)[chunk * 16 + i]);
+      break;
+    case FORMAT_BF16:
+      for (uint i = 0; i < 16; i++) v[i] = from_bf16(((device const ushort*)row)[chunk * 16 + i]);
+      break;
+    case FORMAT_AFFINE:
+      switch (f.bits) {
+        case 2: unpack16<2>(row, chunk, v); break;
+        case 3: unpack16<3>(row, chunk, v); break;
+        case 4: unpack16<4>(row, chunk, v); break;
+        case 5: unpack16<5>(row, chunk, v); break;
+        case 6: unpack16<6>(row, chunk, v); break;
+        default: unpack16<8>(row, chunk, v);
+      }
+      break;
+    case FORMAT_MXFP8:
+      for (uint i = 0; i < 16; i++) v[i] = from_e4m3(row[chunk * 16 + i]);
+      break;
+    default: {
+      device const uint* p = (device const uint*)row + chunk * 2;
+      for (uint i = 0; i < 16; i++) v[i] = from_e2m1((p[i / 8] >> (4 * (i % 8))) & 15u);
+    }
+  }
+}
+
+METAL_FUNC bool is_quantized(Format f) { return f.format >= FORMAT_AFFINE; }
+METAL_FUNC bool has_bias(Format f) { return f.format == FORMAT_AFFINE; }
+
+// 16 values of a row, scaled.
+METAL_FUNC void decode16(Format f, device const uchar* row, device const uchar* scales, device const uchar* biases, uint chunk, thread float* v) {
+  load16(f, row, chunk, v);
+  if (!is_quantized(f)) return;
+  const uint g = chunk * 16 / f.group;
+  const float s = stored_float(f.scale, scales, g);
+  const float b = has_bias(f) ? stored_float(f.scale, biases, g) : 0.0f;
+  for (uint i = 0; i < 16; i++) v[i] = fma(v[i], s, b);
+}
+
+// NVFP4's second scale, of a whole expert.
+METAL_FUNC float global_scale(constant cv_matrix& m, device const uchar* biases, uint expert) {
+  return m.has_global != 0 ? ((device const float*)biases)[expert] / 2688.0f : 1.0f;
+}
+
+// An expert's first row.
+METAL_FUNC device const uchar* expert_data(constant cv_matrix& m, device const uchar* data, uint expert) { return data + ulong(expert) * m.expert_bytes; }
+METAL_FUNC device const uchar* expert_scales(constant cv_matrix& m, device const uchar* scales, uint expert) { return scales + ulong(expert) * m.expert_scale_bytes; }
+METAL_FUNC device const uchar* expert_biases(constant cv_matrix& m, device const uchar* biases, uint expert) { return m.has_global != 0 ? biases : biases + ulong(expert) * m.expert_scale_bytes; }
+
+// sums[r][b] = Σ_c w[row0 + r][c] * x_b[c], of one simdgroup: a lane takes every 32nd run of 16 columns, so that a simdgroup
+// reads a row's bytes in order and once, whatever the number B of inputs. With NORM, x is multiplied by `norm` on the way in and
+// squares[b] = Σ x²: the caller multiplies by 1/rms, which commutes with the dot product.
+// Rows past the last repeat it: their sums are not stored. All lanes get the sums.
+template <typename T, uint R, uint B, bool USE_NORM>
+METAL_FUNC void dot_rows(Format f, constant cv_matrix& m, device const uchar* data, device const uchar* scales, device const uchar* biases, uint row0, device const T* const thread* x,
+                         device const float* norm, uint lane, thread float (&sums)[R][B], thread float (&squares)[B]) {
+  device const uchar* row[R];
+  device const uchar* row_scales[R];
+  device const uchar* row_biases[R];
+  for (uint r = 0; r < R; r++) {
+    const ulong i = min(row0 + r, m.rows - 1);
+    row[r] = data + i * m.row_bytes;
+    row_scales[r] = scales + i * m.scale_row_bytes;
+    row_biases[r] = biases + i * m.scale_row_bytes;
+    for (uint b = 0; b < B; b++) sums[r][b] = 0.0f;
+  }
+  for (uint b = 0; b < B; b++) squares[b] = 0.0f;
+  for (uint chunk = lane; chunk < m.cols / 16; chunk += 32) {
+    float v[R][16];
+    float s[R], bias[R];
+    const uint g = is_quantized(f) ? chunk * 16 / f.group : 0;
+    for (uint r = 0; r < R; r++) {
+      load16(f, row[r], chunk, v[r]);
+      s[r] = is_quantized(f) ? stored_float(f.scale, row_scales[r], g) : 1.0f;
+      bias[r] = has_bias(f) ? stored_float(f.scale, row_biases[r], g) : 0.0f;
+    }
+    for (uint b = 0; b < B; b++) {
+      float xv[16];
+      float total = 0.0f;
+      for (uint i = 0; i < 16; i++) {
+        xv[i] = float(x[b][chunk * 16 + i]);
+        if (USE_NORM) {
+          squares[b] = fma(xv[i], xv[i], squares[b]);
+          xv[i] *= norm[chunk * 16 + i];
+        }
+        total += xv[i];
+      }
+      for (uint r = 0; r < R; r++) {
+        float d = 0.0f;
+        for (uint i = 0; i < 16; i++) d = fma(v[r][i], xv[i], d);
+        sums[r][b] = fma(s[r], d, sums[r][b]);
+        if (has_bias(f)) sums[r][b] = fma(bias[r], total, sums[r][b]);
+      }
+    }
+  }
+  for (uint b = 0; b < B; b++) {
+    for (uint r = 0; r < R; r++) sums[r][b] = simd_sum(sums[r][b]);
+    if (USE_NORM) squares[b] = simd_sum(squares[b]);
+  }
+}
+
+METAL_FUNC float silu(float x) { return x / (1.0f + exp(-x)); }
+
+// The expert of rank `rank` among the largest router logits (the lower number wins a tie), the same in all lanes of a simdgroup.
+METAL_FUNC uint chosen_expert(device const float* logits, uint n_experts, uint rank, uint lane) {
+  uint taken[CV_MOST_CHOSEN];
+  uint best = 0;
+  for (uint k = 0; k <= rank; k++) {
+    float value = -FLT_MAX;
+    uint mine = n_experts;
+    for (uint e = lane; e < n_experts; e += 32) {
+      bool free = true;
+      for (uint j = 0; j < k; j++) free = free && taken[j] != e;
+      if (free && (mine == n_experts || logits[e] > value)) {
+        value = logits[e];
+        mine = e;
+      }
+    }
+    const float top = simd_max(value);
+    best = min(simd_min(mine < n_experts && value == top ? mine : n_experts), n_experts - 1);
+    taken[k] = best;
+  }
+  return best;
+}
+METAL_FUNC float expert_score(float logit) { return 1.0f / (1.0f + exp(-logit)); }

@@ -1,0 +1,196 @@
+/* products_test.c — embedding, products, MLP, experts and logits of the Metal backend against the reference, over formats, types
+ * and numbers of tokens. Argument: how many rounds (each draws shapes anew). */
+#include "ops.h"
+
+enum { MOST = 96 };
+
+static const size_t token_counts[] = {1, 2, 3, 5, 8, 9, 16, 17, 40, 70};
+enum { COUNTS = sizeof token_counts / sizeof token_counts[0] };
+
+typedef struct {
+    op_world w;
+    float *h_cpu, *h_gpu;   /* [MOST, hidden] */
+    float *a_cpu;           /* [MOST, widest] */
+    void *a_gpu;
+    float *norm;
+    size_t n;
+} bench;
+
+static float *vector_of(op_context *c, size_t n) {
+    float *x = op_need(calloc((n + 16) * sizeof *x, 1));
+    for (size_t i = 0; i < n; i++) x[i] = op_number(c);
+    return x;
+}
+
+static void fill_h(bench *b) {
+    op_fill(b->w.c, CV_F32, b->h_cpu, b->n * b->w.shape.hidden);
+    memcpy(b->h_gpu, b->h_cpu, b->n * b->w.shape.hidden * sizeof(float));
+}
+
+static void open_bench(bench *b, op_context *c, uint32_t type, size_t hidden, size_t n_experts, size_t chosen, size_t ff, size_t n) {
+    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = MOST, .max_logits = MOST, .max_heads = 8,
+                  .max_kv_heads = 4, .max_ff = ff, .kv_type = type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-6f, .exact = type == CV_F32};
+    memset(b, 0, sizeof *b);
+    op_open(&b->w, c, &s, NULL, 0);
+    if (!b->w.gpu) return;
+    size_t widest = hidden > ff ? hidden : ff;
+    if (widest < 300) widest = 300;
+    b->h_cpu = op_alloc(b->w.cpu, MOST * hidden * sizeof(float));
+    b->h_gpu = op_alloc(b->w.gpu, MOST * hidden * sizeof(float));
+    b->a_cpu = op_alloc(b->w.cpu, MOST * widest * sizeof(float));
+    b->a_gpu = op_alloc(b->w.gpu, MOST * widest * sizeof(float));
+    b->norm = vector_of(c, hidden);
+    b->n = n;
+    op_plain_batch(&b->w, n);
+    fill_h(b);
+}
+
+static void test_embed(op_context *c, uint32_t type, const op_format *f, size_t n) {
+    bench b;
+    open_bench(&b, c, type, 256, 0, 0, 256, n);
+    cv_weight *table = op_weight(c, f, 1, 300, 256);
+    if (b.w.gpu && op_begin(&b.w)) {
+        int code = b.w.cpu->ops->embed(b.w.cpu, table, b.h_cpu) | b.w.gpu->ops->embed(b.w.gpu, table, b.h_gpu);
+        if (op_finish(&b.w, code)) op_compare(&b.w, "embedding", CV_F32, b.h_gpu, b.h_cpu, n * 256, 1e-6);
+    }
+    op_close(&b.w);
+}
+
+static void test_qkv(op_context *c, uint32_t type, const op_format *f[3], size_t n, size_t hidden, bool bias) {
+    bench b;
+    open_bench(&b, c, type, hidden, 0, 0, 256, n);
+    const size_t rows[3] = {256, 128, 128};
+    const cv_weight *w[3];
+    const float *biases[3];
+    for (int i = 0; i < 3; i++) {
+        w[i] = op_weight(c, f[i], 1, rows[i], hidden);
+        biases[i] = bias ? vector_of(c, rows[i]) : NULL;
+    }
+    if (b.w.gpu && op_begin(&b.w)) {
+        float *cpu[3];
+        void *gpu[3];
+        for (int i = 0; i < 3; i++) {
+            cpu[i] = op_alloc(b.w.cpu, n * rows[i] * sizeof(float));
+            gpu[i] = op_alloc(b.w.gpu, n * rows[i] * sizeof(float));
+        }
+        int code = b.w.cpu->ops->norm_qkv(b.w.cpu, b.h_cpu, b.norm, w, biases, cpu[0], cpu[1], cpu[2]) | b.w.gpu->ops->norm_qkv(b.w.gpu, b.h_gpu, b.norm, w, biases, gpu[0], gpu[1], gpu[2]);
+        if (op_finish(&b.w, code))
+            for (int i = 0; i < 3; i++) op_compare(&b.w, i == 0 ? "q" : i == 1 ? "k" : "v", type, gpu[i], cpu[i], n * rows[i], op_bound(type));
+    }
+    op_close(&b.w);
+}
+
+static void test_linear(op_context *c, uint32_t type, const op_format *f, size_t n, size_t rows, size_t cols, bool accumulate) {
+    bench b;
+    open_bench(&b, c, type, rows, 0, 0, cols, n);
+    cv_weight *w = op_weight(c, f, 1, rows, cols);
+    float *bias = op_below(c, 2) ? vector_of(c, rows) : NULL;
+    if (b.w.gpu && op_begin(&b.w)) {
+        float *x = op_alloc(b.w.cpu, n * cols * sizeof(float));
+        op_fill(c, type, x, n * cols);
+        op_encode(type, x, b.a_gpu, n * cols);
+        int code = b.w.cpu->ops->linear(b.w.cpu, x, w, bias, accumulate, b.h_cpu) | b.w.gpu->ops->linear(b.w.gpu, b.a_gpu, w, bias, accumulate, b.h_gpu);
+        if (op_finish(&b.w, code)) op_compare(&b.w, accumulate ? "h += W·x" : "h = W·x", CV_F32, b.h_gpu, b.h_cpu, n * rows, op_bound(type));
+    }
+    op_close(&b.w);
+}
+
+static void test_mlp(op_context *c, uint32_t type, const op_format *gate, const op_format *up, const op_format *down, size_t n, bool bias) {
+    bench b;
+    size_t hidden = 256, ff = 128 + 128 * op_below(c, 3);
+    open_bench(&b, c, type, hidden, 0, 0, ff, n);
+    cv_weight *wg = op_weight(c, gate, 1, ff, hidden), *wu = op_weight(c, up, 1, ff, hidden), *wd = op_weight(c, down, 1, hidden, ff);
+    const float *bg = bias ? vector_of(c, ff) : NULL, *bu = bias ? vector_of(c, ff) : NULL;
+    if (b.w.gpu && op_begin(&b.w)) {
+        void *cpu = NULL, *gpu = NULL;
+        int code = b.w.cpu->ops->norm_mlp(b.w.cpu, b.h_cpu, b.norm, wg, wu, wd, bg, bu, &cpu) | b.w.gpu->ops->norm_mlp(b.w.gpu, b.h_gpu, b.norm, wg, wu, wd, bg, bu, &gpu);
+        if (!code) code = b.w.cpu->ops->linear(b.w.cpu, cpu, wd, NULL, false, b.h_cpu) | b.w.gpu->ops->linear(b.w.gpu, gpu, wd, NULL, false, b.h_gpu);
+        if (op_finish(&b.w, code)) op_compare(&b.w, "MLP", CV_F32, b.h_gpu, b.h_cpu, n * hidden, 2 * op_bound(type));
+    }
+    op_close(&b.w);
+}
+
+static void test_experts(op_context *c, uint32_t type, const op_format *experts, const op_format *shared, size_t n, size_t n_experts, size_t chosen, bool accumulate) {
+    bench b;
+    size_t hidden = 128, ff = 128, shared_ff = 128 * (1 + op_below(c, 2));
+    static const op_format router_format = {CV_FORMAT_F32, 0, 0, 0, false};
+    open_bench(&b, c, type, hidden, n_experts, chosen, shared_ff, n);
+    cv_weight *router = op_weight(c, &router_format, 1, n_experts, hidden);
+    cv_moe_weights w = {op_weight(c, experts, n_experts, ff, hidden), op_weight(c, experts, n_experts, ff, hidden), op_weight(c, experts, n_experts, hidden, ff),
+                        op_weight(c, shared, 1, shared_ff, hidden), op_weight(c, shared, 1, shared_ff, hidden), op_weight(c, shared, 1, hidden, shared_ff)};
+    if (b.w.gpu && op_begin(&b.w)) {
+        const cv_backend_ops *x = b.w.cpu->ops, *y = b.w.gpu->ops;
+        int code = x->norm_route(b.w.cpu, b.h_cpu, b.norm, router) | y->norm_route(b.w.gpu, b.h_gpu, b.norm, router);
+        if (!code) code = x->moe_up(b.w.cpu, &w) | y->moe_up(b.w.gpu, &w);
+        if (!code) code = x->moe_down(b.w.cpu, &w, accumulate, b.h_cpu) | y->moe_down(b.w.gpu, &w, accumulate, b.h_gpu);
+        if (op_finish(&b.w, code)) op_compare(&b.w, "experts", CV_F32, b.h_gpu, b.h_cpu, n * hidden, 2 * op_bound(type));
+    }
+    op_close(&b.w);
+}
+
+static void test_head(op_context *c, uint32_t type, const op_format *f, size_t n, size_t n_rows) {
+    bench b;
+    open_bench(&b, c, type, 256, 0, 0, 256, n);
+    cv_weight *head = op_weight(c, f, 1, 300, 256);
+    uint32_t rows[MOST];
+    for (size_t i = 0; i < n_rows; i++) rows[i] = (uint32_t)op_below(c, n);
+    if (b.w.gpu && op_begin(&b.w)) {
+        int code = b.w.cpu->ops->head(b.w.cpu, b.h_cpu, rows, n_rows, b.norm, head, b.a_cpu) | b.w.gpu->ops->head(b.w.gpu, b.h_gpu, rows, n_rows, b.norm, head, b.a_gpu);
+        if (op_finish(&b.w, code)) op_compare(&b.w, "logits", CV_F32, b.a_gpu, b.a_cpu, n_rows * 300, op_bound(type));
+    }
+    op_close(&b.w);
+}
+
+/* Rows of a batch have the bits that they have alone. */
+static void test_rows_alone(op_context *c, uint32_t type, const op_format *f) {
+    bench b;
+    size_t rows = 100, cols = 256, n = 7;
+    open_bench(&b, c, type, rows, 0, 0, cols, n);
+    cv_weight *w = op_weight(c, f, 1, rows, cols);
+    if (!b.w.gpu) return;
+    char err[256] = "";
+    float *x = op_need(calloc(n * cols, sizeof *x)), all[7 * 100];
+    op_fill(c, type, x, n * cols);
+    op_encode(type, x, b.a_gpu, n * cols);
+    const cv_backend_ops *o = b.w.gpu->ops;
+    int code = o->begin(b.w.gpu, &b.w.batch) || o->linear(b.w.gpu, b.a_gpu, w, NULL, false, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
+    memcpy(all, b.h_gpu, sizeof all);
+    op_plain_batch(&b.w, 1);
+    for (size_t t = 0; t < n && !code; t++) {
+        op_encode(type, x + t * cols, b.a_gpu, cols);
+        code = o->begin(b.w.gpu, &b.w.batch) || o->linear(b.w.gpu, b.a_gpu, w, NULL, false, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
+        cv_check(&c->checks, !memcmp(all + t * rows, b.h_gpu, rows * sizeof(float)), "row %zu differs", t);
+    }
+    cv_check(&c->checks, !code, "%s", err);
+    op_close(&b.w);
+}
+
+int main(int argc, char **argv) {
+    int rounds = argc > 1 ? atoi(argv[1]) : 1;
+    op_context c = {.random = 88172645463325252ull};
+    char name[128];
+    static const uint32_t types[] = {CV_F32, CV_F16, CV_BF16};
+    for (int round = 0; round < rounds; round++)
+        for (size_t i = 0; i < OP_FORMATS; i++) {
+            const op_format *f = &op_formats[i], *g = &op_formats[op_below(&c, OP_FORMATS)];
+            uint32_t type = types[(i + (size_t)round) % 3];
+            size_t n = token_counts[(i + (size_t)round) % COUNTS], m = token_counts[op_below(&c, COUNTS)];
+            snprintf(name, sizeof name, "format %u, %u bits, groups of %u, scales %u%s; %s, %zu and %zu tokens", f->format, f->bits, f->group, f->scale_type, f->global ? ", global scale" : "", op_type(type), n, m);
+            cv_case(&c.checks, name);
+            test_embed(&c, type, f, n);
+            test_qkv(&c, type, (const op_format *[]){f, f, f}, n, 640, false);
+            test_qkv(&c, type, (const op_format *[]){f, g, &op_formats[5]}, m, 256, true);
+            test_linear(&c, type, f, n, 100 + op_below(&c, 100), 128 * (1 + op_below(&c, 6)), true);
+            test_linear(&c, type, f, m, 64, 256, false);
+            test_mlp(&c, type, f, f, f, n, false);
+            test_mlp(&c, type, f, g, &op_formats[5], m, true);
+            test_experts(&c, type, f, f, n, 16, 1, true);
+            test_experts(&c, type, f, g, m, 40, 3, false);
+            test_head(&c, type, f, m, n);
+            cv_end_case(&c.checks);
+        }
+    cv_case(&c.checks, "a row has the same bits in a batch as alone");
+    for (size_t i = 0; i < 3; i++) test_rows_alone(&c, types[i], &op_formats[5 + i]);
+    cv_end_case(&c.checks);
+    return cv_report(&c.checks);
+}
