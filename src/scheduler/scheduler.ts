@@ -31,7 +31,7 @@ export interface SchedulerOptions {
   mode: "sequential" | "batched";
   /** Requests that may wait beside those that run; more are refused with queue_full. */
   maxWaiting: number;
-  /** How much longer a step with prompts may take than the running streams alone; default 1.85. */
+  /** How much longer a step with prompts may take than the running streams alone; default 1.95. */
   slowdown?: number;
   /** Whether sequences resume behind prefixes that are still in the pages; default true. */
   prefixCache?: boolean;
@@ -73,7 +73,7 @@ export class Scheduler {
       options.mode === "sequential" ? 1 : Math.min(limits.slots, limits.maxRows, limits.maxTokens);
     this.#budget = new TokenBudget({
       maxTokens: limits.maxTokens,
-      slowdown: options.slowdown ?? 1.85,
+      slowdown: options.slowdown ?? 1.95,
       firstTargetMs: 200,
       minTokens: 2,
     });
