@@ -11,7 +11,6 @@ LIB := build/libcaravan.$(LIB_EXT)
 NATIVE_SRC := $(wildcard native/engine/*.c native/backend/cpu/*.c native/transport/*.c)
 NATIVE_SRC += $(wildcard native/backend/cpu/x86/*.c native/backend/cpu/arm/*.c)
 NATIVE_HDR := $(wildcard native/include/*.h native/*/*.h native/*/*/*.h native/*/*/*/*.h)
-include native/backend/metal/metal.mk
 NATIVE_OBJ := $(NATIVE_SRC:native/%.c=build/obj/%.o)
 # No contraction: the kernels' arithmetic is stated operation by operation (native/backend/cpu/kernels.h).
 CFLAGS_BASE := -std=c11 -D_GNU_SOURCE -O3 -g -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Werror
@@ -105,6 +104,7 @@ check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as error
 VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh)
 verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
+	@zig=.tools/arm64/zig/ziglang/zig; if [ -x $$zig ]; then echo "== test/metal"; MSL_CLANG="$(CURDIR)/$$zig clang" $(BUN) test test/metal; else echo "skipped: test/metal (no clang 22)"; fi
 
 soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks
 	$(BUN) test/soak/requests.ts $(SMOLLM2) 1000

@@ -87,6 +87,7 @@ if (tmux === null) console.log("skipped: the chat in a terminal needs tmux");
 /** A terminal of 100 columns that runs the chat. */
 class Terminal {
   static #count = 0;
+  /** Also the name of a server of its own: one that ends with its last session refuses a session that comes just then. */
   readonly #session = `caravan-test-${process.pid}-${++Terminal.#count}`;
 
   constructor(args: readonly string[], more: Record<string, string> = {}) {
@@ -100,7 +101,7 @@ class Terminal {
 
   #tmux(command: string, ...args: string[]): string {
     const target = command === "new-session" ? ["-s", this.#session] : ["-t", this.#session];
-    const ended = Bun.spawnSync(["tmux", command, ...target, ...args]);
+    const ended = Bun.spawnSync(["tmux", "-L", this.#session, command, ...target, ...args]);
     if (ended.exitCode !== 0) throw new Error(ended.stderr.toString());
     return ended.stdout.toString();
   }
@@ -123,7 +124,7 @@ class Terminal {
   }
 
   close(): void {
-    Bun.spawnSync(["tmux", "kill-session", "-t", this.#session]);
+    Bun.spawnSync(["tmux", "-L", this.#session, "kill-server"]);
   }
 }
 

@@ -15,7 +15,17 @@ const BUILD = join(ROOT, "../../build/metal");
 /** What Metal's compiler gives a threadgroup. */
 const THREADGROUP_BYTES = 32 * 1024;
 
-const LANGUAGE = ["-x", "c++", "-std=c++14", "-nostdinc", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Xclang", "-cl-single-precision-constant"];
+const LANGUAGE = [
+  "-x",
+  "c++",
+  "-std=c++14",
+  "-nostdinc",
+  "-fno-exceptions",
+  "-fno-rtti",
+  "-fno-threadsafe-statics",
+  "-Xclang",
+  "-cl-single-precision-constant",
+];
 const INCLUDE_SHIM = [`-I${SHIM}`, "-include", join(SHIM, "metal_shim.h")];
 const WARNINGS = [
   "-Wall",
@@ -48,8 +58,9 @@ export interface Checked {
 
 /** The clang driver: MSL_CLANG, as words. Throws when it is not set. */
 function clang(): string[] {
-  const command = process.env["MSL_CLANG"];
-  if (command === undefined || command === "") throw new Error("MSL_CLANG must name clang: `…/ziglang/zig clang`");
+  const command = process.env.MSL_CLANG;
+  if (command === undefined || command === "")
+    throw new Error("MSL_CLANG must name clang: `…/ziglang/zig clang`");
   return command.split(" ");
 }
 
@@ -62,7 +73,16 @@ function preprocessed(source: KernelSource): { text?: string; problems: string[]
   const prelude = source.prelude === undefined ? [] : ["-include", source.prelude];
   const defines = (source.defines ?? []).map((define) => `-D${define}`);
   const metal = ["-D__METAL__=1", "-D__METAL_VERSION__=310", "-D__HAVE_BFLOAT__=1"];
-  const { code, out, err } = run([...clang(), ...LANGUAGE, "-E", `-I${SHIM}/include`, ...metal, ...defines, ...prelude, source.path]);
+  const { code, out, err } = run([
+    ...clang(),
+    ...LANGUAGE,
+    "-E",
+    `-I${SHIM}/include`,
+    ...metal,
+    ...defines,
+    ...prelude,
+    source.path,
+  ]);
   return code === 0 ? { text: out, problems: [] } : { problems: [err] };
 }
 
@@ -75,7 +95,17 @@ export function check(source: KernelSource, scratch: string): Checked {
     mkdirSync(scratch, { recursive: true });
     const file = join(scratch, `${basename(source.path)}.${process.pid}.check.cpp`);
     writeFileSync(file, rewritten.source);
-    const checked = run([...clang(), ...LANGUAGE, ...WARNINGS, "-fsyntax-only", "-ferror-limit=40", ...INCLUDE_SHIM, file, "-Xclang", "-ast-dump=json"]);
+    const checked = run([
+      ...clang(),
+      ...LANGUAGE,
+      ...WARNINGS,
+      "-fsyntax-only",
+      "-ferror-limit=40",
+      ...INCLUDE_SHIM,
+      file,
+      "-Xclang",
+      "-ast-dump=json",
+    ]);
     rmSync(file, { force: true });
     const lines = checked.err.split("\n").filter((line) => /: (error|fatal error|warning):/.test(line));
     const found = [...rewritten.problems, ...lines];
@@ -118,7 +148,15 @@ function executorObjects(): { objects?: string[]; problems: string[] } {
     if (newerThan(object, [source, ...headers])) continue;
     const temporary = `${object}.${process.pid}`;
     const compiler = clang().map((word) => (word === "clang" ? "c++" : word));
-    const flags = ["-O2", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti", "-fno-sanitize=all", "-fno-stack-protector"];
+    const flags = [
+      "-O2",
+      "-fPIC",
+      "-std=c++17",
+      "-fno-exceptions",
+      "-fno-rtti",
+      "-fno-sanitize=all",
+      "-fno-stack-protector",
+    ];
     const { code, err } = run([...compiler, ...flags, "-c", source, "-o", temporary]);
     if (code !== 0) return { problems: [err] };
     renameSync(temporary, object);
@@ -146,12 +184,44 @@ export function build(source: KernelSource, out: string, options: BuildOptions =
   try {
     const executor = executorObjects();
     if (executor.objects === undefined) return executor.problems;
-    const machine = process.arch === "arm64" ? ["--target=aarch64-linux-gnu"] : ["--target=x86_64-linux-gnu", "-march=x86-64-v3", "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"];
-    const flags = ["-fPIC", "-O2", "-g1", "-fvisibility=hidden", "-ffp-contract=on", "-w", ...(options.checked ? CHECKS : []), ...(options.fastMath ? ["-ffast-math"] : [])];
-    const compiled = run([...clang(), ...machine, ...LANGUAGE, ...flags, ...INCLUDE_SHIM, "-c", file, "-o", object]);
+    const machine =
+      process.arch === "arm64"
+        ? ["--target=aarch64-linux-gnu"]
+        : [
+            "--target=x86_64-linux-gnu",
+            "-march=x86-64-v3",
+            "-Xclang",
+            "-ffloat16-excess-precision=none",
+            "-Xclang",
+            "-fbfloat16-excess-precision=none",
+          ];
+    const flags = [
+      "-fPIC",
+      "-O2",
+      "-g1",
+      "-fvisibility=hidden",
+      "-ffp-contract=on",
+      "-w",
+      ...(options.checked ? CHECKS : []),
+      ...(options.fastMath ? ["-ffast-math"] : []),
+    ];
+    const compiled = run([
+      ...clang(),
+      ...machine,
+      ...LANGUAGE,
+      ...flags,
+      ...INCLUDE_SHIM,
+      "-c",
+      file,
+      "-o",
+      object,
+    ]);
     if (compiled.code !== 0) return [compiled.err];
     const large = [...threadgroupBytes(object)].filter(([, bytes]) => bytes > THREADGROUP_BYTES);
-    if (large.length > 0) return large.map(([name, bytes]) => `error: ${name}: ${bytes} bytes of threadgroup memory, limit ${THREADGROUP_BYTES}`);
+    if (large.length > 0)
+      return large.map(
+        ([name, bytes]) => `error: ${name}: ${bytes} bytes of threadgroup memory, limit ${THREADGROUP_BYTES}`,
+      );
     const linked = run(["gcc", "-shared", "-o", `${base}.so`, object, ...executor.objects, "-lm"]);
     if (linked.code !== 0) return [linked.err];
     renameSync(`${base}.so`, out);

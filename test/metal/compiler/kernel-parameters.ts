@@ -63,7 +63,8 @@ export function readParameters(
     if (bound.size !== undefined) sizes.add(bound.size);
   }
   const at = parameters[0]?.[0];
-  if (sizes.size > 1 && at) problem(at, `kernel ${kernel}: position attributes mix vector sizes ${[...sizes].sort()}`);
+  if (sizes.size > 1 && at)
+    problem(at, `kernel ${kernel}: position attributes mix vector sizes ${[...sizes].sort()}`);
   return { call, bindings: bindings.join(" "), writtenMask: writtenMask >>> 0 };
 }
 
@@ -75,7 +76,9 @@ function bind(tokens: readonly Token[], problem: (text: string) => void): Bound 
   const declaration = words.slice(0, words.includes("[") ? words.indexOf("[") : words.length);
   const attribute = attributes[0];
   if (attribute === undefined || attributes.length !== 1) {
-    problem(`parameter '${declaration.join(" ")}' needs exactly one of [[buffer]], [[threadgroup]] or an index attribute`);
+    problem(
+      `parameter '${declaration.join(" ")}' needs exactly one of [[buffer]], [[threadgroup]] or an index attribute`,
+    );
     return undefined;
   }
   if (attribute.name === "buffer") return bindBuffer(declaration, attribute.argument, problem);
@@ -90,7 +93,8 @@ function bind(tokens: readonly Token[], problem: (text: string) => void): Bound 
 
 function bindBuffer(declaration: readonly string[], index: string, problem: (text: string) => void): Bound {
   const pointer = declaration.includes("*");
-  if (!pointer && !declaration.includes("&")) problem(`[[buffer(${index})]] parameter must be a pointer or reference`);
+  if (!pointer && !declaration.includes("&"))
+    problem(`[[buffer(${index})]] parameter must be a pointer or reference`);
   if (!declaration.includes("device") && !declaration.includes("constant"))
     problem(`[[buffer(${index})]] needs device or constant`);
   const valid = /^\d+$/.test(index) && Number(index) <= 30;
@@ -99,13 +103,18 @@ function bindBuffer(declaration: readonly string[], index: string, problem: (tex
   const target = declaration.slice(0, declaration.indexOf(pointer ? "*" : "&"));
   const written = declaration.includes("device") && !target.includes("const");
   const kind = `${pointer ? "pointer" : "reference"}_${written ? "write" : "read"}`;
-  return { call: `msl_arg_${kind}{${number}}`, key: `buffer ${number}`, binding: `${written ? "w" : "b"}${number}` };
+  return {
+    call: `msl_arg_${kind}{${number}}`,
+    key: `buffer ${number}`,
+    binding: `${written ? "w" : "b"}${number}`,
+  };
 }
 
 function bindIndex(declaration: readonly string[], name: string, problem: (text: string) => void): Bound {
   const type = declaration.find((word) => INDEX_TYPES.includes(word));
   const position = POSITIONS[name];
-  if (type === undefined) problem(`[[${name}]] must be uint or ushort${position === undefined ? "" : " (2, 3)"}`);
+  if (type === undefined)
+    problem(`[[${name}]] must be uint or ushort${position === undefined ? "" : " (2, 3)"}`);
   const components = /[23]$/.exec(type ?? "")?.[0] ?? "1";
   if (position === undefined) {
     if (components !== "1") problem(`[[${name}]] is a scalar`);

@@ -30,7 +30,12 @@ export interface AstNode {
 
 const SPACES = /\b(device|threadgroup|constant|thread)\b/;
 const FUNCTIONS = new Set(["FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl"]);
-const CASTS = new Set(["CStyleCastExpr", "CXXReinterpretCastExpr", "CXXStaticCastExpr", "CXXFunctionalCastExpr"]);
+const CASTS = new Set([
+  "CStyleCastExpr",
+  "CXXReinterpretCastExpr",
+  "CXXStaticCastExpr",
+  "CXXFunctionalCastExpr",
+]);
 const REFUSED = new Set(["CXXThrowExpr", "CXXTryStmt", "GotoStmt", "CXXNewExpr", "CXXDeleteExpr"]);
 
 /** `file` is the rewritten file that was compiled, `source` its text. Returns the problems found in it. */
@@ -80,10 +85,18 @@ class Linter {
       this.#names.set(fn, node.name ?? "?");
       if (!this.#calls.has(fn)) this.#calls.set(fn, new Set());
     }
-    if (begin.file === this.#file && end.file === this.#file && begin.offset !== undefined && end.offset !== undefined && !node.isImplicit)
+    if (
+      begin.file === this.#file &&
+      end.file === this.#file &&
+      begin.offset !== undefined &&
+      end.offset !== undefined &&
+      !node.isImplicit
+    )
       this.#check(node, fn, begin.offset, end.offset + (end.tokLen ?? 0));
     if (fn !== undefined) {
-      const target = node.referencedMemberDecl ?? (FUNCTIONS.has(node.referencedDecl?.kind ?? "") ? node.referencedDecl?.id : undefined);
+      const target =
+        node.referencedMemberDecl ??
+        (FUNCTIONS.has(node.referencedDecl?.kind ?? "") ? node.referencedDecl?.id : undefined);
       if (target !== undefined) this.#calls.get(fn)?.add(target);
     }
     for (const child of node.inner ?? []) this.visit(child, fn);
@@ -110,7 +123,11 @@ class Linter {
     return this.#firstDeclaration.get(id) ?? id;
   }
 
-  #resolve(location: Location | undefined): { file: string; offset: number | undefined; tokLen: number | undefined } {
+  #resolve(location: Location | undefined): {
+    file: string;
+    offset: number | undefined;
+    tokLen: number | undefined;
+  } {
     if (location?.spellingLoc || location?.expansionLoc) {
       this.#resolve(location.spellingLoc);
       return this.#resolve(location.expansionLoc);
@@ -137,23 +154,34 @@ class Linter {
     const kind = node.kind ?? "";
     this.#checkPointers(node, kind, type, start, end);
     if (CASTS.has(kind)) {
-      if (node.castKind === "AddressSpaceConversion") this.#problem(start, `cast changes the address space to '${type}'`);
+      if (node.castKind === "AddressSpaceConversion")
+        this.#problem(start, `cast changes the address space to '${type}'`);
       if (node.castKind === "BitCast" && desugared.includes("ext_vector_type"))
-        this.#problem(start, `cast to vector type '${type}' reinterprets bits in the shim but converts in Metal; use the constructor or as_type`);
+        this.#problem(
+          start,
+          `cast to vector type '${type}' reinterprets bits in the shim but converts in Metal; use the constructor or as_type`,
+        );
     }
-    if (kind === "ImplicitCastExpr" && node.castKind === "FloatingCast" && !node.isPartOfExplicitCast && desugared === "__bf16")
+    if (
+      kind === "ImplicitCastExpr" &&
+      node.castKind === "FloatingCast" &&
+      !node.isPartOfExplicitCast &&
+      desugared === "__bf16"
+    )
       this.#problem(start, "implicit conversion to bfloat: write bfloat(x)");
     if (kind === "LambdaExpr") this.#problem(start, "lambda expression");
     if (kind === "CXXRecordDecl" && node.bases) this.#problem(start, `derived class ${node.name}`);
     if (kind === "VarDecl" && node.storageClass === "static" && fn !== undefined && !type.includes("__local"))
       this.#problem(start, `static local variable ${node.name}`);
-    if ((type === "double" || type === "long double") && kind !== "FloatingLiteral") this.#problem(start, "expression of type double");
+    if ((type === "double" || type === "long double") && kind !== "FloatingLiteral")
+      this.#problem(start, "expression of type double");
     if (REFUSED.has(kind)) this.#problem(start, kind);
   }
 
   #checkPointers(node: AstNode, kind: string, type: string, start: number, end: number): void {
     const refuse = (head: string, what: string) => {
-      if (/[*&]/.test(head) && !SPACES.test(head)) this.#problem(start, `pointer type must have explicit address space qualifier: ${what}`);
+      if (/[*&]/.test(head) && !SPACES.test(head))
+        this.#problem(start, `pointer type must have explicit address space qualifier: ${what}`);
     };
     if (kind === "CStyleCastExpr") {
       const text = this.#source.slice(start, end);
@@ -169,7 +197,11 @@ class Linter {
       const head = text.split("=")[0] ?? "";
       if (!/\bauto\b/.test(head)) refuse(head, `'${head.trim().slice(0, 60)}'`);
     }
-    if ((kind === "FunctionDecl" || kind === "CXXMethodDecl") && node.name && /[*&]/.test(type.split("(")[0] ?? "")) {
+    if (
+      (kind === "FunctionDecl" || kind === "CXXMethodDecl") &&
+      node.name &&
+      /[*&]/.test(type.split("(")[0] ?? "")
+    ) {
       const head = text.split(node.name)[0] ?? "";
       refuse(head, `'${head.trim().slice(0, 60)} ${node.name}'`);
     }

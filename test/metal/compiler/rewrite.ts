@@ -35,11 +35,20 @@ const BANNED: Record<string, string> = {
   co_await: "coroutines",
 };
 const VECTORS = new Set(
-  ["bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "float", "bfloat"].flatMap((type) => [
-    `${type}2`,
-    `${type}3`,
-    `${type}4`,
-  ]),
+  [
+    "bool",
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "float",
+    "bfloat",
+  ].flatMap((type) => [`${type}2`, `${type}3`, `${type}4`]),
 );
 const STATEMENT_START = new Set([";", "{", "}", ")", ":"]);
 
@@ -107,11 +116,19 @@ class Rewriter {
     const list = this.#list;
     const text = list.text(i);
     const banned = Object.hasOwn(BANNED, text) ? BANNED[text] : undefined;
-    if (banned !== undefined && !(text === "delete" && list.text(i - 1) === "=")) this.#problem(list.at(i), `not Metal: ${banned}`);
+    if (banned !== undefined && !(text === "delete" && list.text(i - 1) === "="))
+      this.#problem(list.at(i), `not Metal: ${banned}`);
     if (text === "long" && list.text(i + 1) === "long") this.#problem(list.at(i), "not Metal: long long");
     const cast = text === "(" && VECTORS.has(list.text(i + 1)) && list.text(i + 2) === ")";
-    if (cast && !["decltype", "sizeof", "alignof"].includes(list.text(i - 1)) && ![";", "{", ",", ")", "const"].includes(list.text(i + 3)))
-      this.#problem(list.at(i), `C-style cast to ${list.text(i + 1)}: use ${list.text(i + 1)}(...) (the shim would reinterpret bits)`);
+    if (
+      cast &&
+      !["decltype", "sizeof", "alignof"].includes(list.text(i - 1)) &&
+      ![";", "{", ",", ")", "const"].includes(list.text(i + 3))
+    )
+      this.#problem(
+        list.at(i),
+        `C-style cast to ${list.text(i + 1)}: use ${list.text(i + 1)}(...) (the shim would reinterpret bits)`,
+      );
   }
 
   // constant T name [[function_constant(n)]];
@@ -130,7 +147,9 @@ class Rewriter {
       .filter((word) => word !== "constant" && word !== "const")
       .join(" ");
     this.#replace(list.at(first).start, list.at(end).end, `static ${type} ${name}`);
-    this.#tail.push(`static msl_constant_entry msl_constant_${index}_${name}(${index}, "${name}", (void*)&${name}, sizeof(${name}));`);
+    this.#tail.push(
+      `static msl_constant_entry msl_constant_${index}_${name}(${index}, "${name}", (void*)&${name}, sizeof(${name}));`,
+    );
   }
 
   #threadgroupVariable(i: number): void {
@@ -149,7 +168,8 @@ class Rewriter {
   // [[threadgroup(n)]] names an address space, which is a macro of the shim: the attribute must go.
   #threadgroupAttribute(i: number): void {
     const list = this.#list;
-    if (this.#startsAttribute(i, "threadgroup")) this.#replace(list.at(i).start, list.at(list.closing(i)).end, "");
+    if (this.#startsAttribute(i, "threadgroup"))
+      this.#replace(list.at(i).start, list.at(list.closing(i)).end, "");
   }
 
   // vec<T, N>(...)
@@ -179,7 +199,12 @@ class Rewriter {
     }
     const close = new TokenList(body).closing(type + 1);
     const words = body.slice(type + 2, close).map((token) => token.text);
-    this.#instances.push({ hostName: host.argument.replaceAll('"', ""), base: words[0] ?? "", function: words.join(" "), at: list.at(i) });
+    this.#instances.push({
+      hostName: host.argument.replaceAll('"', ""),
+      base: words[0] ?? "",
+      function: words.join(" "),
+      at: list.at(i),
+    });
     this.#replace(list.at(i).start, list.at(last).end, "");
   }
 
@@ -193,7 +218,9 @@ class Rewriter {
     const name = list.text(open - 1);
     const close = list.closing(open);
     if (list.text(close + 1) !== "{") return;
-    const parameters = readParameters(name, splitAtCommas(list.slice(open + 1, close)), (token, text) => this.#problem(token, text));
+    const parameters = readParameters(name, splitAtCommas(list.slice(open + 1, close)), (token, text) =>
+      this.#problem(token, text),
+    );
     this.#kernels.set(name, { name, template: [">", ">>"].includes(list.text(i - 1)), ...parameters });
   }
 
@@ -211,13 +238,19 @@ class Rewriter {
     const entry = (hostName: string, kernel: Kernel, fn: string) => {
       if (this.#names.includes(hostName)) this.problems.push(`error: duplicate kernel name ${hostName}`);
       const index = this.#names.push(hostName);
-      lines.push(`static void msl_call_${index}(const msl_position* p) { (void)p; ${fn}(${kernel.call.join(", ")}); }`);
-      lines.push(`static msl_kernel_entry msl_kernel_${index}("${hostName}", "${kernel.bindings}", msl_call_${index}, ${kernel.writtenMask}u);`);
+      lines.push(
+        `static void msl_call_${index}(const msl_position* p) { (void)p; ${fn}(${kernel.call.join(", ")}); }`,
+      );
+      lines.push(
+        `static msl_kernel_entry msl_kernel_${index}("${hostName}", "${kernel.bindings}", msl_call_${index}, ${kernel.writtenMask}u);`,
+      );
     };
-    for (const kernel of this.#kernels.values()) if (!kernel.template) entry(kernel.name, kernel, kernel.name);
+    for (const kernel of this.#kernels.values())
+      if (!kernel.template) entry(kernel.name, kernel, kernel.name);
     for (const instance of this.#instances) {
       const kernel = this.#kernels.get(instance.base);
-      if (kernel === undefined) this.#problem(instance.at, `host_name ${instance.hostName}: no kernel ${instance.base}`);
+      if (kernel === undefined)
+        this.#problem(instance.at, `host_name ${instance.hostName}: no kernel ${instance.base}`);
       else entry(instance.hostName, kernel, instance.function);
     }
     return lines;

@@ -3,12 +3,28 @@
 import { CString, dlopen, FFIType, type Pointer, ptr } from "bun:ffi";
 
 /** Layout of msl_dispatch (executor.h). */
-const DISPATCH = { groups: 0, threads: 12, grid: 24, buffers: 40, threadgroupLengths: 536, flags: 784, seed: 788, bytesRead: 792, size: 1040 };
+const DISPATCH = {
+  groups: 0,
+  threads: 12,
+  grid: 24,
+  buffers: 40,
+  threadgroupLengths: 536,
+  flags: 784,
+  seed: 788,
+  bytesRead: 792,
+  size: 1040,
+};
 const BUFFERS = 31;
 const REPORT_BYTES = 1 << 16;
 
 export type Dimensions = readonly [number, number, number];
-export type BufferContent = Uint8Array | Uint16Array | Int32Array | Uint32Array | Float32Array | BigUint64Array;
+export type BufferContent =
+  | Uint8Array
+  | Uint16Array
+  | Int32Array
+  | Uint32Array
+  | Float32Array
+  | BigUint64Array;
 
 export interface Dispatch {
   /** By index; undefined: not bound. */
@@ -59,9 +75,13 @@ export class KernelLibrary {
   setConstants(values: ReadonlyMap<number, number | boolean>): void {
     this.#library.symbols.msl_clear_constants();
     for (const [index, value] of values) {
-      const bytes = typeof value === "boolean" ? new Uint8Array([value ? 1 : 0]) : new Uint8Array(new Uint32Array([value]).buffer);
+      const bytes =
+        typeof value === "boolean"
+          ? new Uint8Array([value ? 1 : 0])
+          : new Uint8Array(new Uint32Array([value]).buffer);
       const set = this.#library.symbols.msl_set_constant(index, ptr(bytes), BigInt(bytes.length));
-      if (set !== 1) throw new Error(`function constant ${index}: ${set < 0 ? "another size" : "not in the library"}`);
+      if (set !== 1)
+        throw new Error(`function constant ${index}: ${set < 0 ? "another size" : "not in the library"}`);
     }
   }
 
@@ -87,8 +107,16 @@ export class KernelLibrary {
     const name = new TextEncoder().encode(`${kernel}\0`);
     this.#library.symbols.msl_run(ptr(name), ptr(bytes), ptr(report), BigInt(REPORT_BYTES));
     const text = new TextDecoder().decode(report.subarray(0, report.indexOf(0)));
-    const bytesRead = Array.from({ length: BUFFERS }, (_, i) => Number(view.getBigUint64(DISPATCH.bytesRead + 8 * i, true)));
-    return { lines: text.split("\n").filter((line) => line !== "").map((line) => this.#withSourceLine(line)), bytesRead };
+    const bytesRead = Array.from({ length: BUFFERS }, (_, i) =>
+      Number(view.getBigUint64(DISPATCH.bytesRead + 8 * i, true)),
+    );
+    return {
+      lines: text
+        .split("\n")
+        .filter((line) => line !== "")
+        .map((line) => this.#withSourceLine(line)),
+      bytesRead,
+    };
   }
 
   close(): void {
