@@ -65,6 +65,13 @@ function show(report: BenchReport): string {
       `a prompt of ${b.prompt_tokens} tokens beside ${b.streams} streams: between their tokens p50 ${times(b.itl_beside_ms.p50, b.itl_ms.p50)}, p95 ${times(b.itl_beside_ms.p95, b.itl_ms.p95)}; its first token after ${times(b.ttft_beside_ms, b.ttft_alone_ms)}`,
     );
   }
+  if (report.cache !== undefined) {
+    const { kv16, kv8, change_percent, tokens } = report.cache.perplexity;
+    lines.push(
+      report.cache.policy,
+      `perplexity of ${tokens} tokens of its own: ${kv16} with a 16-bit cache, ${kv8} with 8 bits (${change_percent} %)`,
+    );
+  }
   if (memory !== undefined) {
     const { planned, engine } = memory;
     const pair = (part: keyof typeof planned): string =>
@@ -78,7 +85,7 @@ function show(report: BenchReport): string {
 /** The fixed form that other programs read, unless more was asked for. */
 function printed(report: BenchReport, full: boolean): BenchReport {
   if (full) return report;
-  const { machine: _, memory: __, prefix: ___, beside: ____, ...fixed } = report;
+  const { machine: _, memory: __, prefix: ___, beside: ____, cache: _____, ...fixed } = report;
   return fixed;
 }
 
@@ -98,6 +105,7 @@ export const bench: Command = {
     full: { help: "with --json: also the machine's ceilings and memory against the plan" },
     "prefix-cache": { value: "on|off", help: "off: do not measure prompts with a known prefix" },
     beside: { value: "N", help: "also a prompt of N tokens that comes while the most streams run" },
+    "kv-bits": { value: "8|16", help: "bits of the cache; with 8 also its effect on perplexity" },
     compare: {
       value: "FILE",
       help: "an earlier --json output: exit code 1 where a figure is worse beyond the spreads",
@@ -130,6 +138,7 @@ length and answering by context.`,
     const earlier = compare === undefined ? undefined : readJsonFile(compare, EarlierReportSchema);
     const prefixes = args.choice("prefix-cache", ["on", "off"]);
     const beside = args.integer("beside", 1, 1 << 24);
+    const kvBits = args.choice("kv-bits", ["8", "16"]);
     const page = args.text("report");
     const json = args.flag("json");
     const more = !json || args.flag("full") || page !== undefined;
@@ -148,6 +157,7 @@ length and answering by context.`,
         ...(scheduling === undefined ? {} : { scheduling }),
         ceiling: more,
         memory: more,
+        ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),
         ...(beside === undefined ? {} : { beside }),
         prefix: more && prefixes !== "off",
         onProgress: (done, total, detail) => progress.show("bench", done / total, detail),

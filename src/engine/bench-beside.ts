@@ -31,9 +31,9 @@ export interface BesideOptions {
   promptTokens: number;
 }
 
-/** Tokens that a stream's sequence may reach, for the load's context. */
-export function besideContext({ promptTokens, streamPromptTokens }: BesideOptions): number {
-  return Math.max(promptTokens + 2, streamPromptTokens + QUIET_TOKENS + STREAM_TOKENS);
+/** Tokens that a sequence may reach, for the load's context; `most` is the model's limit. */
+export function besideContext({ promptTokens, streamPromptTokens }: BesideOptions, most: number): number {
+  return Math.max(promptTokens + 2, Math.min(most, streamPromptTokens + QUIET_TOKENS + STREAM_TOKENS));
 }
 /** Enough to decode for as long as the long prompt takes, even in the smallest pieces that are worth measuring. */
 const STREAM_TOKENS = 4096;

@@ -5,7 +5,9 @@
 import { cpus } from "node:os";
 import { readModelConfig } from "../model/config.ts";
 import { multiplyAddsOfPromptToken, weightBytesOfStep } from "../model/token-work.ts";
+import { choosePolicy } from "../scheduler/policy.ts";
 import { type BesideOptions, type BesideResult, besideContext, measureBeside } from "./bench-beside.ts";
+import { type CachePerplexity, measurePerplexity } from "./bench-perplexity.ts";
 import { measurePrefix, type PrefixResult } from "./bench-prefix.ts";
 import { quantile, round, type Spread, spread } from "./bench-statistics.ts";
 import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
@@ -35,6 +37,8 @@ export interface BenchOptions {
   memory?: boolean;
   /** Also measure prompts whose prefix is in the cache. */
   prefix?: boolean;
+  /** Bits of the cache's elements. With 8 the report says what they change. */
+  kvBits?: 8 | 16;
   /** Length of a prompt to measure beside the most streams. */
   beside?: number;
   onProgress?: (done: number, total: number, detail: string) => void;
@@ -70,6 +74,8 @@ export interface BenchReport {
   prefix?: PrefixResult[];
   /** A long prompt beside the most streams, where asked for. */
   beside?: BesideResult;
+  /** How the cache is kept and batched, and what 8 bits change, where 8 bits were asked for. */
+  cache?: { kv_bits: 8; policy: string; perplexity: CachePerplexity };
 }
 
 export interface MachineCeiling {
@@ -100,21 +106,20 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
   const started = performance.now();
   const longest = Math.max(...options.promptTokens) + Math.max(...options.generate) + 1;
   // A head start may be given up where the model's context ends.
-  const context = Math.max(
-    longest,
-    Math.min(longest + HEAD_START, readModelConfig(options.modelDir).contextLength),
-  );
+  const { contextLength } = readModelConfig(options.modelDir);
+  const context = Math.max(longest, Math.min(longest + HEAD_START, contextLength));
   const { device, compute, threads, cpu } = options;
   const beside = besideOf(options);
   const model = await loadModel({
     model: options.model,
     modelDir: options.modelDir,
-    context: Math.max(context, beside === undefined ? 0 : besideContext(beside)),
+    context: Math.max(context, beside === undefined ? 0 : besideContext(beside, contextLength)),
     streams: Math.max(...options.streams) + (beside === undefined ? 0 : 1),
     ...(device === undefined ? {} : { device }),
     ...(compute === undefined ? {} : { compute }),
     ...(threads === undefined ? {} : { threads }),
     ...(cpu === undefined ? {} : { cpu }),
+    ...(options.kvBits === undefined ? {} : { kvBits: options.kvBits }),
   });
   const load_s = (performance.now() - started) / 1000;
   try {
@@ -133,6 +138,7 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
       ...(beside === undefined
         ? {}
         : { beside: await measureBeside(model, beside, randomFor(model, options)) }),
+      ...(options.kvBits === 8 ? { cache: await measureCache(model, options) } : {}),
       ...(options.memory ? { memory: memoryOf(model) } : {}),
     };
   } finally {
@@ -177,6 +183,26 @@ async function measurePrefixes(model: LoadedEngine, options: BenchOptions): Prom
     list.push(await measurePrefix(model, length, options.repeat, random));
   }
   return list;
+}
+
+async function measureCache(
+  model: LoadedEngine,
+  options: BenchOptions,
+): Promise<NonNullable<BenchReport["cache"]>> {
+  const { modelDir, threads, cpu } = options;
+  const { cacheKinds, backend } = model;
+  const { reason } = choosePolicy({ cacheKinds, backend, requested: options.scheduling ?? "auto" });
+  options.onProgress?.(0, 1, "perplexity with both caches");
+  const load = {
+    modelDir,
+    ...(threads === undefined ? {} : { threads }),
+    ...(cpu === undefined ? {} : { cpu }),
+  };
+  return {
+    kv_bits: 8,
+    policy: reason,
+    perplexity: await measurePerplexity(load, model.config.contextLength, randomFor(model, options)),
+  };
 }
 
 /** Other tokens than those of the trials. */

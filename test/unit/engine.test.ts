@@ -24,6 +24,9 @@ import type { StepEngine, StepRow } from "../../src/scheduler/step.ts";
 import { StepLoop } from "../../src/scheduler/step-loop.ts";
 import { TINY_VOCAB, writeTinyLlama4 } from "../tools/tiny-llama4.ts";
 
+/** Heads of 32, which an 8-bit cache needs. */
+const DENSE = join(import.meta.dir, "../golden/data/llama-4bit");
+
 let dir: string;
 let model: LoadedEngine;
 
@@ -298,6 +301,24 @@ describe("a step", () => {
 });
 
 describe("a bench run", () => {
+  test("measures known prefixes, a long prompt beside streams, memory and an 8-bit cache where asked", async () => {
+    const report = await runBench({
+      ...{ model: "tiny", modelDir: DENSE, promptTokens: [100], generate: [4], streams: [2], repeat: 1 },
+      ...{ threads: 1, ceiling: true, memory: true, prefix: true, beside: 150, kvBits: 8 },
+    });
+    expect(report.prefix).toMatchObject([{ prompt_tokens: 100, cached_tokens: 64 }]);
+    expect(report.beside).toMatchObject({ streams: 2, prompt_tokens: 150, stream_prompt_tokens: 100 });
+    expect(report.beside?.itl_beside_ms.p95).toBeGreaterThan(0);
+    expect(report.machine?.read_bandwidth).toBeGreaterThan(1e6);
+    expect(report.machine?.limits[0]?.generation_tps).toBeGreaterThan(0);
+    expect(report.memory?.engine.kv).toBe(report.memory?.planned.kv as number);
+    const { perplexity } = report.cache ?? {};
+    expect(report.cache?.policy).toContain("batched");
+    expect(perplexity?.kv16).toBeGreaterThan(1);
+    expect(perplexity?.kv8).not.toBe(perplexity?.kv16 as number);
+    expect(Math.abs(perplexity?.change_percent ?? 100)).toBeLessThan(5);
+  });
+
   test("measures every setting in the fixed form", async () => {
     const progress: number[] = [];
     const report = await runBench({
