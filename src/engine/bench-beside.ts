@@ -22,7 +22,7 @@ export interface BesideResult {
   ttft_beside_ms: number;
 }
 
-/** Tokens of each stream before the long prompt comes. */
+/** Tokens of each stream before the long prompt comes, and again behind its end: the machine may have changed. */
 const QUIET_TOKENS = 64;
 
 export interface BesideOptions {
@@ -65,28 +65,34 @@ function quantiles(gaps: number[]): { p50: number; p95: number } {
 }
 
 interface Run {
-  /** Gaps between tokens of the streams before and after the long prompt's request. */
+  /** Gaps between tokens of the streams without and with the long prompt. */
   quiet: number[];
   disturbed: number[];
   ttft: number;
 }
 
-/** Starts the streams, lets each decode for a while together, then asks for `long`; ends with its first token. */
+/** Starts the streams, lets them decode together for a while before the long prompt and for a while behind it. */
 function run(model: LoadedEngine, prompts: readonly number[][], long: number[]): Promise<Run> {
   return new Promise((resolve, reject) => {
     const out: Run = { quiet: [], disturbed: [], ttft: 0 };
     const last = prompts.map(() => Number.NaN);
     const counts = prompts.map(() => 0);
     let asked = Number.NaN;
-    let ended = false;
+    let answered = false;
+    let ended = prompts.length === 0;
+    let finished = false;
     let cancelled = false;
     const emit = (event: GenerateEvent): void => {
       if (event.type === "error") reject(CaravanError.fromJSON({ ...event.error }));
+      // A stream that reached the end of its context: there is nothing more to compare with.
+      if (event.type === "finish" && event.id !== "long") finished = true;
       if (event.type !== "token") return;
       const now = performance.now();
       if (event.id === "long") {
         out.ttft = now - asked;
-        ended = true;
+        answered = true;
+        counts.fill(1);
+        ended ||= finished;
         return;
       }
       const stream = Number(event.id);
@@ -94,8 +100,9 @@ function run(model: LoadedEngine, prompts: readonly number[][], long: number[]):
       last[stream] = now;
       const together = counts.every((count) => count > 0);
       counts[stream] = (counts[stream] ?? 0) + 1;
-      if (!together || ended) return;
-      (Number.isNaN(asked) ? out.quiet : out.disturbed).push(now - before);
+      ended = answered && (finished || counts.every((count) => count > QUIET_TOKENS));
+      if (!together) return;
+      (Number.isNaN(asked) || answered ? out.quiet : out.disturbed).push(now - before);
     };
     const scheduler = new Scheduler({
       geometry: model.geometry,
@@ -112,11 +119,11 @@ function run(model: LoadedEngine, prompts: readonly number[][], long: number[]):
           asked = performance.now();
           ask("long", long, 1);
         }
-        if (ended && !cancelled) {
+        if (answered && ended && !cancelled) {
           cancelled = true;
           for (const stream of prompts.keys()) loop.cancel(String(stream));
         }
-        if (ended && loop.inFlight === 0) resolve(out);
+        if (answered && ended && loop.inFlight === 0) resolve(out);
       },
     });
     const ask = (id: string, tokens: number[], max_tokens: number): void =>
