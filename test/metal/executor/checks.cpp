@@ -65,14 +65,19 @@ static void report_race(const range* r, size_t offset, const char* now, const ch
                offset, place(pc));
 }
 
-static range* find(uintptr_t p) {
-  if (last_range < n_ranges && p >= ranges[last_range].low && p < ranges[last_range].high) return &ranges[last_range];
-  for (int i = 0; i < n_ranges; i++)
-    if (p >= ranges[i].low && p < ranges[i].high) {
+// The range that has all n bytes; else the one that has the first. Buffers may overlap: several over the pages of one file.
+static range* find(uintptr_t p, size_t n) {
+  if (last_range < n_ranges && p >= ranges[last_range].low && p + n <= ranges[last_range].high) return &ranges[last_range];
+  range* part = nullptr;
+  for (int i = 0; i < n_ranges; i++) {
+    if (p < ranges[i].low || p >= ranges[i].high) continue;
+    if (p + n <= ranges[i].high) {
       last_range = i;
       return &ranges[i];
     }
-  return nullptr;
+    part = &ranges[i];
+  }
+  return part;
 }
 
 static void report_out_of_bounds(uintptr_t p, size_t n, bool write, uintptr_t pc) {
@@ -91,7 +96,7 @@ static __attribute__((noinline)) void check_access(uintptr_t p, size_t n, bool w
   if (!R.current) return;
   uintptr_t stack = (uintptr_t)R.stacks + (size_t)(R.current - R.threads) * STACK_BYTES;
   if (p >= stack && p < stack + STACK_BYTES) return;
-  range* r = find(p);
+  range* r = find(p, n);
   unsigned thread = R.current->at.thread_index;
   if (!r) return report_out_of_bounds(p, n, write, pc);
   if (r->kind == IMAGE) return;
@@ -141,7 +146,7 @@ API void msl_atomic_access(const volatile void* p, unsigned n, msl_site site) {
     msl_stop_if_fatal();
   }
   if (!R.checking || !R.current) return;
-  const range* r = find((uintptr_t)p);
+  const range* r = find((uintptr_t)p, n);
   if (r && (uintptr_t)p + n <= r->high && r->kind != READ_ONLY_MEMORY) return;
   msl_report("%s:%u:%u: OUT OF BOUNDS: atomic operation outside the bound buffers", site.file, site.line, site.column);
   R.fatal = true;

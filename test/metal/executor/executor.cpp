@@ -239,7 +239,7 @@ static bool pass_barrier() {
     const gpu_thread* t = &threads[i];
     if (t->state == RETURNED) returned = t;
     else if (!waiting) waiting = t;
-    else if (!same_place(waiting, t)) {
+    else if (waiting->site.line != t->site.line || waiting->site.column != t->site.column) { // how often each simdgroup did what before is its own affair
       report_divergence(waiting, t);
       return false;
     }

@@ -80,6 +80,21 @@ static bool memory_is_there(const object *buffer) {
     return true;
 }
 
+/* Adds the kernel's name and, for the first address in it, the source line. */
+static void explain(const fake_library *library, const char *kernel, char *report) {
+    const char *at = strstr(report, "@pc ");
+    char line[512] = "", command[1024];
+    if (at) {
+        snprintf(command, sizeof command, "addr2line -e %s 0x%lx", library->path, strtoul(at + 4, NULL, 16) - 1);
+        FILE *p = popen(command, "r");
+        if (!p || !fgets(line, sizeof line, p)) *line = 0;
+        if (p) pclose(p);
+        line[strcspn(line, "\n")] = 0;
+    }
+    size_t used = strlen(report);
+    snprintf(report + used, REPORT - used, "in %s%s%s", kernel, *line ? ", first at " : "", line);
+}
+
 static bool run_dispatch(const command *c, char *report) {
     object *function = c->pipeline->first;
     const fake_library *library = function->first->extra;
@@ -110,6 +125,7 @@ static bool run_dispatch(const command *c, char *report) {
     pthread_mutex_unlock(&executor_lock);
     __atomic_add_fetch(&fake_count.dispatches, 1, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&fake_count.threadgroups, (uint64_t)c->groups[0] * c->groups[1] * c->groups[2], __ATOMIC_SEQ_CST);
+    if (code) explain(library, function->memory, report);
     return !code;
 }
 

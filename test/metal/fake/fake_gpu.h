@@ -11,6 +11,7 @@ typedef struct {
     int (*set_constant)(int, const void *, size_t);
     void (*clear_constants)(void);
     const char *(*kernel_name)(int, const char **);
+    char *path;
 } fake_library;
 
 typedef struct {

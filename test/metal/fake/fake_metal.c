@@ -131,6 +131,7 @@ static object *device_library(object *o, SEL s, object *source, object *options,
     *(void **)&l->set_constant = dlsym(h, "msl_set_constant");
     *(void **)&l->clear_constants = dlsym(h, "msl_clear_constants");
     *(void **)&l->kernel_name = dlsym(h, "msl_kernel_name");
+    l->path = strdup(library);
     __atomic_add_fetch(&fake_count.libraries, 1, __ATOMIC_SEQ_CST);
     object *r = fake_new("MTLLibrary");
     r->extra = l;

@@ -40,6 +40,14 @@ static inline void *op_pages(size_t bytes) {
     return p == MAP_FAILED ? op_need(NULL) : p;
 }
 
+/* n bytes that end where their pages end, with nothing mapped behind: a kernel that reads one more is seen. */
+static inline uint8_t *op_part(size_t n) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = (n + page - 1) / page * page;
+    uint8_t *p = op_pages(bytes + page);
+    if (mprotect(p + bytes, page, PROT_NONE)) op_need(NULL);
+    return p + bytes - n;
+}
+
 static inline void op_encode(uint32_t type, const float *x, void *out, size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (type == CV_F32) ((float *)out)[i] = x[i];
@@ -103,15 +111,15 @@ static inline void op_fill_scale(op_context *c, uint32_t type, uint8_t *p, size_
     else op_encode(type, &x, p + i * (type == CV_F32 ? 4 : 2), 1);
 }
 
-/* A random matrix; each part ends where its memory ends but for a page's rest, rows are `slack` units apart from each other. */
+/* A random matrix whose rows and experts may be some bytes apart; nothing is mapped behind its parts' last bytes. */
 static inline cv_weight *op_weight(op_context *c, const op_format *f, size_t experts, size_t rows, size_t cols) {
     size_t slack = op_below(c, 2) * 8, scale = f->scale_type == CV_F32 ? 4 : f->scale_type == CV_F16 || f->scale_type == CV_BF16 ? 2 : 1;
     size_t row = op_row_bytes(f, cols) + slack, groups = f->group ? cols / f->group : 0, scale_row = groups * scale + slack;
     cv_weight *w = op_need(calloc(1, sizeof *w));
     *w = (cv_weight){.format = f->format, .bits = f->bits, .group = f->group, .scale_type = f->scale_type, .experts = experts, .rows = rows, .cols = cols,
                      .row_bytes = row, .expert_bytes = rows * row + slack, .scale_row_bytes = scale_row, .expert_scale_bytes = rows * scale_row + slack};
-    uint8_t *data = op_need(aligned_alloc(64, (experts * w->expert_bytes + 63) / 64 * 64));
-    for (size_t i = 0; i < experts * w->expert_bytes; i++) {
+    uint8_t *data = op_part(experts * w->expert_bytes - 2 * slack);
+    for (size_t i = 0; i < experts * w->expert_bytes - 2 * slack; i++) {
         data[i] = (uint8_t)(cv_random(&c->random) >> 40);
         if (f->format == CV_FORMAT_MXFP8) data[i] &= 0xb7; /* magnitudes up to 1, no NaN */
     }
@@ -123,8 +131,8 @@ static inline cv_weight *op_weight(op_context *c, const op_format *f, size_t exp
             }
     w->data = data;
     if (!groups) return w;
-    size_t bytes = experts * w->expert_scale_bytes;
-    uint8_t *scales = op_need(aligned_alloc(64, (bytes + 63) / 64 * 64)), *biases = op_need(aligned_alloc(64, (bytes + 63) / 64 * 64));
+    size_t bytes = experts * w->expert_scale_bytes - 2 * slack; /* no slack behind the last row and the last expert */
+    uint8_t *scales = op_part(bytes), *biases = op_part(bytes);
     for (size_t e = 0; e < experts; e++)
         for (size_t r = 0; r < rows; r++)
             for (size_t g = 0; g < groups; g++) {
@@ -135,7 +143,7 @@ static inline cv_weight *op_weight(op_context *c, const op_format *f, size_t exp
     w->scales = scales;
     if (f->format == CV_FORMAT_AFFINE) w->biases = biases;
     if (f->global) {
-        float *global = op_need(malloc(experts * sizeof *global));
+        float *global = (float *)(void *)op_part(experts * sizeof *global);
         for (size_t e = 0; e < experts; e++) global[e] = 2688.0f * (0.5f + 0.5f * op_number(c) * op_number(c));
         w->global_scale = global;
     }

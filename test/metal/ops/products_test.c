@@ -28,7 +28,7 @@ static void fill_h(bench *b) {
 }
 
 static void open_bench(bench *b, op_context *c, uint32_t type, size_t hidden, size_t n_experts, size_t chosen, size_t ff, size_t n) {
-    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = MOST, .max_logits = MOST, .max_heads = 8,
+    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = MOST, .max_logits = MOST, .max_heads = 24,
                   .max_kv_heads = 4, .max_ff = ff, .kv_type = type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-6f, .exact = type == CV_F32};
     memset(b, 0, sizeof *b);
     op_open(&b->w, c, &s, NULL, 0);

@@ -1,0 +1,151 @@
+/* attention_test.c — rotation, cache writes and attention of the Metal backend against the reference: head dims, groups, page
+ * sizes, chunks, ragged batches, contexts that are split. Argument: how many rounds. */
+#include "ops.h"
+
+enum { MOST_TOKENS = 96, MOST_PAGES = 512 };
+
+typedef struct {
+    size_t head_dim, n_kv, group, page_tokens, chunk;
+    uint32_t type, flags;
+    bool interleaved;
+    size_t n_seqs;
+    size_t before[3], now[3]; /* by sequence: tokens in the cache, tokens of the compared step */
+} attention_case;
+
+typedef struct {
+    op_world w;
+    const attention_case *a;
+    cv_kv_layer cpu_kv, gpu_kv;
+    uint32_t page_lists[3][MOST_PAGES];
+    float *q, *k, *v, *out_cpu;     /* reference's */
+    void *gq, *gk, *gv, *out_gpu;   /* Metal's, typed */
+} bench;
+
+static size_t pages_of(const attention_case *a, size_t tokens) { return (tokens + a->page_tokens - 1) / a->page_tokens; }
+
+/* Caches of all pages for both, and a shuffled page list for each sequence. */
+static void open_bench(bench *b, op_context *c, const attention_case *a) {
+    size_t pages = 0, head = a->page_tokens * a->head_dim, page = 2 * a->n_kv * head;
+    uint32_t order[MOST_PAGES];
+    memset(b, 0, sizeof *b);
+    b->a = a;
+    for (size_t i = 0; i < a->n_seqs; i++) pages += pages_of(a, a->before[i] + a->now[i]);
+    for (uint32_t i = 0; i < pages; i++) order[i] = i;
+    for (size_t i = pages; i > 1; i--) {
+        size_t j = op_below(c, i);
+        uint32_t t = order[i - 1];
+        order[i - 1] = order[j];
+        order[j] = t;
+    }
+    for (size_t i = 0, at = 0; i < a->n_seqs; i++) {
+        size_t n = pages_of(a, a->before[i] + a->now[i]);
+        memcpy(b->page_lists[i], order + at, n * sizeof *order);
+        at += n;
+    }
+    size_t element = cv_kv_element_bytes(a->type);
+    char *cpu = op_pages(pages * page * sizeof(float)), *gpu = op_pages(pages * page * element);
+    b->cpu_kv = (cv_kv_layer){cpu, cpu + page / 2 * sizeof(float), page, head};
+    b->gpu_kv = (cv_kv_layer){gpu, gpu + page / 2 * element, page, head};
+    size_t heads = a->n_kv * a->group;
+    cv_shape s = {.hidden = 64, .head_dim = a->head_dim, .vocab = 16, .page_tokens = a->page_tokens, .chunk = a->chunk, .max_tokens = MOST_TOKENS, .max_logits = 1, .max_heads = heads, .max_kv_heads = a->n_kv,
+                  .max_ff = 64, .kv_type = a->type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 16, .rope_interleaved = a->interleaved, .exact = a->type == CV_F32};
+    const cv_metal_memory shared = {gpu, pages * page * element};
+    op_open(&b->w, c, &s, &shared, 1);
+    if (!b->w.gpu) return;
+    b->w.exact.kv_type = CV_F32;
+    size_t q = MOST_TOKENS * heads * a->head_dim * sizeof(float);
+    b->q = op_alloc(b->w.cpu, q);
+    b->k = op_alloc(b->w.cpu, q);
+    b->v = op_alloc(b->w.cpu, q);
+    b->out_cpu = op_alloc(b->w.cpu, q);
+    b->gq = op_alloc(b->w.gpu, q);
+    b->gk = op_alloc(b->w.gpu, q);
+    b->gv = op_alloc(b->w.gpu, q);
+    b->out_gpu = op_alloc(b->w.gpu, q);
+}
+
+/* n[i] new tokens of each sequence from position first[i] on. */
+static size_t make_batch(bench *b, const size_t *first, const size_t *n) {
+    op_world *w = &b->w;
+    size_t total = 0;
+    for (size_t i = 0; i < b->a->n_seqs; i++) {
+        size_t pages = pages_of(b->a, first[i] + n[i]), start = b->a->chunk ? first[i] / b->a->chunk * b->a->chunk : 0, skipped = start / b->a->page_tokens;
+        w->seqs[i] = (cv_seq){.first_position = first[i], .n_tokens = n[i], .first_token = total, .full_pages = b->page_lists[i], .n_full_pages = pages, .chunk_pages = b->page_lists[i] + skipped,
+                              .n_chunk_pages = pages - skipped, .chunk_base = start};
+        for (size_t t = 0; t < n[i]; t++, total++) {
+            w->tokens[total] = 0;
+            w->positions[total] = first[i] + t;
+            w->token_seq[total] = (uint32_t)i;
+        }
+    }
+    w->batch = (cv_batch){.n_seqs = b->a->n_seqs, .n_tokens = total, .seqs = w->seqs, .tokens = w->tokens, .positions = w->positions, .token_seq = w->token_seq};
+    return total;
+}
+
+static int store(bench *b, size_t n) {
+    const attention_case *a = b->a;
+    size_t heads = a->n_kv * a->group, d = a->head_dim;
+    op_fill(b->w.c, a->type, b->q, n * heads * d);
+    op_fill(b->w.c, a->type, b->k, n * a->n_kv * d);
+    op_fill(b->w.c, a->type, b->v, n * a->n_kv * d);
+    op_encode(a->type, b->q, b->gq, n * heads * d);
+    op_encode(a->type, b->k, b->gk, n * a->n_kv * d);
+    op_encode(a->type, b->v, b->gv, n * a->n_kv * d);
+    return b->w.cpu->ops->rope_store(b->w.cpu, a->flags, heads, a->n_kv, b->q, b->k, b->v, &b->cpu_kv) | b->w.gpu->ops->rope_store(b->w.gpu, a->flags, heads, a->n_kv, b->gq, b->gk, b->gv, &b->gpu_kv);
+}
+
+/* Fills the cache in steps, then compares rotated queries and attention of the last step. */
+static void run_case(op_context *c, const attention_case *a) {
+    bench b;
+    size_t filled[3] = {0}, n[3], heads = a->n_kv * a->group;
+    open_bench(&b, c, a);
+    while (b.w.gpu && !c->checks.broken) {
+        bool more = false;
+        for (size_t i = 0; i < a->n_seqs; i++) {
+            n[i] = a->before[i] - filled[i];
+            if (n[i] > 24) n[i] = 24;
+            more = more || n[i];
+        }
+        if (!more) break;
+        size_t total = make_batch(&b, filled, n);
+        if (!op_begin(&b.w) || !op_finish(&b.w, store(&b, total))) break;
+        for (size_t i = 0; i < a->n_seqs; i++) filled[i] += n[i];
+    }
+    size_t total = b.w.gpu ? make_batch(&b, filled, a->now) : 0;
+    if (total && !c->checks.broken && op_begin(&b.w)) {
+        int code = store(&b, total);
+        if (!code) code = b.w.cpu->ops->attention(b.w.cpu, a->flags, heads, a->n_kv, b.q, &b.cpu_kv, b.out_cpu) | b.w.gpu->ops->attention(b.w.gpu, a->flags, heads, a->n_kv, b.gq, &b.gpu_kv, b.out_gpu);
+        if (op_finish(&b.w, code)) {
+            double bound = op_bound(a->type);
+            op_compare(&b.w, "rotated queries", a->type, b.gq, b.q, total * heads * a->head_dim, bound);
+            op_compare(&b.w, "attention", a->type, b.out_gpu, b.out_cpu, total * heads * a->head_dim, 2 * bound);
+        }
+    }
+    op_close(&b.w);
+}
+
+int main(int argc, char **argv) {
+    int rounds = argc > 1 ? atoi(argv[1]) : 1;
+    op_context c = {.random = 88172645463325252ull};
+    static const uint32_t types[] = {CV_F32, CV_F16, CV_BF16};
+    static const size_t dims[] = {16, 32, 64, 128}, groups[] = {1, 3, 4, 5, 8, 10}, pages[] = {16, 32, 64, 128};
+    char name[160];
+    for (int round = 0; round < rounds; round++)
+        for (size_t i = 0; i < 24; i++) {
+            size_t chunk = i % 3 == 2 ? 128 : 0, long_one = i % 8 == 3 ? 700 + op_below(&c, 400) : op_below(&c, 90);
+            attention_case a = {.head_dim = dims[i % 4], .n_kv = 1 + op_below(&c, 2), .group = groups[op_below(&c, 6)], .page_tokens = pages[op_below(&c, 4)], .chunk = chunk, .type = types[i / 4 % 3],
+                                .flags = (chunk ? CV_LAYER_CHUNKED : 0) | (i & 1 ? CV_LAYER_ROPE : 0) | (i & 2 ? CV_LAYER_QK_NORM : 0) | (i & 4 ? CV_LAYER_TEMPERATURE : 0), .interleaved = op_below(&c, 2),
+                                .n_seqs = 1 + op_below(&c, 3)};
+            bool few = op_below(&c, 2);
+            for (size_t s = 0; s < a.n_seqs; s++) {
+                a.before[s] = s ? op_below(&c, 40) : long_one;
+                a.now[s] = few ? 1 + op_below(&c, 3) : 12 + op_below(&c, 20);
+            }
+            snprintf(name, sizeof name, "%s, head dim %zu, %zu x %zu heads, pages of %zu, chunk %zu, flags %u, %zu sequences, %zu + %zu tokens in the first", op_type(a.type), a.head_dim, a.n_kv, a.group, a.page_tokens, chunk, a.flags, a.n_seqs, a.before[0],
+                     a.now[0]);
+            cv_case(&c.checks, name);
+            run_case(&c, &a);
+            cv_end_case(&c.checks);
+        }
+    return cv_report(&c.checks);
+}
