@@ -222,14 +222,16 @@ static void make_pipeline(cv_metal_device *d, pipeline *p) {
     release(d, values);
 }
 
+/* The named members: what follows them in memory is not defined. */
+static const size_t CONSTANT_BYTES = offsetof(cv_metal_constants, swiglu) + sizeof(bool);
+
 static size_t hash(const char *name, const cv_metal_constants *c) {
     uint64_t h = 1469598103934665603u;
     for (; *name; name++) h = (h ^ (unsigned char)*name) * 1099511628211u;
-    for (size_t i = 0; i < sizeof *c; i++) h = (h ^ ((const unsigned char *)c)[i]) * 1099511628211u;
+    for (size_t i = 0; i < CONSTANT_BYTES; i++) h = (h ^ ((const unsigned char *)c)[i]) * 1099511628211u;
     return (size_t)(h % PIPELINES);
 }
 
-/* constants have no padding that is not zero: callers start from memset. */
 void cv_metal_use(cv_metal_device *d, const char *kernel, const cv_metal_constants *constants) {
     if (d->code) return;
     size_t at = hash(kernel, constants);
@@ -239,7 +241,7 @@ void cv_metal_use(cv_metal_device *d, const char *kernel, const cv_metal_constan
             snprintf(p->name, sizeof p->name, "%s", kernel);
             p->constants = *constants;
             make_pipeline(d, p);
-        } else if (strcmp(p->name, kernel) || memcmp(&p->constants, constants, sizeof *constants)) continue;
+        } else if (strcmp(p->name, kernel) || memcmp(&p->constants, constants, CONSTANT_BYTES)) continue;
         d->current = p;
         if (!d->code) CV_SEND(&d->objc, void, d->encoder, set_pipeline, (id), p->pipeline);
         return;

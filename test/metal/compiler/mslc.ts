@@ -1,7 +1,7 @@
 // mslc — checks and compiles Metal kernel files on Linux.
 //
 //   bun mslc.ts check FILE.metal… [--prelude P.metal]            problems, a line each; exit code 1 when there are any
-//   bun mslc.ts build FILE.metal -o LIB.so [--prelude P.metal] [--checked] [-DNAME…]
+//   bun mslc.ts build FILE.metal -o LIB.so [--prelude P.metal] [--checked] [--fast-math] [-DNAME…]
 
 import { tmpdir } from "node:os";
 import { build, check } from "./compile.ts";
@@ -21,6 +21,7 @@ function main(words: string[]): number {
   const prelude = option(words, "--prelude");
   const out = option(words, "-o");
   const checked = flag(words, "--checked");
+  const fastMath = flag(words, "--fast-math");
   const defines = words.filter((word) => word.startsWith("-D")).map((word) => word.slice(2));
   const [command, ...files] = words.filter((word) => !word.startsWith("-D"));
   const source = (path: string) => ({ path, defines, ...(prelude === undefined ? {} : { prelude }) });
@@ -36,11 +37,13 @@ function main(words: string[]): number {
   }
   const path = files[0];
   if (command === "build" && path !== undefined && out !== undefined) {
-    const problems = build(source(path), out, { checked });
+    const problems = build(source(path), out, { checked, fastMath });
     for (const problem of problems) console.error(problem);
     return problems.length > 0 ? 1 : 0;
   }
-  console.error("usage: mslc check FILE… | mslc build FILE -o LIB.so [--prelude FILE] [--checked] [-DNAME]");
+  console.error(
+    "usage: mslc check FILE… | mslc build FILE -o LIB.so [--prelude FILE] [--checked] [--fast-math] [-DNAME]",
+  );
   return 2;
 }
 

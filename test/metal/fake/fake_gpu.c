@@ -95,7 +95,7 @@ static void explain(const fake_library *library, const char *kernel, char *repor
     snprintf(report + used, REPORT - used, "in %s%s%s", kernel, *line ? ", first at " : "", line);
 }
 
-static bool run_dispatch(const command *c, char *report) {
+static bool run_dispatch(command *c, char *report) {
     object *function = c->pipeline->first;
     const fake_library *library = function->first->extra;
     bool checked = getenv("FAKEMETAL_CHECKED") != NULL;
@@ -123,6 +123,7 @@ static bool run_dispatch(const command *c, char *report) {
     for (int i = 0; constants && i < constants->n; i++) library->set_constant(constants->all[i].index, constants->all[i].value, constants->all[i].size);
     int code = library->run(function->memory, &d, report, REPORT);
     pthread_mutex_unlock(&executor_lock);
+    memcpy(c->bytes_read, d.bytes_read, sizeof d.bytes_read);
     __atomic_add_fetch(&fake_count.dispatches, 1, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&fake_count.threadgroups, (uint64_t)c->groups[0] * c->groups[1] * c->groups[2], __ATOMIC_SEQ_CST);
     if (code) explain(library, function->memory, report);
@@ -165,7 +166,7 @@ object *fake_error(const char *text) {
     return e;
 }
 
-static bool run_command(const command *c, char *report) {
+static bool run_command(command *c, char *report) {
     switch (c->kind) {
     case DISPATCH: return run_dispatch(c, report);
     case SIGNAL: fake_event_set(c->event, c->value); return true;
@@ -187,7 +188,10 @@ static void write_log(const object *command_buffer, bool failed) {
             (unsigned long long)fake_count.pipelines, (unsigned long long)fake_count.command_buffers, (unsigned long long)fake_count.waits);
     for (int i = 0; i < list->n; i++) {
         const command *c = &list->all[i];
-        if (c->kind == DISPATCH) fprintf(f, "%s[\"%s\",%u]", i ? "," : "", (const char *)c->pipeline->first->memory, c->groups[0] * c->groups[1] * c->groups[2]);
+        if (c->kind != DISPATCH) continue;
+        fprintf(f, "%s{\"name\":\"%s\",\"threadgroups\":%u,\"read\":[", i ? "," : "", (const char *)c->pipeline->first->memory, c->groups[0] * c->groups[1] * c->groups[2]);
+        for (int k = 0; k < MSL_BUFFERS; k++) fprintf(f, "%s%llu", k ? "," : "", (unsigned long long)c->bytes_read[k]);
+        fputs("]}", f);
     }
     fputs("]}\n", f);
     fclose(f);

@@ -37,6 +37,7 @@ typedef struct {
     void *bytes[MSL_BUFFERS];
     size_t bytes_length[MSL_BUFFERS], threadgroup_lengths[MSL_BUFFERS];
     uint32_t groups[3], threads[3], grid[3];
+    uint64_t bytes_read[MSL_BUFFERS]; /* by the dispatch, when it has run with checks */
 } command;
 
 typedef struct {

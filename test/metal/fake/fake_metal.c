@@ -106,19 +106,19 @@ static object *device_library(object *o, SEL s, object *source, object *options,
     UNUSED(o), UNUSED(s), UNUSED(options);
     const char *compiler = getenv("MSLC"), *folder = getenv("MSL_CACHE");
     if (!compiler || !folder) fake_misuse("MSLC (the compiler) and MSL_CACHE (a folder) must be set");
-    const char *checked = getenv("FAKEMETAL_CHECKED") ? " --checked" : "";
+    bool checked = getenv("FAKEMETAL_CHECKED"), fast = getenv("FAKEMETAL_FAST_MATH");
     uint64_t hash = 1469598103934665603u;
     for (const unsigned char *p = source->memory; *p; p++) hash = (hash ^ *p) * 1099511628211u;
     char file[1024], library[1024], line[4096], out[8192];
     snprintf(file, sizeof file, "%s/%016llx.metal", folder, (unsigned long long)hash);
-    snprintf(library, sizeof library, "%s/%016llx%s.so", folder, (unsigned long long)hash, *checked ? ".checked" : "");
+    snprintf(library, sizeof library, "%s/%016llx%s%s.so", folder, (unsigned long long)hash, checked ? ".checked" : "", fast ? ".fast" : "");
     struct stat st;
     if (stat(library, &st)) {
         FILE *f = fopen(file, "w");
         if (!f) fake_misuse("cannot write %s", file);
         fputs(source->memory, f);
         fclose(f);
-        snprintf(line, sizeof line, "%s build %s -o %s%s 2>&1", compiler, file, library, checked);
+        snprintf(line, sizeof line, "%s build %s -o %s%s%s 2>&1", compiler, file, library, checked ? " --checked" : "", fast ? " --fast-math" : "");
         FILE *p = popen(line, "r");
         size_t n = p ? fread(out, 1, sizeof out - 1, p) : 0;
         out[n] = 0;

@@ -1,0 +1,167 @@
+/* shapes_test.c — decoding with the matrices of real models at full size, whole and as a tensor-parallel rank's slice: results
+ * against the reference, and whether a dispatch has enough threadgroups to fill a large GPU. Weights are 4 bits in groups of 64
+ * (32 where a slice is narrow); experts are cut to two, since a token reads one. */
+#include <dlfcn.h>
+
+#include "ops.h"
+
+/* A dispatch of fewer threadgroups leaves cores of an 80-core GPU idle: two for each core. */
+enum { ENOUGH = 160 };
+
+typedef struct {
+    const char *name;
+    size_t hidden, heads, kv_heads, head_dim, ff, expert_ff, shared_ff; /* expert_ff: 0 = no experts */
+} model;
+
+static const model models[] = {
+    {"SmolLM2 135M", 576, 9, 3, 64, 1536, 0, 0},
+    {"Llama 3 8B", 4096, 32, 8, 128, 14336, 0, 0},
+    {"Llama 3 70B", 8192, 64, 8, 128, 28672, 0, 0},
+    {"Llama 4 Scout", 5120, 40, 8, 128, 0, 8192, 8192},
+    {"Llama 4 Maverick", 5120, 40, 8, 128, 16384, 8192, 8192},
+};
+
+static uint64_t (*count)(const char *);
+
+typedef struct {
+    op_world w;
+    float *h[2], *a[2], *norm; /* reference's, Metal's */
+    size_t few;                /* dispatches with fewer than ENOUGH threadgroups */
+} bench;
+
+static void begin_count(uint64_t *before) { *before = count("threadgroups"); }
+
+/* Says which operation has too few; small matrices have no more rows to share out. */
+static void end_count(bench *b, const char *what, uint64_t before, size_t rows, size_t dispatches) {
+    uint64_t groups = (count("threadgroups") - before) / dispatches;
+    if (groups >= ENOUGH) return;
+    b->few++;
+    printf("#   %s: %llu threadgroups (%zu rows)\n", what, (unsigned long long)groups, rows);
+}
+
+static const op_format *format_of(size_t cols) {
+    static const op_format wide = {CV_FORMAT_AFFINE, 4, 64, CV_BF16, false}, narrow = {CV_FORMAT_AFFINE, 4, 32, CV_BF16, false};
+    return cols % 64 ? &narrow : &wide;
+}
+
+static cv_weight *matrix(bench *b, size_t experts, size_t rows, size_t cols) { return op_weight(b->w.c, format_of(cols), experts, rows, cols); }
+
+static void drop(cv_weight *w) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = w->experts * w->expert_bytes;
+    uintptr_t at = (uintptr_t)w->data / page * page;
+    munmap((void *)at, (bytes + page - 1) / page * page); /* the large part; the rest goes with the process */
+    free(w);
+}
+
+static void attention_parts(bench *b, const model *m, size_t ways) {
+    size_t q = m->heads * m->head_dim / ways, kv = (m->kv_heads >= ways ? m->kv_heads / ways : 1) * m->head_dim;
+    cv_weight *w[3] = {matrix(b, 1, q, m->hidden), matrix(b, 1, kv, m->hidden), matrix(b, 1, kv, m->hidden)}, *o = matrix(b, 1, m->hidden, q);
+    const cv_weight *const all[3] = {w[0], w[1], w[2]};
+    const float *const none[3] = {NULL, NULL, NULL};
+    float *out[2][3];
+    uint64_t before = 0;
+    for (int i = 0; i < 3; i++) {
+        out[0][i] = op_alloc(b->w.cpu, q * sizeof(float));
+        out[1][i] = op_alloc(b->w.gpu, q * sizeof(float));
+    }
+    begin_count(&before);
+    if (!op_begin(&b->w)) return;
+    int code = b->w.cpu->ops->norm_qkv(b->w.cpu, b->h[0], b->norm, all, none, out[0][0], out[0][1], out[0][2]) | b->w.gpu->ops->norm_qkv(b->w.gpu, b->h[1], b->norm, all, none, out[1][0], out[1][1], out[1][2]);
+    if (op_finish(&b->w, code))
+        for (int i = 0; i < 3; i++) op_compare(&b->w, "qkv", b->w.type, out[1][i], out[0][i], i ? kv : q, op_bound(b->w.type));
+    end_count(b, "qkv", before, q + 2 * kv, 1);
+    begin_count(&before);
+    if (!op_begin(&b->w)) return;
+    op_fill(b->w.c, b->w.type, b->a[0], q);
+    op_encode(b->w.type, b->a[0], b->a[1], q);
+    code = b->w.cpu->ops->linear(b->w.cpu, b->a[0], o, NULL, false, out[0][0]) | b->w.gpu->ops->linear(b->w.gpu, b->a[1], o, NULL, false, b->h[1]);
+    (void)code;
+    op_finish(&b->w, 0);
+    end_count(b, "o", before, m->hidden, 1);
+    for (int i = 0; i < 3; i++) drop(w[i]);
+    drop(o);
+}
+
+static void feed_forward_parts(bench *b, const model *m, size_t ways) {
+    size_t ff = m->ff / ways;
+    uint64_t before = 0;
+    cv_weight *gate = matrix(b, 1, ff, m->hidden), *up = matrix(b, 1, ff, m->hidden), *down = matrix(b, 1, m->hidden, ff);
+    void *act[2];
+    begin_count(&before);
+    if (!op_begin(&b->w)) return;
+    int code = b->w.cpu->ops->norm_mlp(b->w.cpu, b->h[0], b->norm, gate, up, down, NULL, NULL, &act[0]) | b->w.gpu->ops->norm_mlp(b->w.gpu, b->h[1], b->norm, gate, up, down, NULL, NULL, &act[1]);
+    if (!code) code = b->w.cpu->ops->linear(b->w.cpu, act[0], down, NULL, false, b->h[0]) | b->w.gpu->ops->linear(b->w.gpu, act[1], down, NULL, false, b->h[1]);
+    if (op_finish(&b->w, code)) op_compare(&b->w, "MLP", CV_F32, b->h[1], b->h[0], m->hidden, 2 * op_bound(b->w.type));
+    end_count(b, "MLP", before, ff, 2);
+    drop(gate);
+    drop(up);
+    drop(down);
+}
+
+static void expert_parts(bench *b, const model *m, size_t ways) {
+    size_t ff = m->expert_ff / ways, shared = m->shared_ff / ways;
+    static const op_format router_format = {CV_FORMAT_BF16, 0, 0, 0, false};
+    uint64_t before = 0;
+    cv_weight *router = op_weight(b->w.c, &router_format, 1, 2, m->hidden);
+    cv_weight *all[6] = {matrix(b, 2, ff, m->hidden), matrix(b, 2, ff, m->hidden), matrix(b, 2, m->hidden, ff), matrix(b, 1, shared, m->hidden), matrix(b, 1, shared, m->hidden), matrix(b, 1, m->hidden, shared)};
+    const cv_moe_weights w = {all[0], all[1], all[2], all[3], all[4], all[5]};
+    const cv_backend_ops *x = b->w.cpu->ops, *y = b->w.gpu->ops;
+    if (!op_begin(&b->w)) return;
+    int code = x->norm_route(b->w.cpu, b->h[0], b->norm, router) | y->norm_route(b->w.gpu, b->h[1], b->norm, router);
+    if (!code) code = x->moe_up(b->w.cpu, &w) | y->moe_up(b->w.gpu, &w);
+    begin_count(&before);
+    if (!code) code = x->moe_down(b->w.cpu, &w, false, b->h[0]) | y->moe_down(b->w.gpu, &w, false, b->h[1]);
+    if (op_finish(&b->w, code)) op_compare(&b->w, "experts", CV_F32, b->h[1], b->h[0], m->hidden, 2 * op_bound(b->w.type));
+    end_count(b, "experts (router aside)", before + 1, ff, 2);
+    drop(router);
+    for (int i = 0; i < 6; i++) drop(all[i]);
+}
+
+static void run(op_context *c, const model *m, size_t ways, uint32_t type) {
+    bench b = {0};
+    size_t most = m->ff > m->shared_ff ? m->ff : m->shared_ff, widest = most > m->hidden ? most : m->hidden;
+    cv_shape s = {.hidden = m->hidden, .head_dim = m->head_dim, .vocab = 16, .n_experts = m->expert_ff ? 2 : 0, .experts_per_token = m->expert_ff ? 1 : 0, .page_tokens = 64, .max_tokens = 4, .max_logits = 4,
+                  .max_heads = m->heads, .max_kv_heads = m->kv_heads, .max_ff = most, .kv_type = type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-6f, .exact = type == CV_F32};
+    op_open(&b.w, c, &s, NULL, 0);
+    if (!b.w.gpu) return;
+    for (int i = 0; i < 2; i++) {
+        cv_backend *backend = i ? b.w.gpu : b.w.cpu;
+        b.h[i] = op_alloc(backend, m->hidden * sizeof(float));
+        b.a[i] = op_alloc(backend, widest * sizeof(float));
+    }
+    b.norm = op_need(calloc(m->hidden + 16, sizeof(float)));
+    op_fill(c, CV_F32, b.norm, m->hidden);
+    op_fill(c, CV_F32, b.h[0], m->hidden);
+    memcpy(b.h[1], b.h[0], m->hidden * sizeof(float));
+    op_plain_batch(&b.w, 1);
+    attention_parts(&b, m, ways);
+    memcpy(b.h[1], b.h[0], m->hidden * sizeof(float));
+    if (m->ff && !c->checks.broken) feed_forward_parts(&b, m, ways);
+    memcpy(b.h[1], b.h[0], m->hidden * sizeof(float));
+    if (m->expert_ff && !c->checks.broken) expert_parts(&b, m, ways);
+    cv_check(&c->checks, !b.few || ways > 1 || m->hidden < 1000, "%zu operations have fewer than %d threadgroups", b.few, ENOUGH);
+    op_close(&b.w);
+}
+
+int main(void) {
+    op_context c = {.random = 88172645463325252ull};
+    void *fake = dlopen(getenv("CARAVAN_METAL_LIBRARY"), RTLD_NOW);
+    *(void **)&count = fake ? dlsym(fake, "fakemetal_count") : NULL;
+    if (!count) {
+        fputs("CARAVAN_METAL_LIBRARY must name the fake runtime\n", stderr);
+        return 2;
+    }
+    static const uint32_t types[] = {CV_BF16, CV_F32, CV_F16};
+    char name[96];
+    for (size_t i = 0; i < sizeof models / sizeof models[0]; i++)
+        for (size_t ways = 1, k = 0; ways <= 8; ways *= 2, k++) {
+            const model *m = &models[i];
+            size_t q = m->heads * m->head_dim / ways;
+            if (m->heads % ways || (m->ff / ways) % 32 || q % 32) continue;
+            snprintf(name, sizeof name, "%s, %s, a slice of %zu", m->name, op_type(types[(i + k) % 3]), ways);
+            cv_case(&c.checks, name);
+            run(&c, m, ways, types[(i + k) % 3]);
+            cv_end_case(&c.checks);
+        }
+    return cv_report(&c.checks);
+}
