@@ -11,6 +11,7 @@ LIB := build/libcaravan.$(LIB_EXT)
 NATIVE_SRC := $(wildcard native/engine/*.c native/backend/cpu/*.c native/transport/*.c)
 NATIVE_SRC += $(wildcard native/backend/cpu/x86/*.c native/backend/cpu/arm/*.c)
 NATIVE_HDR := $(wildcard native/include/*.h native/*/*.h native/*/*/*.h native/*/*/*/*.h)
+include native/backend/metal/metal.mk
 NATIVE_OBJ := $(NATIVE_SRC:native/%.c=build/obj/%.o)
 # No contraction: the kernels' arithmetic is stated operation by operation (native/backend/cpu/kernels.h).
 CFLAGS_BASE := -std=c11 -D_GNU_SOURCE -O3 -g -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Werror

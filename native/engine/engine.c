@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "../backend/metal/metal.h"
 #include "engine.h"
 #include "graph.h"
 #include "sampler.h"
@@ -170,6 +171,12 @@ static void *compute_main(void *arg) {
     }
 }
 
+static int open_backend(cv_model *m, uint32_t device, cv_backend **out, cv_err err) {
+    if (device != CV_DEVICE_METAL) return cv_backend_cpu_open(&m->shape, out, err.text, err.size);
+    const cv_metal_memory pools[2] = {{m->pools[0].memory, m->pools[0].bytes}, {m->pools[1].memory, m->pools[1].bytes}};
+    return cv_backend_metal_open(&m->shape, pools, 2, out, err.text, err.size);
+}
+
 int cv_event_fd(cv_engine *engine) { return engine ? engine->event[0] : CV_E_ARGUMENT; }
 
 int cv_engine_open(const void *plan, size_t plan_size, cv_load_progress *progress, cv_engine **out, cv_err err) {
@@ -179,7 +186,7 @@ int cv_engine_open(const void *plan, size_t plan_size, cv_load_progress *progres
     e->event[0] = e->event[1] = -1;
     e->next_ticket = 1;
     int code = cv_model_open(plan, plan_size, progress, &e->model, err);
-    if (!code) code = cv_backend_cpu_open(&e->model->shape, &e->backend, err.text, err.size);
+    if (!code) code = open_backend(e->model, ((const cv_plan *)plan)->device, &e->backend, err);
     if (!code) code = cv_graph_open(e->model, e->backend, &e->act, err);
     if (!code) {
         e->last = malloc(e->model->n_slots * sizeof *e->last);

@@ -31,7 +31,7 @@ static int check_head(const void *plan, size_t size, cv_err err) {
         return cv_fail(err, CV_E_PLAN, "pages of %u tokens do not go with chunks of %u", p->page_tokens, p->chunk);
     if ((p->kv_type < CV_F32 || p->kv_type > CV_BF16) && p->kv_type != CV_Q8) return cv_fail(err, CV_E_UNSUPPORTED, "cache type %u is not supported", p->kv_type);
     if (p->kv_type == CV_Q8 && p->head_dim % 32) return cv_fail(err, CV_E_UNSUPPORTED, "an 8-bit cache needs a head_dim that 32 divides, not %u", p->head_dim);
-    if (p->device != CV_DEVICE_CPU) return cv_fail(err, CV_E_UNSUPPORTED, "this build has no backend for device %u", p->device);
+    if (p->device != CV_DEVICE_CPU && p->device != CV_DEVICE_METAL) return cv_fail(err, CV_E_UNSUPPORTED, "this build has no backend for device %u", p->device);
     if (!between(p->n_threads, 1, 256) || !between(p->max_rows, 1, 4096) || !between(p->max_tokens, 1, 65536) || p->max_tokens < p->max_rows ||
         !between(p->max_logits, p->max_rows, 65536) || !between(p->n_slots, 1, 65536))
         return cv_fail(err, CV_E_PLAN, "limits out of range: %u threads, %u rows, %u tokens, %u logits, %u slots", p->n_threads, p->max_rows, p->max_tokens, p->max_logits, p->n_slots);

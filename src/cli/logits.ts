@@ -33,9 +33,7 @@ export const logits: Command = {
   },
   async run(args) {
     const compute = args.choice("compute", ["exact", "fast"]) ?? "fast";
-    if (args.choice("device", ["cpu", "metal"]) === "metal") {
-      throw new CaravanError("not_built_yet", "--device metal is not built yet");
-    }
+    const device = args.choice("device", ["cpu", "metal"]);
     const out = args.required("out");
     const tokensFile = args.required("tokens-file");
     const { tokens } = readJsonFile(tokensFile, TOKENS_FILE);
@@ -55,6 +53,7 @@ export const logits: Command = {
           modelDir: model.path,
           tokens,
           compute,
+          ...(device === undefined ? {} : { device }),
           ...(prefill === undefined ? {} : { prefill }),
           ...(piece === undefined ? {} : { piece }),
           ...(threads === undefined ? {} : { threads }),

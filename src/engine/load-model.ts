@@ -40,7 +40,7 @@ export interface LoadedEngine {
   backend: BackendCapabilities;
   /** End-of-sequence tokens of the model. */
   stopTokens: readonly number[];
-  device: "cpu";
+  device: "cpu" | "metal";
   threads: number;
   /** Name of the kernel set. */
   cpu: string;
@@ -59,8 +59,6 @@ export type LoadProgress = (progress: number, detail: string) => void;
 
 /** Throws bad_file, unsupported_model, out_of_memory, invalid_argument or not_built_yet, naming file or option. */
 export async function loadModel(options: LoadModelOptions, onProgress?: LoadProgress): Promise<LoadedEngine> {
-  if (options.device === "metal")
-    throw new CaravanError("not_built_yet", "the Metal backend is not built yet");
   const cpuLevel = options.cpu === undefined ? 0 : cpuLevelOf(options.cpu);
   onProgress?.(0, "reading config.json");
   const config = readModelConfig(options.modelDir);
@@ -85,6 +83,7 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
   });
   const { pageTokens, fullPages, chunkPages, streams } = memory;
   const bytes = encodePlan(plan, {
+    device: options.device ?? "cpu",
     compute,
     threads,
     pageTokens,
@@ -126,7 +125,7 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
     ],
     backend: CPU_BACKEND,
     stopTokens: config.eosTokens,
-    device: "cpu",
+    device: options.device ?? "cpu",
     threads: stats.threads,
     cpu: cpuName(stats.cpuLevel),
     memory: {

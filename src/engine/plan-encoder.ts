@@ -8,6 +8,7 @@ import { ABI_VERSION, FILE, LAYER, NO_FILE, PLAN, PLAN_MAGIC, SOURCE, TENSOR } f
 
 /** How the engine runs the model; sizes chosen by memory-plan.ts. */
 export interface EngineOptions {
+  device?: "cpu" | "metal";
   compute: "exact" | "fast";
   threads: number;
   pageTokens: number;
@@ -96,7 +97,7 @@ export function encodePlan(plan: LoadPlan, options: EngineOptions): Uint8Array {
     [PLAN.n_full_pages, options.fullPages],
     [PLAN.n_chunk_pages, options.chunkPages],
     [PLAN.kv_type, TYPES[options.kvType]],
-    [PLAN.device, 0],
+    [PLAN.device, options.device === "metal" ? 1 : 0],
     [PLAN.compute, options.compute === "exact" ? 1 : 0],
     [PLAN.n_threads, options.threads],
     [PLAN.max_rows, options.maxRows],
