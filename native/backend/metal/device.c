@@ -34,7 +34,7 @@ typedef struct {
 struct cv_metal_device {
     cv_objc objc;
     id device, queue, residency;
-    bool exact, residency_changed;
+    bool residency_changed;
     id libraries[CV_METAL_FAMILIES];
     pipeline pipelines[PIPELINES]; /* hash table */
     region *regions;               /* by low */
@@ -178,13 +178,15 @@ int cv_metal_share(cv_metal_device *d, const void *p, size_t bytes, cv_err err) 
 
 /* ---- pipelines ---- */
 
+/* Without fast math: it lets the compiler sum in another order in each variant of a kernel, and then a row would have other bits
+ * in a batch than alone. The products are fma by fma anyway; where speed needs it, kernels say fast::exp. */
 static id library(cv_metal_device *d, const char *kernel) {
     int family = cv_metal_family_of(kernel);
     if (family < 0 || d->libraries[family]) return family < 0 ? NULL : d->libraries[family];
     char *source = cv_metal_source(family);
     if (!source) return NULL;
     id error = NULL, options = new_object(d, "MTLCompileOptions");
-    if (options) CV_SEND(&d->objc, void, options, fast_math, (bool), !d->exact);
+    if (options) CV_SEND(&d->objc, void, options, fast_math, (bool), false);
     d->libraries[family] = CV_SEND(&d->objc, id, d->device, new_library, (id, id, id *), string(d, source), options, &error);
     if (!d->libraries[family]) fail(d, CV_E_UNSUPPORTED, "Metal cannot compile the kernels", error);
     release(d, options);
@@ -340,10 +342,9 @@ int cv_metal_finish(cv_metal_device *d, cv_err err) {
 
 /* ---- life ---- */
 
-int cv_metal_device_open(bool exact, cv_metal_device **out, cv_err err) {
+int cv_metal_device_open(cv_metal_device **out, cv_err err) {
     cv_metal_device *d = calloc(1, sizeof *d);
     if (!d) return cv_fail(err, CV_E_MEMORY, "no memory");
-    d->exact = exact;
     int code = cv_objc_open(&d->objc, err);
     if (code) {
         free(d);

@@ -20,8 +20,7 @@ typedef struct {
     bool same_formats, norm, input_float, bias, rows, swiglu;
 } cv_metal_constants;
 
-/* exact: no fast math. */
-int cv_metal_device_open(bool exact, cv_metal_device **out, cv_err err);
+int cv_metal_device_open(cv_metal_device **out, cv_err err);
 void cv_metal_device_close(cv_metal_device *d);
 
 /* Memory that host and GPU share, zeroed. */

@@ -614,7 +614,7 @@ int cv_backend_metal_open(const cv_shape *shape, const cv_metal_memory *shared, 
     m->type = shape->kv_type == CV_F32 ? "f32" : shape->kv_type == CV_F16 ? "f16" : "bf16";
     m->element = cv_kv_element_bytes(shape->kv_type);
     m->base = (cv_backend){.ops = &ops, .shape = shape, .act_bytes = sizeof(float)};
-    code = cv_metal_device_open(shape->exact, &m->d, err);
+    code = cv_metal_device_open(&m->d, err);
     for (size_t i = 0; !code && i < n_shared; i++)
         if (shared[i].bytes) code = cv_metal_share(m->d, shared[i].memory, shared[i].bytes, err);
     if (!code) code = open_scratch(m, err);

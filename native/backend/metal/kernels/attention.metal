@@ -47,7 +47,7 @@ kernel void attention_decode(device const T* q [[buffer(0)]], device const T* ca
       float s = 0.0f;
       for (uint i = 0; i < E; i++) s = fma(qv[g][i], kv[i], s);
       s = simd_sum(s);
-      const float m = max(top[g], s), old = exp(top[g] - m), w = exp(s - m);
+      const float m = max(top[g], s), old = fast::exp(top[g] - m), w = fast::exp(s - m);
       weight[g] = weight[g] * old + w;
       for (uint i = 0; i < E; i++) o[g][i] = fma(o[g][i], old, w * vv[i]);
       top[g] = m;
@@ -67,7 +67,7 @@ kernel void attention_decode(device const T* q [[buffer(0)]], device const T* ca
     float m = tops[g], sum = 0.0f, w = 0.0f;
     for (uint s = 1; s < S; s++) m = max(m, tops[s * G + g]);
     for (uint s = 0; s < S; s++) {
-      const float f = exp(tops[s * G + g] - m);
+      const float f = fast::exp(tops[s * G + g] - m);
       sum = fma(f, sums[(s * G + g) * D + e], sum);
       w = fma(f, weights[s * G + g], w);
     }
@@ -96,7 +96,7 @@ kernel void attention_join(device const float* parts [[buffer(0)]], device T* ou
   for (uint e = lane; e < D; e += 32) {
     float sum = 0.0f, w = 0.0f;
     for (uint i = 0; i < n; i++) {
-      const float f = exp(from[i * (D + 2) + D] - m);
+      const float f = fast::exp(from[i * (D + 2) + D] - m);
       sum = fma(f, from[i * (D + 2) + e], sum);
       w = fma(f, from[i * (D + 2) + D + 1], w);
     }
@@ -161,10 +161,10 @@ kernel void attention_prefill(device const T* q [[buffer(0)]], device const T* c
     }
     m = max(m, simd_shuffle_xor(m, 1));
     m = max(m, simd_shuffle_xor(m, 2));
-    const float old = exp(top - m);
+    const float old = fast::exp(top - m);
     float sum = 0.0f;
     for (uint i = 0; i < 4; i++) {
-      v[i] = key + column + i < visible ? exp(v[i] - m) : 0.0f;
+      v[i] = key + column + i < visible ? fast::exp(v[i] - m) : 0.0f;
       sum += v[i];
       my_scores[row * ROW + column + i] = v[i];
     }
