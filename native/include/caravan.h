@@ -38,7 +38,8 @@ enum {
     CV_E_BUSY = -7,        /* cv_submit: queue full */
     CV_E_ABORTED = -8,     /* cv_abort was called */
     CV_E_BUFFER = -9,      /* cv_collect: the buffer is too small; *out_size says what is needed */
-    CV_E_STEP = -10        /* computing failed (not a number in the logits, backend error) */
+    CV_E_STEP = -10,       /* computing failed (not a number in the logits, backend error) */
+    CV_E_GROUP = -11       /* a rank of the group failed, went silent, or broke the protocol; the group is over */
 };
 
 /* ------------------------------------------------------------------------------------------------ load plan ---- */
@@ -149,7 +150,11 @@ typedef struct {
     uint32_t n_slots;      /* sequence slots that remember their last sampled token */
     float norm_eps, qk_norm_eps, attn_scale, floor_scale;
     uint32_t cpu_level;    /* 0 = best the machine has; else a CV_CPU_* to force one (tests, bench) */
-    uint32_t reserved[6];
+    /* This rank's place. All 0 or 1 for a model on one rank. A stage has some of the model's layers (the layer table is the stage's own,
+     * cv_plan_layer.index stays global); only stage 0 needs CV_T_EMBED, only the last one CV_T_FINAL_NORM and CV_T_HEAD. The head has
+     * vocab_rows rows from vocab_first on; vocab stays the whole vocabulary. A rank without a share of a matrix lacks the tensor. */
+    uint32_t tensor_rank, tensor_size, stage, n_stages;
+    uint32_t vocab_first, vocab_rows;
 } cv_plan;
 
 /* CPU kernel sets, from the definition to the fastest. */
@@ -246,6 +251,58 @@ typedef struct {
     uint64_t kernel_ns;                      /* of that, inside backend operations */
     uint32_t n_threads, cpu_level;
 } cv_stats_record;
+
+/* ------------------------------------------------------------------------------------------------ group -------- */
+
+/* The ranks of one instance, each a process of its own, connected for one *epoch*. Making one has two halves, because no rank
+ * knows the others' ports before: cv_group_open listens and gives this rank's *address* (opaque bytes); whoever made the
+ * ranks carries all addresses to all of them; cv_group_connect connects and votes on the transport. Rank r is tensor
+ * rank r % tensor_size of pipeline stage r / tensor_size. */
+typedef struct cv_group cv_group;
+
+enum { CV_TRANSPORT_AUTO = 0, CV_TRANSPORT_SHM = 1, CV_TRANSPORT_RDMA = 2, CV_TRANSPORT_TCP = 3 };
+
+typedef struct {
+    uint32_t version;      /* CV_ABI_VERSION */
+    uint32_t rank, size;   /* 0 <= rank < size <= 64 */
+    uint32_t transport;    /* CV_TRANSPORT_*: AUTO tries shared memory (all ranks on one host), RDMA, TCP; another one forces it */
+    uint64_t epoch;        /* of the instance; a rank of another epoch is refused */
+    uint8_t key[32];       /* session key from the control plane: MAC of every TCP frame */
+    uint8_t instance[16];  /* id of the instance; the same on all ranks */
+    char host[256];        /* address or name under which the other ranks reach this one over TCP; "" = 127.0.0.1, loopback only */
+    char rdma_device[64];  /* "" = any that has a port that is up */
+    uint32_t silence_ms;   /* a peer that sends nothing for this long while somebody waits is dead; 0 = 1000 */
+    uint32_t max_message;  /* bytes of the largest message, 0 = 64 MiB */
+    uint32_t reserved[6];
+} cv_group_options; /* 424 bytes */
+
+typedef struct {
+    uint32_t transport;        /* what was voted for, CV_TRANSPORT_* */
+    uint32_t failed;           /* 1 after the first error */
+    uint64_t reduces, reduce_ns, reduce_bytes; /* all-reduces so far: their number, time and bytes of this rank's vectors */
+    uint64_t messages, message_bytes;          /* sent */
+    uint64_t mac_ns;                           /* spent on MACs and checksums */
+    uint32_t round_trip_us;                    /* median of the pings when connecting, to the farthest rank */
+    uint32_t reserved;
+} cv_group_stats_record;
+
+/* *address_size: in: room, out: bytes used (at most 4096). *out is owned by the caller until cv_group_close. */
+CV_API int cv_group_open(const void *options, size_t options_size, void *address, size_t *address_size, cv_group **out, char *err, size_t err_size);
+
+/* addresses: all ranks' addresses one after the other, sizes [size] in bytes. Blocks up to timeout_ms. `note` receives why a faster
+ * transport was not taken, "" when there is nothing to say. */
+CV_API int cv_group_connect(cv_group *group, const void *addresses, const uint64_t *sizes, uint32_t timeout_ms, char *note, size_t note_size, char *err, size_t err_size);
+
+/* The same without blocking: starts connecting in a thread of the group; poll until it is not CV_E_AGAIN. */
+CV_API int cv_group_connect_start(cv_group *group, const void *addresses, const uint64_t *sizes, uint32_t timeout_ms, char *err, size_t err_size);
+CV_API int cv_group_connect_poll(cv_group *group, char *note, size_t note_size, char *err, size_t err_size);
+
+/* Ends every call of this rank with CV_E_ABORTED and tells the other ranks. Any thread, does not block. */
+CV_API void cv_group_abort(cv_group *group, const char *why);
+/* Any thread. err: the first error's text, "" while there is none. */
+CV_API int cv_group_stats(cv_group *group, cv_group_stats_record *out, char *err, size_t err_size);
+/* Close the engine that uses the group first. NULL is allowed. */
+CV_API void cv_group_close(cv_group *group);
 
 /* ------------------------------------------------------------------------------------------------ functions ---- */
 
