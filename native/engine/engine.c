@@ -179,7 +179,8 @@ static int open_backend(cv_model *m, uint32_t device, cv_backend **out, cv_err e
 
 int cv_event_fd(cv_engine *engine) { return engine ? engine->event[0] : CV_E_ARGUMENT; }
 
-int cv_engine_open(const void *plan, size_t plan_size, cv_load_progress *progress, cv_engine **out, cv_err err) {
+int cv_engine_open(const void *plan, size_t plan_size, cv_group *group, cv_load_progress *progress, cv_engine **out, cv_err err) {
+    if (group) return cv_fail(err, CV_E_UNSUPPORTED, "this build computes on one rank only");
     if (!out) return cv_fail(err, CV_E_ARGUMENT, "nowhere to put the engine");
     cv_engine *e = calloc(1, sizeof *e);
     if (!e) return cv_fail(err, CV_E_MEMORY, "no memory");
@@ -214,6 +215,11 @@ int cv_engine_open(const void *plan, size_t plan_size, cv_load_progress *progres
                                  .cpu_level = cv_cpu_best() < e->model->shape.cpu_level || !e->model->shape.cpu_level ? cv_cpu_best() : e->model->shape.cpu_level};
     *out = e;
     return CV_OK;
+}
+
+int cv_follow_state(cv_engine *e, char *text, size_t text_size) {
+    (void)e;
+    return cv_fail((cv_err){text, text_size}, CV_E_ARGUMENT, "this engine follows nobody");
 }
 
 int cv_submit(cv_engine *e, const void *step, size_t size, uint64_t *ticket, char *text, size_t text_size) {

@@ -6,6 +6,6 @@
 #include "weights.h"
 
 /* cv_open with progress and a way to stop. */
-int cv_engine_open(const void *plan, size_t plan_size, cv_load_progress *progress, cv_engine **out, cv_err err);
+int cv_engine_open(const void *plan, size_t plan_size, cv_group *group, cv_load_progress *progress, cv_engine **out, cv_err err);
 
 #endif

@@ -5,9 +5,9 @@
 
 #include "engine.h"
 
-int cv_open(const void *plan, size_t plan_size, cv_engine **out, char *text, size_t text_size) {
+int cv_open(const void *plan, size_t plan_size, cv_group *group, cv_engine **out, char *text, size_t text_size) {
     cv_load_progress progress = {0};
-    return cv_engine_open(plan, plan_size, &progress, out, (cv_err){text, text_size});
+    return cv_engine_open(plan, plan_size, group, &progress, out, (cv_err){text, text_size});
 }
 
 struct cv_loader {
@@ -15,6 +15,7 @@ struct cv_loader {
     pthread_t thread;
     void *plan;
     size_t plan_size;
+    cv_group *group;
     cv_engine *engine;
     int code;
     char text[512];
@@ -23,12 +24,12 @@ struct cv_loader {
 
 static void *load_main(void *arg) {
     cv_loader *l = arg;
-    l->code = cv_engine_open(l->plan, l->plan_size, &l->progress, &l->engine, (cv_err){l->text, sizeof l->text});
+    l->code = cv_engine_open(l->plan, l->plan_size, l->group, &l->progress, &l->engine, (cv_err){l->text, sizeof l->text});
     atomic_store(&l->done, true);
     return NULL;
 }
 
-int cv_load_start(const void *plan, size_t plan_size, cv_loader **out, char *text, size_t text_size) {
+int cv_load_start(const void *plan, size_t plan_size, cv_group *group, cv_loader **out, char *text, size_t text_size) {
     cv_err err = {text, text_size};
     if (!plan || !plan_size || !out) return cv_fail(err, CV_E_ARGUMENT, "no load plan");
     cv_loader *l = calloc(1, sizeof *l);
@@ -38,6 +39,7 @@ int cv_load_start(const void *plan, size_t plan_size, cv_loader **out, char *tex
     }
     memcpy(l->plan, plan, plan_size);
     l->plan_size = plan_size;
+    l->group = group;
     if (pthread_create(&l->thread, NULL, load_main, l)) {
         free(l->plan);
         free(l);

@@ -25,7 +25,7 @@
 #define CV_API
 #endif
 
-#define CV_ABI_VERSION 1u
+#define CV_ABI_VERSION 2u
 
 enum {
     CV_OK = 0,
@@ -80,7 +80,10 @@ enum {
     CV_LAYER_MOE = 16
 };
 
-enum { CV_MODEL_ROPE_INTERLEAVED = 1 /* pairs (2j, 2j+1); else (j, j + head_dim/2) */ };
+enum {
+    CV_MODEL_ROPE_INTERLEAVED = 1, /* pairs (2j, 2j+1); else (j, j + head_dim/2) */
+    CV_MODEL_CHECK_RANKS = 2       /* after every step the ranks of a stage compare checksums of their hidden states; a difference is CV_E_GROUP (tests) */
+};
 
 /* Where a tensor's bytes are. Byte b of row r of expert e is at offset + e*outer_stride + r*row_stride + b.
  * With CV_TENSOR_TRANSPOSED the source is [experts][cols][rows]: element (e, r, c) is at
@@ -150,12 +153,26 @@ typedef struct {
     uint32_t n_slots;      /* sequence slots that remember their last sampled token */
     float norm_eps, qk_norm_eps, attn_scale, floor_scale;
     uint32_t cpu_level;    /* 0 = best the machine has; else a CV_CPU_* to force one (tests, bench) */
-    /* This rank's place. All 0 or 1 for a model on one rank. A stage has some of the model's layers (the layer table is the stage's own,
-     * cv_plan_layer.index stays global); only stage 0 needs CV_T_EMBED, only the last one CV_T_FINAL_NORM and CV_T_HEAD. The head has
-     * vocab_rows rows from vocab_first on; vocab stays the whole vocabulary. A rank without a share of a matrix lacks the tensor. */
+    /* This rank's place, see "A rank's plan" below. All 0: a model on one rank. */
     uint32_t tensor_rank, tensor_size, stage, n_stages;
     uint32_t vocab_first, vocab_rows;
 } cv_plan;
+
+/* A rank's plan, where a group computes one model: n_stages pipeline stages of tensor_size ranks each; rank = stage*tensor_size +
+ * tensor_rank. Sizes of the model (hidden, head_dim, vocab, n_experts, chunk), of the step (max_*, n_slots), of the pages (their
+ * tokens, type and numbers) and compute are equal in all plans; pages are counted for the whole model even where a stage has no layer of the kind.
+ *
+ * Stage. The layer table holds the stage's own layers, and cv_plan_tensor.layer points into it; cv_plan_layer.index and flags are the whole
+ * model's. CV_T_EMBED only on stage 0; CV_T_FINAL_NORM and CV_T_HEAD only on the last. All ranks of a stage hold the same layers.
+ *
+ * Tensor rank. n_heads and n_kv_heads are the rank's own, with whole groups (n_heads / n_kv_heads as in the model); both may be 0.
+ *   by rows     q, k, v and their biases: its heads. gate, up and their biases, expert gate/up (of every expert), shared gate/up: its part of the width.
+ *   by columns  o: its heads. down, expert down, shared down: the same part of the width as gate/up. Cut at multiples of the matrix's `group`
+ *               (of weights, scales and biases of quantization alike); so the width's parts end at multiples of `group` of `down`.
+ *   whole       embedding, norms, router (also where the rank has no expert's part).
+ *   once        o's and down's additive bias vectors (CV_T_O_BIAS, CV_T_DOWN_BIAS): only on tensor rank 0, also where it has no part of the matrix.
+ *   head        rows [vocab_first, vocab_first + vocab_rows); vocab_rows may be 0. The ranks of the last stage hold all rows, in rank order, each once.
+ * A rank without a part of a matrix lacks the tensor (and gate, up, down go together). On stages without a head vocab_first = vocab_rows = 0. */
 
 /* CPU kernel sets, from the definition to the fastest. */
 enum { CV_CPU_SCALAR = 1, CV_CPU_AVX2 = 2, CV_CPU_AVX512 = 3, CV_CPU_AVX512_VNNI = 4, CV_CPU_AMX = 5, CV_CPU_NEON = 16, CV_CPU_NEON_DOT = 17, CV_CPU_NEON_I8MM = 18 };
@@ -219,9 +236,19 @@ typedef struct {
     uint32_t n_rows, n_copies;
     uint64_t rows_offset;   /* cv_step_row[n_rows] */
     uint64_t copies_offset; /* cv_step_copy[n_copies] */
-} cv_step;
+    uint32_t timeout_ms;    /* a rank that waits longer than this for another one inside this step declares the group over; 0 = the engine's own bound */
+    uint32_t reserved;
+} cv_step; /* 48 bytes */
 
 /* ------------------------------------------------------------------------------------------------ result ------- */
+
+/* Why a row of a step that was computed has no token. Its slot has none then either: a later row that asks for it (CV_TOKEN_LAST) fails alone, too. */
+enum {
+    CV_ROW_OK = 0,
+    CV_ROW_NOT_A_NUMBER = 1, /* its logits are not numbers: the weights are damaged or overflow */
+    CV_ROW_NO_CHOICE = 2,    /* no token may be chosen: all are masked or banned */
+    CV_ROW_NO_TOKEN = 3      /* CV_TOKEN_LAST of a slot whose row failed or that has sampled nothing yet */
+};
 
 typedef struct {
     uint32_t token;      /* sampled token, CV_TOKEN_LAST when none was asked for */
@@ -230,7 +257,9 @@ typedef struct {
     uint32_t n_logits;   /* positions whose logits follow at logits_offset (0 unless CV_ROW_RETURN_LOGITS) */
     uint64_t top_offset;    /* cv_result_top[n_top], most probable first; with CV_ROW_SAMPLE_ALL the samples instead, by position */
     uint64_t logits_offset; /* float32 [n_logits, vocab] */
-} cv_result_row; /* 32 bytes */
+    uint32_t status;        /* CV_ROW_*; the other rows of the step are not concerned */
+    uint32_t reserved;
+} cv_result_row; /* 40 bytes */
 
 typedef struct { uint32_t token; float logprob; } cv_result_top;
 
@@ -239,8 +268,9 @@ typedef struct {
     uint64_t total_size;
     uint32_t n_rows, reserved;
     uint64_t rows_offset; /* cv_result_row[n_rows] */
-    uint64_t compute_ns;  /* time from the start of the step to its end */
+    uint64_t compute_ns;  /* time from the start of the step to its end, through all stages */
     uint64_t queued_ns;   /* time between submit and start */
+    uint64_t exchange_ns; /* of compute_ns, rank 0's share in reduces, gathers and handing over (and waiting for the other ranks there) */
 } cv_result;
 
 typedef struct {
@@ -248,7 +278,9 @@ typedef struct {
     uint64_t kv_bytes, scratch_bytes;        /* bytes reserved at open */
     uint64_t steps, tokens;                  /* computed so far */
     uint64_t compute_ns;                     /* in steps */
-    uint64_t kernel_ns;                      /* of that, inside backend operations */
+    uint64_t kernel_ns;                      /* of that, inside backend operations and the reduces between them */
+    uint64_t exchange_ns;                    /* of that, exchanging with other ranks (and waiting for them) */
+    uint64_t rank_checks;                    /* hidden states compared with the other ranks' (CV_MODEL_CHECK_RANKS) */
     uint32_t n_threads, cpu_level;
 } cv_stats_record;
 
@@ -324,22 +356,40 @@ CV_API const char *cv_cpu_name(uint32_t level);
 CV_API int cv_measure_bandwidth(uint64_t bytes, uint32_t n_threads, double *bytes_per_second);
 CV_API int cv_measure_int8(uint32_t level, uint32_t n_threads, double *multiply_adds_per_second);
 
+/* What the Metal backend would run on, as lines "key=value": name, working_set (bytes that commands may use at once), max_buffer
+ * (bytes of the largest buffer), macos (its version), build (the system's), residency (1: there are residency sets).
+ * CV_E_UNSUPPORTED with the reason where there is no Metal device. */
+CV_API int cv_metal_info(char *out, size_t out_size, char *err, size_t err_size);
+
+/* Cores for compute threads on a Mac, whose others are slow; 0 elsewhere. */
+CV_API uint32_t cv_performance_cores(void);
+/* Keeps the system from sleeping while idle until cv_may_sleep. CV_E_UNSUPPORTED but on macOS. */
+CV_API int cv_stay_awake(const char *why, uint32_t *assertion, char *err, size_t err_size);
+CV_API void cv_may_sleep(uint32_t assertion);
+
 /* Opens an engine from a plan. On success *out is owned by the caller until cv_close. Every size in the plan is checked
- * against itself and against the files before anything is mapped or read. */
-CV_API int cv_open(const void *plan, size_t plan_size, cv_engine **out, char *err, size_t err_size);
+ * against itself and against the files before anything is mapped or read.
+ * group: the connected ranks that compute together, NULL for a model on one rank. Borrowed: it must outlive the engine. Rank 0 takes steps
+ * (cv_submit); the engine of every other rank follows it as soon as it is open (cv_follow_state). */
+CV_API int cv_open(const void *plan, size_t plan_size, cv_group *group, cv_engine **out, char *err, size_t err_size);
 
 /* The same in a thread of its own, for callers that must not block: start, then poll until it is not CV_E_AGAIN. Polling gives
  * the bytes of weights that are in place. The last poll (CV_OK with *out, or the error) frees the loader. cv_load_cancel
  * makes loading end with CV_E_ABORTED soon; the loader must still be polled to its end. The plan is copied. */
 typedef struct cv_loader cv_loader;
-CV_API int cv_load_start(const void *plan, size_t plan_size, cv_loader **out, char *err, size_t err_size);
+CV_API int cv_load_start(const void *plan, size_t plan_size, cv_group *group, cv_loader **out, char *err, size_t err_size);
 CV_API int cv_load_poll(cv_loader *loader, uint64_t *bytes_done, cv_engine **out, char *err, size_t err_size);
 CV_API void cv_load_cancel(cv_loader *loader);
 
-/* Readable end of a pipe: one byte arrives for each step that ended. Owned by the engine. */
+/* Readable end of a pipe: one byte arrives for each step that ended; on a rank > 0 one byte when following has ended. Owned by the engine. */
 CV_API int cv_event_fd(cv_engine *engine);
 
-/* Queues a step (copied). *ticket counts up from 1. CV_E_BUSY when 64 are waiting. */
+/* For ranks > 0: CV_E_AGAIN while the engine follows rank 0, CV_OK when rank 0 has closed its engine, else why following ended
+ * (CV_E_GROUP, CV_E_ABORTED, …; err says which rank failed and how). CV_E_ARGUMENT for an engine that follows nobody. */
+CV_API int cv_follow_state(cv_engine *engine, char *err, size_t err_size);
+
+/* Queues a step (copied). *ticket counts up from 1. CV_E_BUSY when 64 are waiting. Rank 0 only. After a failure of the group every
+ * step, queued or new, ends with its code and text (CV_E_GROUP). */
 CV_API int cv_submit(cv_engine *engine, const void *step, size_t step_size, uint64_t *ticket, char *err, size_t err_size);
 
 /* Result of a ticket, once: CV_E_AGAIN while it runs, CV_E_BUFFER with *out_size when out is too small, the step's own
@@ -347,7 +397,8 @@ CV_API int cv_submit(cv_engine *engine, const void *step, size_t step_size, uint
 CV_API int cv_collect(cv_engine *engine, uint64_t ticket, void *out, size_t out_capacity, uint64_t *out_size, char *err, size_t err_size);
 
 /* Makes the running step and all queued ones end with CV_E_ABORTED as soon as possible (checked between operations).
- * The engine takes no further steps. Any thread. */
+ * The engine takes no further steps. With steps in flight, and on a rank > 0, the group is aborted with it; an idle rank 0 lets
+ * the others go in peace (their cv_follow_state is CV_OK). Any thread. */
 CV_API void cv_abort(cv_engine *engine);
 
 CV_API int cv_stats(cv_engine *engine, cv_stats_record *out);

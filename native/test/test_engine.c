@@ -45,7 +45,7 @@ static void test_pieces_and_batches(cv_checks *c, uint32_t compute, uint32_t kv_
     cv_case(c, "pieces of any size give the same bits over chunk edges");
     cv_check(c, tm_make(&m, compute, threads), "no tiny model");
     ((cv_plan *)(void *)m.plan)->kv_type = kv_type;
-    int code = cv_open(m.plan, m.plan_size, &e, err, sizeof err);
+    int code = cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err);
     if (cv_check(c, !code, "open: %d %s", code, err)) {
         cv_check(c, !feed(e, tokens, 64, 0, whole, err), "%s", err);
         for (uint32_t piece = 1; piece < 40; piece += piece < 4 ? 1 : 7) {
@@ -97,7 +97,7 @@ static void test_sampling(cv_checks *c, const uint32_t *tokens) {
     cv_engine *e = NULL;
     int count[TM_VOCAB] = {0};
     cv_case(c, "seeded draws follow the distribution, repeat, and do not depend on the batch");
-    cv_check(c, tm_make(&m, CV_COMPUTE_EXACT, 1) && !cv_open(m.plan, m.plan_size, &e, err, sizeof err), "open: %s", err);
+    cv_check(c, tm_make(&m, CV_COMPUTE_EXACT, 1) && !cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err), "open: %s", err);
     float p[TM_VOCAB] = {0};
     for (uint64_t seed = 0; e && seed < 3000; seed++) {
         tm_row r = {.first = 0, .tokens = tokens, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE | CV_ROW_RETURN_LOGITS | CV_ROW_LOGPROB, .temperature = 1, .seed = seed, .top_logprobs = 3};
@@ -183,7 +183,7 @@ static void test_sample_all(cv_checks *c, const uint32_t *tokens) {
     char err[256] = "";
     cv_engine *e = NULL;
     cv_case(c, "samples behind every token of a row are those of one token at a time, over chunk edges and in a batch");
-    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 2) && !cv_open(m.plan, m.plan_size, &e, err, sizeof err), "open: %s", err);
+    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 2) && !cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err), "open: %s", err);
     cv_result_top single[N];
     for (uint32_t i = 0; e && i < N; i++) {
         tm_row r = {.first = i, .tokens = tokens + i, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE | CV_ROW_LOGPROB, .temperature = i % 2 ? 0.9f : 0, .seed = 5};
@@ -227,7 +227,7 @@ static void test_tickets(cv_checks *c, const uint32_t *tokens) {
     cv_engine *e = NULL;
     uint64_t ticket = 0, size = 0, first = 0;
     cv_case(c, "tickets: queue limit, small buffers, unknown tickets, abort");
-    cv_check(c, tm_make(&m, CV_COMPUTE_EXACT, 2) && !cv_open(m.plan, m.plan_size, &e, err, sizeof err), "open: %s", err);
+    cv_check(c, tm_make(&m, CV_COMPUTE_EXACT, 2) && !cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err), "open: %s", err);
     tm_row r = {.first = 0, .tokens = tokens, .n = 60, .seq = 0, .flags = CV_ROW_RETURN_LOGITS};
     size_t n = tm_step(step, &r, 1, NULL, 0);
     int code = CV_OK, submitted = 0;
@@ -272,7 +272,7 @@ static void test_damaged_plans(cv_checks *c, int rounds) {
         damage(copy, m.plan_size, &seed);
         cv_plan *p = (cv_plan *)(void *)copy; /* a plan may ask for much memory: keep the test small */
         if (p->max_tokens > 4096 || p->max_rows > 4096 || p->max_logits > 4096 || p->n_full_pages > 1 << 20 || p->n_chunk_pages > 1 << 20 || p->n_threads > 8) continue;
-        int code = cv_open(copy, m.plan_size, &e, err, sizeof err);
+        int code = cv_open(copy, m.plan_size, NULL, &e, err, sizeof err);
         if (code) {
             refused++;
             cv_check(c, !e && err[0], "code %d without a reason", code);
@@ -294,7 +294,7 @@ static void test_damaged_steps(cv_checks *c, int rounds, const uint32_t *tokens)
     unsigned long long seed = 11;
     int refused = 0, computed = 0;
     cv_case(c, "damaged steps are refused or computed, never fatal");
-    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 2) && !cv_open(m.plan, m.plan_size, &e, err, sizeof err), "open: %s", err);
+    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 2) && !cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err), "open: %s", err);
     for (int i = 0; e && i < rounds; i++) {
         tm_row rows[2] = {{.first = 30, .tokens = tokens, .n = 5, .seq = 0, .flags = CV_ROW_SAMPLE, .temperature = 0.7f, .top_logprobs = 2}, {.first = 3, .tokens = tokens, .n = 1, .seq = 1, .flags = CV_ROW_SAMPLE}};
         size_t n = tm_step(step, rows, 2, NULL, 0);
@@ -317,10 +317,10 @@ static void test_damaged_files(cv_checks *c) {
     cv_engine *e = NULL;
     cv_case(c, "a truncated, missing or foreign file is an error that names it");
     cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 1), "no tiny model");
-    cv_check(c, !truncate(m.path, (off_t)m.file_size - 4) && cv_open(m.plan, m.plan_size, &e, err, sizeof err) == CV_E_IO && strstr(err, m.path), "truncated: %s", err);
+    cv_check(c, !truncate(m.path, (off_t)m.file_size - 4) && cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err) == CV_E_IO && strstr(err, m.path), "truncated: %s", err);
     unlink(m.path);
-    cv_check(c, cv_open(m.plan, m.plan_size, &e, err, sizeof err) == CV_E_IO && strstr(err, m.path), "missing: %s", err);
-    cv_check(c, cv_open(m.data, 4096, &e, err, sizeof err) == CV_E_PLAN, "not a plan: %s", err);
+    cv_check(c, cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err) == CV_E_IO && strstr(err, m.path), "missing: %s", err);
+    cv_check(c, cv_open(m.data, 4096, NULL, &e, err, sizeof err) == CV_E_PLAN, "not a plan: %s", err);
     cv_end_case(c);
     tm_free(&m);
 }
@@ -333,18 +333,18 @@ static void test_loader(cv_checks *c) {
     uint64_t done = 0;
     int code;
     cv_case(c, "loading in a thread of its own gives the engine, its progress, and its errors; it can be stopped");
-    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 1) && !cv_load_start(m.plan, m.plan_size, &l, err, sizeof err), "start: %s", err);
+    cv_check(c, tm_make(&m, CV_COMPUTE_FAST, 1) && !cv_load_start(m.plan, m.plan_size, NULL, &l, err, sizeof err), "start: %s", err);
     while ((code = cv_load_poll(l, &done, &e, err, sizeof err)) == CV_E_AGAIN) usleep(100);
     cv_check(c, !code && e && done >= m.file_size, "%d %s, %llu bytes", code, err, (unsigned long long)done);
     cv_close(e);
-    cv_check(c, !cv_load_start(m.plan, m.plan_size, &l, err, sizeof err), "start: %s", err);
+    cv_check(c, !cv_load_start(m.plan, m.plan_size, NULL, &l, err, sizeof err), "start: %s", err);
     cv_load_cancel(l);
     e = NULL;
     while ((code = cv_load_poll(l, &done, &e, err, sizeof err)) == CV_E_AGAIN) usleep(100);
     cv_check(c, code == CV_E_ABORTED || !code, "stopped: %d %s", code, err); /* it may have been faster */
     cv_close(e);
     unlink(m.path);
-    cv_check(c, !cv_load_start(m.plan, m.plan_size, &l, err, sizeof err), "start: %s", err);
+    cv_check(c, !cv_load_start(m.plan, m.plan_size, NULL, &l, err, sizeof err), "start: %s", err);
     while ((code = cv_load_poll(l, &done, &e, err, sizeof err)) == CV_E_AGAIN) usleep(100);
     cv_check(c, code == CV_E_IO && strstr(err, m.path), "missing file: %d %s", code, err);
     cv_end_case(c);

@@ -134,7 +134,7 @@ static inline size_t tm_step(uint8_t *buf, const tm_row *rows, uint32_t n_rows, 
     if (n_copies) memcpy(buf + at, copies, n_copies * sizeof *copies);
     at += n_copies * sizeof *copies;
     at = (at + 7) & ~(size_t)7;
-    *s = (cv_step){CV_STEP_MAGIC, CV_ABI_VERSION, at, n_rows, n_copies, sizeof(cv_step), copies_at};
+    *s = (cv_step){CV_STEP_MAGIC, CV_ABI_VERSION, at, n_rows, n_copies, sizeof(cv_step), copies_at, 0, 0};
     return at;
 }
 

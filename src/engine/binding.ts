@@ -6,9 +6,9 @@ import { CaravanError, type ErrorCode } from "../errors.ts";
 import { withLibrary } from "./library.ts";
 
 /** CV_ABI_VERSION that this program was written for. */
-const ABI_VERSION = 1;
+const ABI_VERSION = 2;
 const ERROR_BYTES = 1024;
-const STATS_BYTES = 72;
+const STATS_BYTES = 88;
 
 /** How often loading is looked at: at once for small models, rarely for large ones. Milliseconds. */
 const FIRST_POLL_MS = 1;
@@ -17,6 +17,7 @@ const LAST_POLL_MS = 50;
 const CV_E_AGAIN = -6;
 const CV_E_ABORTED = -8;
 const CV_E_BUFFER = -9;
+const CV_E_GROUP = -11;
 
 const CODES: Record<number, ErrorCode> = {
   [-1]: "internal_error",
@@ -27,6 +28,7 @@ const CODES: Record<number, ErrorCode> = {
   [-7]: "internal_error",
   [CV_E_ABORTED]: "engine_failed",
   [-10]: "engine_failed",
+  [CV_E_GROUP]: "engine_failed",
 };
 
 const {
@@ -52,13 +54,18 @@ const FUNCTIONS = {
   cv_layout: { args: [ptr, usize], returns: FFIType.u64_fast },
   cv_cpu_best: { args: [], returns: u32 },
   cv_cpu_name: { args: [u32], returns: cstring },
+  cv_metal_info: { args: [ptr, usize, ptr, usize], returns: i32 },
+  cv_performance_cores: { args: [], returns: u32 },
+  cv_stay_awake: { args: [ptr, ptr, ptr, usize], returns: i32 },
+  cv_may_sleep: { args: [u32], returns: nothing },
   cv_measure_bandwidth: { args: [u64, u32, ptr], returns: i32 },
   cv_measure_int8: { args: [u32, u32, ptr], returns: i32 },
-  cv_open: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
-  cv_load_start: { args: [ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_open: { args: [ptr, usize, ptr, ptr, ptr, usize], returns: i32 },
+  cv_load_start: { args: [ptr, usize, ptr, ptr, ptr, usize], returns: i32 },
   cv_load_poll: { args: [ptr, ptr, ptr, ptr, usize], returns: i32 },
   cv_load_cancel: { args: [ptr], returns: nothing },
   cv_event_fd: { args: [ptr], returns: i32 },
+  cv_follow_state: { args: [ptr, ptr, usize], returns: i32 },
   cv_submit: { args: [ptr, ptr, usize, ptr, ptr, usize], returns: i32 },
   cv_collect: { args: [ptr, u64, ptr, usize, ptr, ptr, usize], returns: i32 },
   cv_abort: { args: [ptr], returns: nothing },
@@ -78,6 +85,8 @@ export interface NativeStats {
   tokens: number;
   computeNs: number;
   kernelNs: number;
+  /** Exchanging with other ranks, and waiting for them. */
+  exchangeNs: number;
   threads: number;
   cpuLevel: number;
 }
@@ -86,7 +95,8 @@ export interface NativeStats {
 export type Collected =
   | { state: "running" }
   | { state: "done"; result: Uint8Array }
-  | { state: "failed"; error: CaravanError; aborted: boolean };
+  /** over: the engine takes no further steps. */
+  | { state: "failed"; error: CaravanError; over: boolean };
 
 let loaded: Symbols | undefined;
 
@@ -128,6 +138,30 @@ export function cpuName(level: number): string {
   return String(library().cv_cpu_name(level));
 }
 
+/** Lines "key=value" about the GPU (cv_metal_info). Throws with the reason where there is no Metal device. */
+export function metalDescription(): string {
+  const out = new Uint8Array(ERROR_BYTES);
+  const error = new Uint8Array(ERROR_BYTES);
+  const code = library().cv_metal_info(out, out.length, error, error.length);
+  if (code !== 0) throw nativeError(code, error, "asking for a Metal device");
+  return text(out);
+}
+
+/** Cores of a Mac that compute threads should use; 0 elsewhere. */
+export function performanceCores(): number {
+  return library().cv_performance_cores();
+}
+
+/** Keeps a Mac from sleeping while idle; gives the function that ends it. Throws where that is not possible. */
+export function stayAwake(why: string): () => void {
+  const symbols = library();
+  const assertion = new Uint32Array(1);
+  const error = new Uint8Array(ERROR_BYTES);
+  const code = symbols.cv_stay_awake(new TextEncoder().encode(`${why}\0`), assertion, error, error.length);
+  if (code !== 0) throw nativeError(code, error, "asking the system not to sleep");
+  return () => symbols.cv_may_sleep(assertion[0] ?? 0);
+}
+
 /** Bytes a second that `threads` read of a buffer of `bytes`, which is allocated. Blocks for about a second. */
 export function measureBandwidth(bytes: number, threads: number): number {
   const out = new Float64Array(1);
@@ -158,12 +192,13 @@ export class EngineHandle {
     this.#engine = engine;
   }
 
-  /** Opens an engine from a load plan's bytes (not kept). Blocks while weights are mapped or read. */
-  static open(plan: Uint8Array): EngineHandle {
+  /** Opens an engine from a load plan's bytes (not kept). Blocks while weights are mapped or read. `group`: a connected
+   * cv_group that outlives the engine, for a model on several ranks. */
+  static open(plan: Uint8Array, group: Pointer | null = null): EngineHandle {
     const symbols = library();
     const error = new Uint8Array(ERROR_BYTES);
     const out = new BigUint64Array(1);
-    const code = symbols.cv_open(plan, plan.byteLength, out, error, error.length);
+    const code = symbols.cv_open(plan, plan.byteLength, group, out, error, error.length);
     if (code !== 0) throw nativeError(code, error, "loading the model");
     return new EngineHandle(symbols, Number(out[0] ?? 0n) as Pointer);
   }
@@ -174,11 +209,12 @@ export class EngineHandle {
     plan: Uint8Array,
     onBytes: (done: number) => void = () => {},
     signal?: AbortSignal,
+    group: Pointer | null = null,
   ): Promise<EngineHandle> {
     const symbols = library();
     const error = new Uint8Array(ERROR_BYTES);
     const out = new BigUint64Array(2);
-    const started = symbols.cv_load_start(plan, plan.byteLength, out, error, error.length);
+    const started = symbols.cv_load_start(plan, plan.byteLength, group, out, error, error.length);
     if (started !== 0) throw nativeError(started, error, "loading the model");
     const loader = Number(out[0] ?? 0n) as Pointer;
     const done = out.subarray(0, 1);
@@ -206,6 +242,13 @@ export class EngineHandle {
     return this.#number();
   }
 
+  /** Of a rank > 0: undefined while it follows rank 0, then "closed" when rank 0 has closed its engine, or why it failed. */
+  followState(): "closed" | CaravanError | undefined {
+    const code = this.#symbols.cv_follow_state(this.#live(), this.#error, ERROR_BYTES);
+    if (code === CV_E_AGAIN) return undefined;
+    return code === 0 ? "closed" : nativeError(code, this.#error, "following rank 0");
+  }
+
   /** The outcome of a ticket, once. */
   collect(ticket: number): Collected {
     let code = this.#collect(ticket);
@@ -216,7 +259,7 @@ export class EngineHandle {
     if (code === 0) return { state: "done", result: this.#result.subarray(0, this.#number()) };
     if (code === CV_E_AGAIN) return { state: "running" };
     const error = nativeError(code, this.#error, "computing a step");
-    return { state: "failed", error, aborted: code === CV_E_ABORTED };
+    return { state: "failed", error, over: code === CV_E_ABORTED || code === CV_E_GROUP };
   }
 
   /** Ends the running and the queued steps as soon as possible; the engine takes no more. */
@@ -240,8 +283,9 @@ export class EngineHandle {
       tokens: long(5),
       computeNs: long(6),
       kernelNs: long(7),
-      threads: bytes.getUint32(64, true),
-      cpuLevel: bytes.getUint32(68, true),
+      exchangeNs: long(8),
+      threads: bytes.getUint32(80, true),
+      cpuLevel: bytes.getUint32(84, true),
     };
   }
 

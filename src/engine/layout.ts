@@ -3,7 +3,7 @@
 
 export const PLAN_MAGIC = 0x4e4c5043;
 export const STEP_MAGIC = 0x50545343;
-export const ABI_VERSION = 1;
+export const ABI_VERSION = 2;
 export const NO_FILE = 0xffffffff;
 
 export const SOURCE = { size: 32, file: 0, offset: 8, outer_stride: 16, row_stride: 24 } as const;
@@ -65,10 +65,16 @@ export const PLAN = {
   attn_scale: 140,
   floor_scale: 144,
   cpu_level: 148,
+  tensor_rank: 152,
+  tensor_size: 156,
+  stage: 160,
+  n_stages: 164,
+  vocab_first: 168,
+  vocab_rows: 172,
 } as const;
 
 export const STEP = {
-  size: 40,
+  size: 48,
   magic: 0,
   version: 4,
   total_size: 8,
@@ -76,6 +82,7 @@ export const STEP = {
   n_copies: 20,
   rows_offset: 24,
   copies_offset: 32,
+  timeout_ms: 40,
 } as const;
 
 export const STEP_ROW = {
@@ -116,26 +123,56 @@ export const STEP_HISTORY = { size: 12, token: 0, in_output: 4, in_context: 8 } 
 export const STEP_COPY = { size: 16, pool: 0, from: 4, to: 8 } as const;
 
 export const RESULT = {
-  size: 48,
+  size: 56,
   ticket: 0,
   total_size: 8,
   n_rows: 16,
   rows_offset: 24,
   compute_ns: 32,
   queued_ns: 40,
+  exchange_ns: 48,
 } as const;
 
 export const RESULT_ROW = {
-  size: 32,
+  size: 40,
   token: 0,
   logprob: 4,
   n_top: 8,
   n_logits: 12,
   top_offset: 16,
   logits_offset: 24,
+  status: 32,
 } as const;
 
 export const RESULT_TOP = { size: 8, token: 0, logprob: 4 } as const;
+
+export const GROUP_OPTIONS = {
+  size: 424,
+  version: 0,
+  rank: 4,
+  ranks: 8,
+  transport: 12,
+  epoch: 16,
+  key: 24,
+  instance: 56,
+  host: 72,
+  rdma_device: 328,
+  silence_ms: 392,
+  max_message: 396,
+} as const;
+
+export const GROUP_STATS = {
+  size: 64,
+  transport: 0,
+  failed: 4,
+  reduces: 8,
+  reduce_ns: 16,
+  reduce_bytes: 24,
+  messages: 32,
+  message_bytes: 40,
+  mac_ns: 48,
+  round_trip_us: 56,
+} as const;
 
 /** C record name, TypeScript constant, and TypeScript's name for a field where it differs. */
 export const RECORDS: Record<string, Record<string, number>> = {
@@ -152,4 +189,6 @@ export const RECORDS: Record<string, Record<string, number>> = {
   cv_result: RESULT,
   cv_result_row: RESULT_ROW,
   cv_result_top: RESULT_TOP,
+  cv_group_options: GROUP_OPTIONS,
+  cv_group_stats_record: GROUP_STATS,
 };

@@ -115,7 +115,7 @@ export class NativeEngine {
       oldest.reject(error);
       throw error;
     }
-    if (outcome.aborted) this.#failed ??= outcome.error;
+    if (outcome.over) this.#failed ??= outcome.error;
     oldest.reject(outcome.error);
   }
 

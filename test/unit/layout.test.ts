@@ -3,7 +3,15 @@
 
 import { describe, expect, test } from "bun:test";
 import { nativeLayout } from "../../src/engine/binding.ts";
-import { ABI_VERSION, FILE, NO_FILE, PLAN_MAGIC, RECORDS, STEP_MAGIC } from "../../src/engine/layout.ts";
+import {
+  ABI_VERSION,
+  FILE,
+  GROUP_OPTIONS,
+  NO_FILE,
+  PLAN_MAGIC,
+  RECORDS,
+  STEP_MAGIC,
+} from "../../src/engine/layout.ts";
 import { SLOT } from "../../src/model/tensor-names.ts";
 import { TOKEN_LAST } from "../../src/scheduler/step.ts";
 import { headerCode, headerConstants, libraryIsBuilt } from "../tools/native-header.ts";
@@ -33,9 +41,10 @@ function native(): { sizes: Map<string, number>; fields: Field[] } {
   return { sizes, fields };
 }
 
-/** `size` is the record's own size in layout.ts, so cv_plan_file's field of that name has another. */
+/** `size` is the record's own size in layout.ts, so a field of that name has another. */
 function mirrored(record: string, field: string): number | undefined {
   if (record === "cv_plan_file" && field === "size") return FILE.file_size;
+  if (record === "cv_group_options" && field === "size") return GROUP_OPTIONS.ranks;
   return field === "size" ? undefined : RECORDS[record]?.[field];
 }
 
@@ -74,14 +83,14 @@ describe.skipIf(!built)("the records", () => {
     expect(seen).toBe(sizes.size);
   });
 
-  test("of statistics lie where binding.ts reads them: eight 64-bit numbers, then two of 32", () => {
+  test("of statistics lie where binding.ts reads them: ten 64-bit numbers, then two of 32", () => {
     const own = fields.filter(({ record }) => record === "cv_stats_record");
     expect(own.map(({ offset, size }) => [offset, size])).toEqual([
-      ...Array.from({ length: 8 }, (_, i) => [i * 8, 8]),
-      [64, 4],
-      [68, 4],
+      ...Array.from({ length: 10 }, (_, i) => [i * 8, 8]),
+      [80, 4],
+      [84, 4],
     ]);
-    expect(sizes.get("cv_stats_record")).toBe(72);
+    expect(sizes.get("cv_stats_record")).toBe(88);
   });
 });
 
