@@ -128,7 +128,8 @@ static bool advance(cv_weights *w, uint64_t n) {
 
 static int stopped(cv_err err) { return cv_fail(err, CV_E_ABORTED, "loading was stopped"); }
 
-/* A view as [outer, rows, bytes]: mapped when its pointers are aligned to `align`, else copied and packed. */
+/* A view as [outer, rows, bytes]: mapped when its pointers are aligned to `align` and its rows follow each other, else copied and packed. Strips of
+ * rows (a rank's columns) are copied because mapping them would keep the other ranks' columns in memory too: they share pages. */
 static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_t rows, uint64_t bytes, size_t align, const uint8_t **data, size_t *row_stride, size_t *outer_stride, cv_err err) {
     file *f = &w->files[s->file];
     int code = map_file(f, err);
@@ -136,7 +137,8 @@ static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_
     uint64_t total;
     if (!times(outer, rows, &total) || !times(total, bytes, &total)) return cv_fail(err, CV_E_PLAN, "%s: a tensor is larger than 2^64 bytes", f->path);
     bool aligned = s->offset % align == 0 && (rows == 1 || s->row_stride % align == 0) && (outer == 1 || s->outer_stride % align == 0);
-    if (aligned) {
+    bool packed = rows == 1 || s->row_stride == bytes;
+    if (aligned && packed) {
         *data = f->map + s->offset;
         *row_stride = (size_t)s->row_stride;
         *outer_stride = (size_t)s->outer_stride;

@@ -1,10 +1,11 @@
 // Decides what the engine loads: which bytes of which file become which matrix, with every shape checked against the
-// config. Pure: needs headers, never weights. Plans all of the model for one rank; slices for tensor and pipeline
-// parallelism are to be a function from these records to such records (every view has its own offset and strides).
+// config. Pure: needs headers, never weights. Plans all of the model for one rank; cluster/shard.ts makes one rank's part
+// of it: a function from these records to such records (every view has its own offset and strides).
 
 import { CaravanError } from "../errors.ts";
 import type { ModelConfig } from "./config.ts";
 import { isQuantized, quantizationOf, type WeightFormat } from "./quantization.ts";
+import { type RankPlace, wholeModel } from "./rank-place.ts";
 import {
   ATTENTION_MODULES,
   BIAS_OF,
@@ -44,7 +45,7 @@ export type ScaleType = FloatType | "e8m0" | "e4m3";
 
 export interface PlannedTensor {
   slot: Slot;
-  /** Position in the layer table, -1 for global tensors. */
+  /** Position in the layer table of the plan's stage, -1 for global tensors. */
   layer: number;
   name: string;
   format: WeightFormat;
@@ -65,13 +66,15 @@ export interface LoadPlan {
   config: ModelConfig;
   files: { path: string; sizeBytes: number }[];
   tensors: PlannedTensor[];
+  /** What part of the model this is; absent = all of it. `config` is the whole model's in either case. */
+  place?: RankPlace;
   /** Tensors of the checkpoint that nothing here uses (vision parts not counted). */
   unused: string[];
 }
 
 const FLOATS: Record<string, FloatType> = { F32: "f32", F16: "f16", BF16: "bf16" };
 const FLOAT_BYTES: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
-const SCALE_BYTES: Record<ScaleType, number> = { ...FLOAT_BYTES, e8m0: 1, e4m3: 1 };
+export const SCALE_BYTES: Record<ScaleType, number> = { ...FLOAT_BYTES, e8m0: 1, e4m3: 1 };
 /** What the engine reads through one pointer: codes are 32-bit words, except bytes of mxfp8. */
 const ELEMENT_BYTES: Record<WeightFormat, number> = {
   ...FLOAT_BYTES,
@@ -84,6 +87,11 @@ const ELEMENT_BYTES: Record<WeightFormat, number> = {
 /** Plans the whole model on one rank. Throws bad_file or unsupported_model naming the tensor. */
 export function makeLoadPlan(config: ModelConfig, checkpoint: CheckpointLike): LoadPlan {
   return new Planner(config, checkpoint).plan();
+}
+
+/** Where the plan's rank stands. */
+export function placeOf({ config, place }: Pick<LoadPlan, "config" | "place">): RankPlace {
+  return place ?? wholeModel(config);
 }
 
 class Planner {
@@ -404,7 +412,8 @@ function plainTensor(
   };
 }
 
-/** Where the engine keeps a tensor's bytes: parts on their natural alignment are mapped, the others copied (weights.c). */
+/** Where the engine keeps a tensor's bytes: parts on their natural alignment whose rows follow each other without gaps are
+ * mapped, the others copied (weights.c). */
 export function tensorMemory(t: PlannedTensor): { mapped: number; copied: number } {
   const scale = t.scaleType === undefined ? 1 : SCALE_BYTES[t.scaleType];
   const perScale = t.group === 0 ? 0 : (t.cols / t.group) * scale;
@@ -419,7 +428,8 @@ export function tensorMemory(t: PlannedTensor): { mapped: number; copied: number
     const strides = t.rows === 1 ? [] : [view.rowStride];
     if (t.experts > 1) strides.push(view.outerStride);
     const aligned = [view.offset, ...strides].every((n) => n % align === 0);
-    out[aligned ? "mapped" : "copied"] += t.experts * t.rows * row;
+    const packed = t.rows === 1 || view.rowStride === row;
+    out[aligned && packed ? "mapped" : "copied"] += t.experts * t.rows * row;
   }
   if (t.globalScale !== undefined) out[t.globalScale.offset % 4 === 0 ? "mapped" : "copied"] += t.experts * 4;
   // Norms and biases are kept as float32 beside the file's bytes, padded by 16.
@@ -433,6 +443,10 @@ function isVector(slot: Slot): boolean {
 }
 
 function rowBytes(t: PlannedTensor): number {
-  if (t.format === "f32" || t.format === "f16" || t.format === "bf16") return t.cols * FLOAT_BYTES[t.format];
-  return (t.cols * t.bits) / 8;
+  return (t.cols * elementBits(t)) / 8;
+}
+
+/** Bits of one code or value. */
+export function elementBits({ format, bits }: Pick<PlannedTensor, "format" | "bits">): number {
+  return format === "f32" || format === "f16" || format === "bf16" ? 8 * FLOAT_BYTES[format] : bits;
 }
