@@ -20,6 +20,7 @@ typedef struct {
     X(string, "stringWithUTF8String:")                                                                                                     \
     X(utf8, "UTF8String")                                                                                                                  \
     X(description, "localizedDescription")                                                                                                 \
+    X(name, "name")                                                                                                                        \
     X(new_queue, "newCommandQueue")                                                                                                        \
     X(working_set, "recommendedMaxWorkingSetSize")                                                                                         \
     X(max_buffer, "maxBufferLength")                                                                                                       \
@@ -50,13 +51,14 @@ typedef struct {
     X(error, "error")
 
 typedef struct {
-    void *libraries[3]; /* from dlopen */
+    void *libraries[4]; /* from dlopen */
     void *send;         /* objc_msgSend */
     id (*get_class)(const char *);
     SEL (*register_name)(const char *);
     void *(*pool_push)(void);
     void (*pool_pop)(void *);
     id (*create_device)(void);
+    int (*sysctl)(const char *, void *, size_t *, void *, size_t); /* sysctlbyname; may be NULL */
 #define CV_METAL_SELECTOR_FIELD(name, text) SEL name;
     struct { CV_METAL_SELECTORS(CV_METAL_SELECTOR_FIELD) } sel;
 } cv_objc;
@@ -69,5 +71,8 @@ typedef struct {
 
 /* Loads the libraries, which then stay loaded: Metal has threads of its own. CARAVAN_METAL_LIBRARY names one that has everything instead of the system's: the test runtime. */
 int cv_objc_open(cv_objc *o, cv_err err);
+
+/* A system's setting as text ("kern.osproductversion"), "" when it is not there. */
+void cv_objc_setting(const cv_objc *o, const char *name, char *out, size_t size);
 
 #endif

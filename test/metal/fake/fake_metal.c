@@ -56,6 +56,26 @@ static object *string_utf8(fake_class *c, SEL s, const char *text) { UNUSED(c), 
 static const char *string_get(object *o, SEL s) { UNUSED(s); return o->memory; }
 static object *error_text(object *o, SEL s) { UNUSED(s); return string_of(o->memory); }
 
+/* ---- the system ---- */
+
+/* macOS of the version FAKEMETAL_MACOS; residency sets came with 15, bfloat with 14. */
+static const char *macos_version(void) {
+    const char *version = getenv("FAKEMETAL_MACOS");
+    return version && *version ? version : "15.1";
+}
+
+bool fake_lacks(const char *selector) { return atoi(macos_version()) < 15 && !strcmp(selector, "newResidencySetWithDescriptor:error:"); }
+
+API int sysctlbyname(const char *name, void *out, size_t *size, void *new_value, size_t new_size) {
+    UNUSED(new_value), UNUSED(new_size);
+    const char *build = getenv("FAKEMETAL_BUILD");
+    const char *value = !strcmp(name, "kern.osproductversion") ? macos_version() : !strcmp(name, "kern.osversion") ? (build && *build ? build : "24B83") : NULL;
+    if (!value || strlen(value) + 1 > *size) return -1;
+    *size = strlen(value) + 1;
+    memcpy(out, value, *size);
+    return 0;
+}
+
 /* ---- device ---- */
 
 static object *device_name(object *o, SEL s) { UNUSED(o), UNUSED(s); return string_of("Fake Metal on a CPU"); }
@@ -104,10 +124,12 @@ static void set_error(object **e, const char *text) {
 /* Compiles with $MSLC (the words of a command) into the folder $MSL_CACHE, by hash of the source. */
 static object *device_library(object *o, SEL s, object *source, object *options, object **e) {
     UNUSED(o), UNUSED(s), UNUSED(options);
+    const char *before = atoi(macos_version()) < 14 ? "#undef __HAVE_BFLOAT__\n" : "";
     const char *compiler = getenv("MSLC"), *folder = getenv("MSL_CACHE");
     if (!compiler || !folder) fake_misuse("MSLC (the compiler) and MSL_CACHE (a folder) must be set");
     bool checked = getenv("FAKEMETAL_CHECKED"), fast = getenv("FAKEMETAL_FAST_MATH");
     uint64_t hash = 1469598103934665603u;
+    for (const char *p = before; *p; p++) hash = (hash ^ (unsigned char)*p) * 1099511628211u;
     for (const unsigned char *p = source->memory; *p; p++) hash = (hash ^ *p) * 1099511628211u;
     char file[1024], library[1024], line[4096], out[8192];
     snprintf(file, sizeof file, "%s/%016llx.metal", folder, (unsigned long long)hash);
@@ -116,6 +138,7 @@ static object *device_library(object *o, SEL s, object *source, object *options,
     if (stat(library, &st)) {
         FILE *f = fopen(file, "w");
         if (!f) fake_misuse("cannot write %s", file);
+        fputs(before, f);
         fputs(source->memory, f);
         fclose(f);
         snprintf(line, sizeof line, "%s build %s -o %s%s%s 2>&1", compiler, file, library, checked ? " --checked" : "", fast ? " --fast-math" : "");

@@ -122,6 +122,7 @@ static object *method_autorelease(object *o, SEL s) {
 }
 static bool method_responds(object *o, SEL s, SEL asked) {
     (void)s;
+    if (fake_lacks(asked)) return false;
     for (const fake_method *m = fake_methods; m->class_name; m++)
         if (!strcmp(m->class_name, o->isa->name) && !strcmp(m->selector, asked)) return true;
     return false;
@@ -133,7 +134,7 @@ __attribute__((used)) HIDDEN void *fake_lookup(object *self, SEL s) {
     if (!self) return (void *)method_of_nil;
     fake_class *c = self->isa;
     if (!c->meta && self->references <= 0) fake_misuse("message %s to a freed %s", s, c->name);
-    for (const fake_method *m = fake_methods; m->class_name; m++) {
+    for (const fake_method *m = fake_methods; m->class_name && !fake_lacks(s); m++) {
         bool meta = *m->class_name == '+';
         if (meta == c->meta && !strcmp(m->class_name + meta, c->name) && !strcmp(m->selector, s)) return m->function;
     }

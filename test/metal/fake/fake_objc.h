@@ -43,6 +43,9 @@ extern const fake_method fake_methods[] HIDDEN;
 /* Classes that objc_getClass finds, ended by NULL. */
 extern const char *const fake_known_classes[] HIDDEN;
 
+/* Whether the macOS that is played has no such method. */
+bool fake_lacks(const char *selector) HIDDEN;
+
 _Noreturn void fake_misuse(const char *format, ...) __attribute__((format(printf, 1, 2))) HIDDEN;
 object *fake_new(const char *class_name) HIDDEN; /* one reference, the caller's */
 object *fake_retain(object *o) HIDDEN;
