@@ -12,6 +12,7 @@ export type ErrorCode =
   | "permission_denied"
   | "model_not_found"
   | "unknown_url"
+  | "request_not_found"
   | "method_not_allowed"
   | "queue_full"
   | "model_loading"
@@ -39,6 +40,7 @@ const STATUS: Record<ErrorCode, number> = {
   permission_denied: 403,
   model_not_found: 404,
   unknown_url: 404,
+  request_not_found: 404,
   method_not_allowed: 405,
   queue_full: 429,
   model_loading: 503,

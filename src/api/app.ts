@@ -18,8 +18,12 @@ import { chatRoute } from "./openai/chat.ts";
 import { completionsRoute } from "./openai/completions.ts";
 import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
 import { responsesRoute } from "./openai/responses.ts";
+import { benchChatRoute } from "./ops/bench-chat.ts";
 import { healthRoute } from "./ops/health.ts";
+import { metricsRoute, ServingMetrics } from "./ops/metrics.ts";
 import { readyRoute } from "./ops/ready.ts";
+import { TraceLog } from "./ops/request-trace.ts";
+import { listRequestsRoute, requestRoute } from "./ops/requests.ts";
 import { corsHeaders, hostCheck, originCheck, preflightHeaders } from "./origin.ts";
 import { type ApiContext, type ApiEnv, route } from "./routes.ts";
 import type { ApiDependencies } from "./serve-generation.ts";
@@ -54,11 +58,14 @@ function errorBodyOf(path: string): ((error: CaravanError) => object) | undefine
 const REQUEST_ID = /^[\w.:-]{1,128}$/;
 
 export function createApp(options: AppOptions): Hono<ApiEnv> {
+  const metrics = new ServingMetrics();
   const deps: ApiDependencies = {
     models: options.models,
     settings: { ...DEFAULT_SETTINGS, ...options.settings },
     lifecycle: options.lifecycle ?? new Lifecycle(),
     log: options.log ?? createLogger({ level: "silent" }),
+    metrics,
+    traces: new TraceLog(metrics),
   };
   const app = new Hono<ApiEnv>();
   useChecks(app, deps);
@@ -66,6 +73,10 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   for (const [path, serve] of Object.entries(PAGE_FILES)) route(app, path, { GET: serve });
   route(app, HEALTH, { GET: healthRoute() });
   route(app, "/ready", { GET: readyRoute(deps) });
+  route(app, "/metrics", { GET: metricsRoute(deps) });
+  route(app, "/requests", { GET: listRequestsRoute(deps) });
+  route(app, "/requests/:id", { GET: requestRoute(deps) });
+  route(app, "/bench/chat/completions", { POST: benchChatRoute(deps) });
   route(app, "/v1/models", { GET: listModelsRoute(deps) });
   route(app, "/v1/models/:id{.+}", { GET: retrieveModelRoute(deps) });
   route(app, "/v1/chat/completions", { POST: chatRoute(deps) });
@@ -105,7 +116,7 @@ function stackOf(thrown: Error): string | undefined {
 }
 
 /** Request id, log line, host, origin, key and shutdown, in this order, before any route. */
-function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependencies): void {
+function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log, metrics }: ApiDependencies): void {
   const checkHost = hostCheck(settings);
   const checkOrigin = originCheck(settings.corsOrigins);
   const checkKey = keyCheck(settings.apiKeys);
@@ -118,7 +129,9 @@ function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log }: ApiDependenc
         ? given
         : `req_${crypto.randomUUID().replaceAll("-", "")}`;
     context.set("requestId", id);
+    context.set("startedMs", started);
     await next();
+    metrics.answered(context.get("route"), context.req.method, context.res.status);
     context.res.headers.set("x-request-id", id);
     if (isAnthropic(context.req.path)) context.res.headers.set("request-id", id);
     log.info("request", {

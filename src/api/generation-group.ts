@@ -15,6 +15,12 @@ export interface SequencePlan {
   maxTokens: number;
 }
 
+/** Hears of the sequences' progress as it happens, before the reply does. */
+export interface GroupObserver {
+  token(index: number): void;
+  finish(index: number, end: Extract<GenerationEvent, { type: "finish" }>): void;
+}
+
 /** An event of the sequence at `index` of the plan. */
 export interface GroupEvent {
   index: number;
@@ -28,12 +34,18 @@ export interface GroupEvent {
 export async function* generateGroup(
   model: LoadedModel,
   plans: SequencePlan[],
-  options: Omit<GenerationOptions, "sampling" | "maxTokens">,
+  {
+    observer,
+    ...options
+  }: Omit<GenerationOptions, "sampling" | "maxTokens" | "onToken"> & { observer?: GroupObserver },
 ): AsyncGenerator<GroupEvent, void, void> {
+  const watch = (index: number) => (observer === undefined ? {} : { onToken: () => observer.token(index) });
   const [only] = plans;
   if (plans.length === 1 && only !== undefined) {
-    for await (const event of generate(model, only.promptIds, { ...options, ...only }))
+    for await (const event of generate(model, only.promptIds, { ...options, ...only, ...watch(0) })) {
+      if (event.type === "finish") observer?.finish(0, event);
       yield { index: 0, event };
+    }
     return;
   }
   const siblings = new AbortController();
@@ -41,11 +53,14 @@ export async function* generateGroup(
   const abort = () => siblings.abort(outer?.reason);
   if (outer?.aborted) abort();
   outer?.addEventListener("abort", abort, { once: true });
-  const sources = plans.map((plan) =>
-    generate(model, plan.promptIds, { ...options, ...plan, signal: siblings.signal }),
+  const sources = plans.map((plan, index) =>
+    generate(model, plan.promptIds, { ...options, ...plan, ...watch(index), signal: siblings.signal }),
   );
   try {
-    yield* merge(sources);
+    for await (const grouped of merge(sources)) {
+      if (grouped.event.type === "finish") observer?.finish(grouped.index, grouped.event);
+      yield grouped;
+    }
   } finally {
     outer?.removeEventListener("abort", abort);
     siblings.abort(new CaravanError("cancelled", "Another answer to the same request failed."));

@@ -24,6 +24,8 @@ export interface GenerationOptions {
   /** Control tokens that appear by name although the others do not. */
   keepSpecials?: readonly string[];
   deadlineMs?: number;
+  /** Called for each token that the engine gives, an end token included, before its text. */
+  onToken?: () => void;
   /** Cancels the engine's request at once; the iteration then throws the signal's reason. */
   signal?: AbortSignal;
 }
@@ -166,6 +168,7 @@ export async function* generate(
           break;
         case "token": {
           generated += 1;
+          options.onToken?.();
           if (event.end) break;
           const piece = detokenizer.push(event.token);
           tokens?.add(event.token, event.logprob ?? 0, event.top ?? [], piece);

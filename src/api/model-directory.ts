@@ -1,7 +1,7 @@
 // What the API needs of the models on this node, as structural types: the node process fills them in with a runner
 // client and the chat layer's classes, tests with scripted ones. Nothing here is code that runs.
 
-import type { Engine } from "../engine/protocol.ts";
+import type { Engine, EngineStatus } from "../engine/protocol.ts";
 
 type MaybePromise<T> = T | Promise<T>;
 
@@ -151,6 +151,8 @@ export interface FindOptions {
 
 export interface ModelDirectory {
   list(): ModelInfo[];
+  /** Of every loaded model's engine; `model` is the model's id. */
+  statuses(): EngineStatus[];
   /** Loads the model on demand. Rejects with model_not_found, model_loading (with progress), or why it cannot load. */
   find(name: string, options?: FindOptions): Promise<LoadedModel>;
 }

@@ -9,7 +9,15 @@ export interface ApiEnv {
     /** Lifts the server's idle timeout from this connection; absent without a server (tests). */
     keepOpen?: () => void;
   };
-  Variables: { requestId: string };
+  Variables: {
+    requestId: string;
+    /** performance.now() at the request's arrival. */
+    startedMs: number;
+    /** The path as it is registered. */
+    route: string;
+    /** The times between tokens are kept (bench). */
+    measured: boolean;
+  };
 }
 
 export type ApiContext = Context<ApiEnv>;
@@ -25,7 +33,12 @@ function allowHeader(methods: Methods): string {
 }
 
 export function route(app: Hono<ApiEnv>, path: string, methods: Methods): void {
-  for (const [name, handler] of Object.entries(methods)) app.on(name, path, handler);
+  for (const [name, handler] of Object.entries(methods)) {
+    app.on(name, path, (context) => {
+      context.set("route", path);
+      return handler(context);
+    });
+  }
   const allow = allowHeader(methods);
   app.all(path, (context) => {
     if (context.req.method === "OPTIONS") return new Response(null, { status: 204, headers: { allow } });

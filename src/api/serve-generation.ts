@@ -8,6 +8,8 @@ import type { GenerationOptions } from "./generation.ts";
 import { type GroupEvent, generateGroup, type SequencePlan } from "./generation-group.ts";
 import type { Lifecycle } from "./lifecycle.ts";
 import type { LoadedModel, ModelDirectory } from "./model-directory.ts";
+import type { ServingMetrics } from "./ops/metrics.ts";
+import type { TraceLog } from "./ops/request-trace.ts";
 import type { ApiContext } from "./routes.ts";
 import type { ApiSettings } from "./settings.ts";
 import { eventStream, type StreamWire } from "./sse.ts";
@@ -18,12 +20,14 @@ export interface ApiDependencies {
   settings: ApiSettings;
   lifecycle: Lifecycle;
   log: Logger;
+  traces: TraceLog;
+  metrics: ServingMetrics;
 }
 
 /** A request that is ready to run. */
 export interface PreparedGeneration {
   plans: SequencePlan[];
-  options: Omit<GenerationOptions, "sampling" | "maxTokens" | "signal" | "deadlineMs">;
+  options: Omit<GenerationOptions, "sampling" | "maxTokens" | "signal" | "deadlineMs" | "onToken">;
   /** The frames of the streamed reply. */
   frames(events: AsyncIterable<GroupEvent>): AsyncGenerator<string, void, void>;
   /** The body of the whole reply. */
@@ -65,13 +69,21 @@ export async function serveGeneration(
 ): Promise<Response> {
   const { lifecycle, settings, log } = deps;
   const ticket = lifecycle.enter(settings.maxConcurrentRequests, context.req.raw.signal);
-  const started = performance.now();
+  const trace = deps.traces.begin({
+    id: context.get("requestId"),
+    path: context.req.path,
+    stream: request.stream,
+    startedMs: context.get("startedMs"),
+  });
+  trace.mark("body");
+  if (context.get("measured")) trace.intervals = [];
   const ended = (error: CaravanError | undefined) => {
     ticket.release();
+    deps.traces.end(trace, error);
     const fields = {
       request: context.get("requestId"),
       model: request.model,
-      ms: Math.round(performance.now() - started),
+      ms: Math.round(performance.now() - context.get("startedMs")),
     };
     if (error === undefined) log.info("generation complete", fields);
     else log.warn("generation ended early", { ...fields, ...error.toJSON() });
@@ -81,11 +93,14 @@ export async function serveGeneration(
     context.env?.keepOpen?.();
     const model = await deps.models.find(request.model, { signal: ticket.signal });
     requireReady(model);
+    trace.found(model.id);
     const prepared = await prepare(model, ticket.signal);
+    trace.prepared(prepared.plans);
     const events =
       prepared.events?.() ??
       generateGroup(model, prepared.plans, {
         ...prepared.options,
+        observer: trace,
         signal: ticket.signal,
         ...(settings.deadlineMs === undefined ? {} : { deadlineMs: settings.deadlineMs }),
       });

@@ -114,6 +114,8 @@ export interface EngineStatus {
   /** Rows that carried drafts, their drafted tokens, and those accepted. */
   speculation?: { enabled: boolean; rows: number; drafted: number; accepted: number };
   memory?: { weights_mapped: number; weights_copied: number; kv: number; scratch: number };
+  /** Most memory that the runner's process had resident so far, mapped weights included. */
+  peak_resident_bytes?: number;
   error?: ErrorRecord;
 }
 

@@ -4,6 +4,7 @@
 
 import * as v from "valibot";
 import { CaravanError } from "../errors.ts";
+import { peakResidentBytes } from "../model/machine-memory.ts";
 import { choosePolicy } from "../scheduler/policy.ts";
 import { PromptLookup } from "../scheduler/prompt-lookup.ts";
 import { Scheduler } from "../scheduler/scheduler.ts";
@@ -184,6 +185,7 @@ class Runner {
         ...this.#scheduler.speculation.statistics,
       },
       memory,
+      peak_resident_bytes: peakResidentBytes(),
     };
   }
 }

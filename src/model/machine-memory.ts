@@ -52,3 +52,12 @@ export function availableMemory(): MachineMemory {
     available: Math.min(machine.available, group.available),
   };
 }
+
+/** Most memory that this process had resident so far, in bytes. Linux counts mapped files too; macOS mostly. */
+export function peakResidentBytes(): number {
+  const high = /^VmHWM:\s+(\d+) kB$/m.exec(read("/proc/self/status") ?? "")?.[1];
+  if (high !== undefined) return Number(high) * 1024;
+  // Kilobytes or bytes, as the system has it; a peak is never below what is resident now.
+  const { maxRSS } = process.resourceUsage();
+  return maxRSS < process.memoryUsage.rss() ? maxRSS * 1024 : maxRSS;
+}

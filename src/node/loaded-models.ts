@@ -2,6 +2,7 @@
 // everybody, starts its runner again after a crash, and unloads idle ones when another needs their memory.
 
 import type { FindOptions, LoadedModel, ModelDirectory, ModelInfo } from "../api/model-directory.ts";
+import type { EngineStatus } from "../engine/protocol.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import type { Logger } from "../log.ts";
 import { type InstalledModel, listModels, type ModelStore, resolveModel } from "../model/store.ts";
@@ -53,6 +54,12 @@ export class LoadedModels implements ModelDirectory {
     for (const model of listModels(this.#options.store())) infos.set(model.name, this.#describe(model));
     for (const { model } of this.#entries.values()) infos.set(model.name, this.#describe(model));
     return [...infos.values()];
+  }
+
+  statuses(): EngineStatus[] {
+    return [...this.#entries.values()].flatMap(({ open }) =>
+      open === undefined ? [] : [{ ...open.engine.status(), model: open.id }],
+    );
   }
 
   #describe(model: InstalledModel): ModelInfo {

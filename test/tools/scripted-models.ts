@@ -55,6 +55,7 @@ export function scriptedModels(script: Script, changes: Partial<LoadedModel> = {
     info,
     failures,
     list: () => [info],
+    statuses: () => [{ ...engine.status(), model: MODEL }],
     async find(name) {
       const failure = failures.shift();
       if (failure !== undefined) throw failure;
