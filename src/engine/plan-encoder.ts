@@ -1,9 +1,10 @@
 // A load plan as the bytes that cv_open reads (cv_plan in caravan.h).
 
 import { CaravanError } from "../errors.ts";
-import type { LoadPlan, PlannedTensor, SourceView } from "../model/load-plan.ts";
+import { type LoadPlan, type PlannedTensor, placeOf, type SourceView } from "../model/load-plan.ts";
 import type { KvType } from "../model/memory-plan.ts";
 import type { WeightFormat } from "../model/quantization.ts";
+import { layersAt } from "../model/rank-place.ts";
 import { ABI_VERSION, FILE, LAYER, NO_FILE, PLAN, PLAN_MAGIC, SOURCE, TENSOR } from "./layout.ts";
 
 /** How the engine runs the model; sizes chosen by memory-plan.ts. */
@@ -21,6 +22,8 @@ export interface EngineOptions {
   slots: number;
   /** CV_CPU_*; 0 = the best set of the machine. */
   cpuLevel?: number;
+  /** The ranks of a stage compare checksums of their hidden states after every step. */
+  checkRanks?: boolean;
 }
 
 const FORMATS: Record<WeightFormat, number> = {
@@ -36,6 +39,7 @@ const TYPES = { f32: 1, f16: 2, bf16: 3, e8m0: 4, e4m3: 5, q8: 6 } as const;
 const LAYER_FLAGS = { chunked: 1, rope: 2, qkNorm: 4, temperature: 8, moe: 16 } as const;
 const TRANSPOSED = 1;
 const ROPE_INTERLEAVED = 1;
+const CHECK_RANKS = 2;
 
 class Writer {
   readonly view: DataView;
@@ -66,10 +70,12 @@ const aligned = (n: number): number => Math.ceil(n / 8) * 8;
 
 export function encodePlan(plan: LoadPlan, options: EngineOptions): Uint8Array {
   const { config } = plan;
+  const place = placeOf(plan);
+  const layerTable = layersAt(config, place);
   const paths = plan.files.map(({ path }) => new TextEncoder().encode(`${path}\0`));
   const files = PLAN.size;
   const layers = files + plan.files.length * FILE.size;
-  const tensors = layers + config.layers.length * LAYER.size;
+  const tensors = layers + layerTable.length * LAYER.size;
   const frequencies = tensors + plan.tensors.length * TENSOR.size;
   let at = aligned(frequencies + config.invFreq.byteLength);
   const pathOffsets = paths.map((path) => {
@@ -84,9 +90,9 @@ export function encodePlan(plan: LoadPlan, options: EngineOptions): Uint8Array {
     [PLAN.magic, PLAN_MAGIC],
     [PLAN.version, ABI_VERSION],
     [PLAN.n_files, plan.files.length],
-    [PLAN.n_layers, config.layers.length],
+    [PLAN.n_layers, layerTable.length],
     [PLAN.n_tensors, plan.tensors.length],
-    [PLAN.flags, config.ropeInterleaved ? ROPE_INTERLEAVED : 0],
+    [PLAN.flags, (config.ropeInterleaved ? ROPE_INTERLEAVED : 0) | (options.checkRanks ? CHECK_RANKS : 0)],
     [PLAN.hidden, config.hiddenSize],
     [PLAN.head_dim, config.headDim],
     [PLAN.vocab, config.vocabSize],
@@ -106,6 +112,16 @@ export function encodePlan(plan: LoadPlan, options: EngineOptions): Uint8Array {
     [PLAN.n_slots, options.slots],
     [PLAN.cpu_level, options.cpuLevel ?? 0],
   ];
+  // All 0 says: one rank.
+  if (place.tensorSize * place.stages > 1)
+    numbers.push(
+      [PLAN.tensor_rank, place.tensorRank],
+      [PLAN.tensor_size, place.tensorSize],
+      [PLAN.stage, place.stage],
+      [PLAN.n_stages, place.stages],
+      [PLAN.vocab_first, place.vocabFirst],
+      [PLAN.vocab_rows, place.vocabRows],
+    );
   for (const [offset, value] of numbers) out.u32(offset, value);
   out.u64(PLAN.total_size, size);
   out.u64(PLAN.files_offset, files);
@@ -122,15 +138,15 @@ export function encodePlan(plan: LoadPlan, options: EngineOptions): Uint8Array {
     out.u64(files + i * FILE.size + FILE.file_size, file.sizeBytes);
     out.bytes.set(paths[i] ?? new Uint8Array(1), pathOffsets[i] ?? 0);
   });
-  config.layers.forEach((layer, i) => {
+  layerTable.forEach((layer, i) => {
     const at = layers + i * LAYER.size;
     let flags = 0;
     for (const [name, bit] of Object.entries(LAYER_FLAGS))
       if (layer[name as keyof typeof layer]) flags |= bit;
-    out.u32(at + LAYER.index, i);
+    out.u32(at + LAYER.index, place.layers[0] + i);
     out.u32(at + LAYER.flags, flags);
-    out.u32(at + LAYER.n_heads, config.heads);
-    out.u32(at + LAYER.n_kv_heads, config.kvHeads);
+    out.u32(at + LAYER.n_heads, place.heads);
+    out.u32(at + LAYER.n_kv_heads, place.kvHeads);
   });
   plan.tensors.forEach((tensor, i) => {
     writeTensor(out, tensors + i * TENSOR.size, tensor);

@@ -1,9 +1,11 @@
-// What a model needs of memory, known before anything is loaded: weights, cache pages, scratch. Chooses the context that
-// fits where none was asked for, and refuses with numbers what cannot fit. Pure.
+// What a model, or the ranks of one that run on this machine, need of memory, known before anything is loaded: weights,
+// cache pages, scratch. Chooses the context that fits where none was asked for, and refuses with numbers what cannot fit. Pure.
 
 import { CaravanError } from "../errors.ts";
 import type { ModelConfig } from "./config.ts";
-import { type LoadPlan, tensorMemory } from "./load-plan.ts";
+import { type LoadPlan, placeOf, tensorMemory } from "./load-plan.ts";
+import { layersAt, type RankPlace, wholeModel } from "./rank-place.ts";
+import { SLOT } from "./tensor-names.ts";
 
 /** How the cache keeps keys and values. q8: int8 in groups of 32 with a float32 scale each. */
 export type KvType = "f32" | "f16" | "bf16" | "q8";
@@ -59,18 +61,20 @@ export function pageTokensOf(chunk: number): number {
   throw new CaravanError("unsupported_model", `attention_chunk_size ${chunk} is not a multiple of 16`);
 }
 
-/** Bytes of one page of each pool, all layers together. */
+/** Bytes of one page of each pool, all layers and KV heads of the place together. */
 export function pageBytes(
   config: ModelConfig,
   kvType: KvType,
   pageTokens: number,
+  place: RankPlace = wholeModel(config),
 ): { full: number; chunked: number } {
-  const layer = 2 * config.kvHeads * config.headDim * pageTokens * KV_BYTES[kvType];
-  const chunked = config.layers.filter((each) => each.chunked).length;
-  return { full: layer * (config.layers.length - chunked), chunked: layer * chunked };
+  const layer = 2 * place.kvHeads * config.headDim * pageTokens * KV_BYTES[kvType];
+  const layers = layersAt(config, place);
+  const chunked = layers.filter((each) => each.chunked).length;
+  return { full: layer * (layers.length - chunked), chunked: layer * chunked };
 }
 
-/** Pages that one sequence of `context` tokens needs. */
+/** Pages that one sequence of `context` tokens needs. Page numbers are the same on all ranks, whatever layers they have. */
 function pagesOf(
   config: ModelConfig,
   context: number,
@@ -84,18 +88,22 @@ function pagesOf(
   return { full: hasFull ? all : 0, chunked: chunk };
 }
 
-/** Bytes of activations and tables in the engine, and of the CPU backend's scratch (native/backend/cpu/cpu.c). */
+/** Bytes of activations and tables in one rank's engine, and of the CPU backend's scratch (native/backend/cpu/cpu.c). */
 export function scratchBytes(
-  config: ModelConfig,
+  plan: Pick<LoadPlan, "config" | "place" | "tensors">,
   request: Pick<MemoryRequest, "threads" | "maxTokens" | "maxLogits">,
 ): number {
-  const { hiddenSize: hidden, headDim, heads, kvHeads, vocabSize: vocab } = config;
+  const { config } = plan;
+  const place = placeOf(plan);
+  const { hiddenSize: hidden, headDim, vocabSize: vocab } = config;
+  const { heads, kvHeads } = place;
   const { threads, maxTokens: tokens, maxLogits: logits } = request;
   const moe = config.experts > 0;
-  const dense = config.layers.some((layer) => !layer.moe);
-  const ff = Math.max(dense ? config.intermediateSize : 0, moe ? config.expertSize : 0);
+  const ff = widestMlp(plan);
   const q = heads * headDim;
   const graph = tokens * (hidden + 2 * q + 2 * kvHeads * headDim) * 4 + logits * vocab * 4;
+  // What goes to another rank or comes from it.
+  const exchanged = place.tensorSize * place.stages > 1 ? 2 * tokens * hidden * 4 + logits * vocab * 4 : 0;
   // float32 and int8 by three group sizes, with their scales and sums
   const act = (rows: number, cols: number) =>
     rows * (cols * (4 + 3) + 8 * (cols / 32 + cols / 64 + cols / 128));
@@ -115,12 +123,30 @@ export function scratchBytes(
     QUERIES * (KEY_BLOCK + 3 * headDim) * 4 +
     64 * headDim * 4 +
     64 * Math.max(hidden, q, ff);
-  return Math.round(graph + backend + routing + split + threads * thread + vocab * 12 + FIXED_BYTES);
+  return Math.round(
+    graph + exchanged + backend + routing + split + threads * thread + vocab * 12 + FIXED_BYTES,
+  );
 }
 
-/** Throws out_of_memory, saying by how much, or invalid_argument for a context beyond the model's limit. */
-export function planMemory(plan: LoadPlan, request: MemoryRequest): MemoryPlan {
-  const { config } = plan;
+/** Inner width of the widest MLP or expert of the plan's rank. */
+function widestMlp({ config, place, tensors }: Pick<LoadPlan, "config" | "place" | "tensors">): number {
+  if (place === undefined) {
+    const dense = config.layers.some((layer) => !layer.moe);
+    return Math.max(dense ? config.intermediateSize : 0, config.experts > 0 ? config.expertSize : 0);
+  }
+  const inner: readonly number[] = [SLOT.gate, SLOT.expertGate, SLOT.sharedGate];
+  return tensors.reduce((most, { slot, rows }) => (inner.includes(slot) ? Math.max(most, rows) : most), 0);
+}
+
+/**
+ * ranks: the model's plan, or those of all its ranks on this machine; the sizes are theirs together. The context, the streams
+ * and the numbers of pages must be the same on every machine of an instance, so it has to ask for the first two.
+ * Throws out_of_memory, saying by how much, or invalid_argument for a context beyond the model's limit.
+ */
+export function planMemory(ranks: LoadPlan | readonly LoadPlan[], request: MemoryRequest): MemoryPlan {
+  const plans: readonly LoadPlan[] = "config" in ranks ? [ranks] : ranks;
+  const config = plans[0]?.config;
+  if (config === undefined) throw new CaravanError("internal_error", "no rank of a model to plan for");
   if (request.context !== undefined && request.context > config.contextLength) {
     throw new CaravanError(
       "invalid_argument",
@@ -129,15 +155,21 @@ export function planMemory(plan: LoadPlan, request: MemoryRequest): MemoryPlan {
     );
   }
   const pageTokens = config.chunk === 0 ? 64 : pageTokensOf(config.chunk);
-  const bytes = pageBytes(config, request.kvType, pageTokens);
+  const bytes = { full: 0, chunked: 0 };
   let weightsMapped = 0;
   let weightsCopied = 0;
-  for (const tensor of plan.tensors) {
-    const { mapped, copied } = tensorMemory(tensor);
-    weightsMapped += mapped;
-    weightsCopied += copied;
+  let scratch = 0;
+  for (const plan of plans) {
+    const { full, chunked } = pageBytes(config, request.kvType, pageTokens, placeOf(plan));
+    bytes.full += full;
+    bytes.chunked += chunked;
+    scratch += scratchBytes(plan, request);
+    for (const tensor of plan.tensors) {
+      const { mapped, copied } = tensorMemory(tensor);
+      weightsMapped += mapped;
+      weightsCopied += copied;
+    }
   }
-  const scratch = scratchBytes(config, request);
   const room = request.available * PLANNED_SHARE - weightsMapped - weightsCopied - scratch;
   const cost = (context: number): number => {
     const { full, chunked } = pagesOf(config, context, pageTokens);

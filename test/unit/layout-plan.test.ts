@@ -2,6 +2,7 @@
 
 import { describe, expect, test } from "bun:test";
 import { join } from "node:path";
+import { shardPlan } from "../../src/cluster/shard.ts";
 import { FILE, LAYER, PLAN, SOURCE, TENSOR } from "../../src/engine/layout.ts";
 import { type EngineOptions, encodePlan } from "../../src/engine/plan-encoder.ts";
 import { readModelConfig } from "../../src/model/config.ts";
@@ -153,6 +154,48 @@ test("the head has the model's and the engine's numbers", async () => {
     headerConstant("CV_COMPUTE_FAST"),
     headerConstant("CV_BF16"),
   ]);
+});
+
+test("a rank's plan has its own layers and heads, numbered as in the whole model, and its place in the grid", async () => {
+  const whole = await planOf("scout-4bit");
+  const shares = [0, 1, 2, 3].map((rank) => ({
+    rank,
+    stage: rank >> 1,
+    tensorRank: rank & 1,
+    layers: (rank < 2 ? [0, 3] : [3, 8]) as [number, number],
+    weight: [1, 1, 3, 1][rank] ?? 0,
+  }));
+  const read = (rank: number) => {
+    const r = new Reader(encodePlan(shardPlan(whole, shares, rank), { ...OPTIONS, checkRanks: rank === 3 }));
+    const layers = r.u64(PLAN.layers_offset);
+    return {
+      place: [PLAN.tensor_rank, PLAN.tensor_size, PLAN.stage, PLAN.n_stages].map(r.u32),
+      head: [PLAN.vocab_first, PLAN.vocab_rows, PLAN.vocab].map(r.u32),
+      pages: [PLAN.n_full_pages, PLAN.n_chunk_pages].map(r.u32),
+      layers: Array.from({ length: r.u32(PLAN.n_layers) }, (_, i) => r.u32(layers + i * LAYER.size)),
+      heads: [LAYER.n_heads, LAYER.n_kv_heads].map((at) => r.u32(layers + at)),
+      checked: (r.u32(PLAN.flags) & headerConstant("CV_MODEL_CHECK_RANKS")) !== 0,
+    };
+  };
+  const pages = [11, 7];
+  expect(read(1)).toEqual({
+    place: [1, 2, 0, 2],
+    head: [0, 0, 512],
+    pages,
+    layers: [0, 1, 2],
+    heads: [4, 2],
+    checked: false,
+  });
+  expect(read(3)).toEqual({
+    place: [1, 2, 1, 2],
+    head: [384, 128, 512],
+    pages,
+    layers: [3, 4, 5, 6, 7],
+    heads: [2, 1],
+    checked: true,
+  });
+  const alone = new Reader(encodePlan(whole, OPTIONS));
+  expect([PLAN.tensor_size, PLAN.n_stages, PLAN.vocab_rows].map(alone.u32)).toEqual([0, 0, 0]);
 });
 
 test("offsets beyond 2^32 and paths that are not ASCII survive; sizes beyond 2^53 are refused", async () => {

@@ -5,6 +5,8 @@ import { describe, expect, test } from "bun:test";
 import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import fc from "fast-check";
+import { evenShares } from "../../src/cluster/even-shares.ts";
+import { shardPlan } from "../../src/cluster/shard.ts";
 import { loadModel } from "../../src/engine/load-model.ts";
 import { CaravanError } from "../../src/errors.ts";
 import { type ModelConfig, parseModelConfig, readModelConfig } from "../../src/model/config.ts";
@@ -185,6 +187,51 @@ describe("what does not fit is refused with numbers", () => {
     const enough = 128e9 + (Number(excess) + 0.01) * (1e9 / 0.9);
     const planned = planMemory(scout, { ...ROOMY, context: 4_000_000, streams: 1, available: enough });
     expect(planned.context).toBe(4_000_000);
+  });
+});
+
+describe("ranks", () => {
+  const cut = (plan: LoadPlan, tensor: number, pipeline: number) => {
+    const shares = evenShares(plan, tensor, pipeline);
+    return shares.map((_, rank) => shardPlan(plan, shares, rank));
+  };
+  const asked: MemoryRequest = { ...ROOMY, context: 131072, streams: 1 };
+
+  test("share the cache: together they have one model's, with the same pages on each", () => {
+    const scout = real("scout");
+    const whole = planMemory(scout, asked);
+    for (const [tensor, pipeline] of [
+      [2, 1],
+      [4, 1],
+      [1, 3],
+      [2, 2],
+    ] as const) {
+      const ranks = cut(scout, tensor, pipeline).map((plan) => planMemory(plan, asked));
+      expect(ranks.reduce((sum, { kvBytes }) => sum + kvBytes, 0)).toBe(whole.kvBytes);
+      for (const { fullPages, chunkPages } of ranks)
+        expect([fullPages, chunkPages]).toEqual([whole.fullPages, whole.chunkPages]);
+    }
+  });
+
+  test("on one machine are planned together", () => {
+    const plans = cut(real("maverick"), 2, 2);
+    const each = plans.map((plan) => planMemory(plan, asked));
+    const together = planMemory(plans, asked);
+    expect(total(together)).toBe(each.reduce((sum, plan) => sum + total(plan), 0));
+    expect(refusal(() => planMemory(plans, { ...asked, available: 200e9 })).message).toMatch(
+      /weights 22\d\.\d\d GB/,
+    );
+  });
+
+  test("of four have a quarter of the weights each, and room where the whole model has none", () => {
+    const scout = real("scout");
+    const available = 32e9;
+    expect(refusal(() => planMemory(scout, { ...ROOMY, available })).code).toBe("out_of_memory");
+    const [first] = cut(scout, 4, 1);
+    if (first === undefined) throw new Error("no rank");
+    const plan = planMemory(first, { ...ROOMY, available });
+    expect(plan.weightsMapped + plan.weightsCopied).toBeLessThan(0.26 * 60.6e9);
+    expect(plan.context).toBeGreaterThan(100_000);
   });
 });
 
