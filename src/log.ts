@@ -26,8 +26,12 @@ export interface LoggerOptions {
   /** Takes one line with its newline. Default: standard error. */
   write?: (line: string) => void;
   now?: () => Date;
+  /** Texts that are masked wherever they appear: the node's own keys. Shorter than 6 characters they are left, or
+   * ordinary words would vanish. */
+  secrets?: readonly string[];
 }
 
+const MIN_SECRET = 6;
 const MASK = "[redacted]";
 const MAX_DEPTH = 6;
 const MAX_TEXT = 8192;
@@ -100,7 +104,13 @@ function standardError(line: string): void {
 export function createLogger(options: LoggerOptions = {}): Logger {
   const least = LOG_LEVELS.indexOf(options.level ?? "info");
   const format = options.format ?? "text";
-  const write = options.write ?? standardError;
+  const secrets = (options.secrets ?? [])
+    .filter((secret) => secret.length >= MIN_SECRET)
+    // As it is, and as JSON writes it.
+    .flatMap((secret) => [secret, JSON.stringify(secret).slice(1, -1)]);
+  const writeLine = options.write ?? standardError;
+  const write = (text: string) =>
+    writeLine(secrets.reduce((masked, secret) => masked.replaceAll(secret, MASK), text));
   const now = options.now ?? (() => new Date());
 
   const line = (level: LogLevel, message: string, fields: LogFields): string => {

@@ -22,6 +22,11 @@ const FIELDS = {
   port,
   /** Accepted keys; none: no key is asked for. */
   api_keys: v.array(v.pipe(text, v.regex(/^[\x21-\x7e]+$/, "a key is printable ASCII without spaces"))),
+  /** Keys that may also administer: load, unload, delete and pull models, and join nodes. */
+  admin_keys: v.array(v.pipe(text, v.regex(/^[\x21-\x7e]+$/, "a key is printable ASCII without spaces"))),
+  /** PEM files of the certificate (with those above it) and its key; both or neither. */
+  tls_cert: text,
+  tls_key: text,
   /** Where imported models live. */
   models_dir: text,
   /** Compute threads; 0: as many as the processor has fast cores. */
@@ -58,6 +63,9 @@ export type SettingSource = "flag" | "environment" | "file" | "default";
 /** 11711 is none of the ports of Ollama (11434), exo (52415), LM Studio (1234), llama.cpp (8080) or vLLM (8000). */
 export const DEFAULT_PORT = 11711;
 
+/** Keys below this length are worth a warning. */
+const SHORT_KEY = 16;
+
 export interface LoadedSettings {
   settings: Settings;
   /** Where each value came from. */
@@ -86,7 +94,12 @@ const NUMBERS: readonly string[] = [
   "max_body_bytes",
 ] satisfies SettingName[];
 /** Comma-separated in variables. */
-const LISTS: readonly string[] = ["api_keys", "cors_origins", "allowed_hosts"] satisfies SettingName[];
+const LISTS: readonly string[] = [
+  "api_keys",
+  "admin_keys",
+  "cors_origins",
+  "allowed_hosts",
+] satisfies SettingName[];
 /** Variables that others read: paths.ts, and CARAVAN_CONFIG below. */
 const OTHER_VARIABLES = new Set([
   "CARAVAN_CONFIG",
@@ -110,7 +123,7 @@ function readIfThere(file: string): string | undefined {
 }
 
 function complaint(name: string, value: unknown, issue: v.BaseIssue<unknown> | undefined): string {
-  const secret = name.startsWith("api_key");
+  const secret = /^(api|admin)_key/.test(name);
   const got = secret ? "" : `, not ${JSON.stringify(value)}`;
   const wanted = issue?.expected ?? issue?.message ?? "another value";
   const range = issue?.type === "min_value" || issue?.type === "max_value";
@@ -214,6 +227,9 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     host: "127.0.0.1",
     port: DEFAULT_PORT,
     api_keys: [],
+    admin_keys: [],
+    tls_cert: "",
+    tls_key: "",
     models_dir: paths.models,
     threads: 0,
     context: 0,
@@ -237,7 +253,18 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     for (const name of Object.keys(values)) sources[name as SettingName] = source;
   }
   const settings: Settings = Object.assign({}, ...layers.map(([, values]) => values));
-  if (sources.api_keys === "file" && options.read === undefined && (statSync(file).mode & 0o077) !== 0) {
+  if ((settings.tls_cert === "") !== (settings.tls_key === "")) {
+    throw new CaravanError("invalid_argument", "tls_cert and tls_key belong together, and only one is set", {
+      hint: "Set both, or neither.",
+      param: settings.tls_cert === "" ? "tls_cert" : "tls_key",
+    });
+  }
+  for (const name of ["api_keys", "admin_keys"] as const) {
+    if (settings[name].some((key) => key.length < SHORT_KEY))
+      warnings.push(`a key in ${name} has fewer than ${SHORT_KEY} characters and can be guessed`);
+  }
+  const keysInFile = sources.api_keys === "file" || sources.admin_keys === "file";
+  if (keysInFile && options.read === undefined && (statSync(file).mode & 0o077) !== 0) {
     warnings.push(`${file} holds API keys and other users can read it; run: chmod 600 '${file}'`);
   }
   return { settings, sources, file: content === undefined ? undefined : file, warnings };

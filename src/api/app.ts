@@ -7,7 +7,7 @@ import { asCaravanError, CaravanError } from "../errors.ts";
 import { createLogger, type Logger } from "../log.ts";
 import { anthropicErrorBody } from "./anthropic/errors.ts";
 import { countTokensRoute, messagesRoute } from "./anthropic/messages.ts";
-import { keyCheck } from "./auth.ts";
+import { Keys } from "./auth.ts";
 import { errorResponse } from "./error-response.ts";
 import { Lifecycle } from "./lifecycle.ts";
 import type { ModelDirectory } from "./model-directory.ts";
@@ -20,6 +20,7 @@ import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
 import { responsesRoute } from "./openai/responses.ts";
 import { benchChatRoute } from "./ops/bench-chat.ts";
 import { healthRoute } from "./ops/health.ts";
+import { loginRoute, logoutRoute, whoRoute } from "./ops/login.ts";
 import { metricsRoute, ServingMetrics } from "./ops/metrics.ts";
 import { readyRoute } from "./ops/ready.ts";
 import { TraceLog } from "./ops/request-trace.ts";
@@ -41,6 +42,8 @@ export interface AppOptions {
 
 /** The path that a supervisor asks without a key, also while the node is shutting down. */
 const HEALTH = "/health";
+/** Where one gets what opens the rest. */
+const LOGIN = "/login";
 
 const ANTHROPIC = "/v1/messages";
 
@@ -67,14 +70,17 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
     metrics,
     traces: new TraceLog(metrics),
   };
+  const keys = new Keys(deps.settings.apiKeys, deps.settings.adminKeys);
   const app = new Hono<ApiEnv>();
-  useChecks(app, deps);
+  useChecks(app, deps, keys);
 
   for (const [path, serve] of Object.entries(PAGE_FILES)) route(app, path, { GET: serve });
   route(app, HEALTH, { GET: healthRoute() });
+  route(app, LOGIN, { GET: whoRoute(keys), POST: loginRoute(keys, deps.settings) });
+  route(app, "/logout", { POST: logoutRoute(keys, deps.settings) });
   route(app, "/ready", { GET: readyRoute(deps) });
   route(app, "/metrics", { GET: metricsRoute(deps) });
-  route(app, "/requests", { GET: listRequestsRoute(deps) });
+  route(app, "/requests", { GET: listRequestsRoute(deps) }, { scope: "administration" });
   route(app, "/requests/:id", { GET: requestRoute(deps) });
   route(app, "/bench/chat/completions", { POST: benchChatRoute(deps) });
   route(app, "/v1/models", { GET: listModelsRoute(deps) });
@@ -116,10 +122,13 @@ function stackOf(thrown: Error): string | undefined {
 }
 
 /** Request id, log line, host, origin, key and shutdown, in this order, before any route. */
-function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log, metrics }: ApiDependencies): void {
+function useChecks(
+  app: Hono<ApiEnv>,
+  { settings, lifecycle, log, metrics }: ApiDependencies,
+  keys: Keys,
+): void {
   const checkHost = hostCheck(settings);
   const checkOrigin = originCheck(settings.corsOrigins);
-  const checkKey = keyCheck(settings.apiKeys);
 
   app.use(async (context, next) => {
     const started = performance.now();
@@ -148,10 +157,11 @@ function useChecks(app: Hono<ApiEnv>, { settings, lifecycle, log, metrics }: Api
     checkHost(host);
     const origin = checkOrigin(context.req.header("origin") ?? null, host);
     const preflight = isPreflight(context);
-    if (!(context.req.path in PAGE_FILES) && context.req.path !== HEALTH && !preflight) {
-      checkKey(context.req.raw.headers);
-      lifecycle.requireOpen();
-    }
+    const { path } = context.req;
+    const open = path in PAGE_FILES || path === HEALTH || path === LOGIN || preflight;
+    // A listed page of another origin presents a key of its own, not the cookie of whoever sits at the browser.
+    context.set("scope", open ? "inference" : keys.scopeOf(context.req.raw.headers, origin === undefined));
+    if (!open) lifecycle.requireOpen();
     await next();
     if (origin === undefined) return;
     setHeaders(context, corsHeaders(origin));

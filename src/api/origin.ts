@@ -46,13 +46,13 @@ export function originCheck(
   const listed = new Set(corsOrigins.map((origin) => origin.toLowerCase()));
   return (origin, host) => {
     if (origin === null) return undefined;
-    if (listed.has("*") || listed.has(origin.toLowerCase())) return origin;
     if (
       /^https?:\/\//.test(origin) &&
       origin.replace(/^https?:\/\//, "").toLowerCase() === host.toLowerCase()
     ) {
       return undefined;
     }
+    if (listed.has("*") || listed.has(origin.toLowerCase())) return origin;
     throw new CaravanError(
       "permission_denied",
       `Pages of ${JSON.stringify(origin)} may not call this server.`,

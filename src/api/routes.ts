@@ -2,6 +2,7 @@
 
 import type { Context, Hono } from "hono";
 import { CaravanError } from "../errors.ts";
+import { requireScope, type Scope } from "./auth.ts";
 import { errorResponse } from "./error-response.ts";
 
 export interface ApiEnv {
@@ -15,6 +16,8 @@ export interface ApiEnv {
     startedMs: number;
     /** The path as it is registered. */
     route: string;
+    /** What the request's key may do. */
+    scope: Scope;
     /** The times between tokens are kept (bench). */
     measured: boolean;
   };
@@ -32,10 +35,17 @@ function allowHeader(methods: Methods): string {
   return [...names, "OPTIONS"].join(", ");
 }
 
-export function route(app: Hono<ApiEnv>, path: string, methods: Methods): void {
+/** `scope`: what a key must open for every method but OPTIONS. */
+export function route(
+  app: Hono<ApiEnv>,
+  path: string,
+  methods: Methods,
+  { scope = "inference" }: { scope?: Scope } = {},
+): void {
   for (const [name, handler] of Object.entries(methods)) {
     app.on(name, path, (context) => {
       context.set("route", path);
+      requireScope(context.get("scope"), scope);
       return handler(context);
     });
   }

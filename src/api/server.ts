@@ -1,6 +1,7 @@
 // Serves the app on a socket with Bun.serve, and stops it in order: new requests are refused, running ones finish
 // within a limit, a second signal ends them at once.
 
+import { readFileSync } from "node:fs";
 import type { Hono } from "hono";
 import { CaravanError } from "../errors.ts";
 import type { Logger } from "../log.ts";
@@ -17,13 +18,21 @@ export interface ServerOptions {
   port: number;
   /** How long running requests may go on after drain(). */
   drainSeconds: number;
-  /** Whether a key is asked for; without one, serving other machines is worth a warning. */
+  /** Whether a key is asked for; without one, only this machine is served. */
   keyed: boolean;
+  /** PEM files; absent = HTTP without TLS. */
+  tls?: TlsFiles;
   log: Logger;
 }
 
+export interface TlsFiles {
+  /** The certificate and those between it and its authority. */
+  cert: string;
+  key: string;
+}
+
 export interface RunningServer {
-  /** `http://host:port`, as a client on this machine reaches it. */
+  /** `http://host:port` or `https://host:port`, as a client on this machine reaches it. */
   readonly url: string;
   readonly port: number;
   /** Resolves when the server has stopped. The second call ends running requests at once. */
@@ -44,10 +53,12 @@ const LAST_BYTES_MS = 500;
 /** Starts serving. Throws invalid_argument when the address cannot be bound. */
 export function startServer(options: ServerOptions): RunningServer {
   const { app, lifecycle, log } = options;
+  if (!options.keyed && !isLoopback(options.host)) throw openToAll(options.host);
+  const tls = options.tls === undefined ? undefined : readTls(options.tls);
   const server = bind(options);
-  const url = `http://${urlHost(options.host)}:${server.port}`;
-  if (!options.keyed && !isLoopback(options.host)) {
-    log.warn("anyone who reaches this address can use the server: no API key is set", { url });
+  const url = `${tls === undefined ? "http" : "https"}://${urlHost(options.host)}:${server.port}`;
+  if (tls === undefined && !isLoopback(options.host)) {
+    log.warn("keys, prompts and answers cross the network unencrypted: no TLS certificate is set", { url });
   }
 
   let stop: () => void = () => undefined;
@@ -82,12 +93,15 @@ export function startServer(options: ServerOptions): RunningServer {
         hostname: host,
         port,
         idleTimeout: IDLE_SECONDS,
+        ...(tls === undefined ? {} : { tls }),
         // The app has its own limit and answers in JSON; Bun's would answer without a body.
         maxRequestBodySize: Number.MAX_SAFE_INTEGER,
         fetch: (request, running) => app.fetch(request, { keepOpen: () => running.timeout(request, 0) }),
       });
     } catch (thrown) {
-      throw bindError(thrown, host, port);
+      throw tls !== undefined && isTlsError(thrown)
+        ? badTls(thrown, options.tls?.cert)
+        : bindError(thrown, host, port);
     }
   }
 }
@@ -117,6 +131,54 @@ async function within<T>(promises: Promise<T>[], limitMs: number): Promise<T | u
   } finally {
     clearTimeout(timer);
   }
+}
+
+function openToAll(host: string): CaravanError {
+  return new CaravanError(
+    "invalid_argument",
+    `the server would be open to everybody who reaches ${host}: no key is set`,
+    {
+      where: host,
+      param: "--host",
+      hint: "Set api_keys or admin_keys in caravan.toml (or CARAVAN_API_KEYS), or listen on 127.0.0.1.",
+    },
+  );
+}
+
+/** Reads both files, and checks that they are PEM. Throws invalid_argument. */
+function readTls({ cert, key }: TlsFiles): { cert: string; key: string } {
+  const read = (path: string, what: string, pattern: RegExp): string => {
+    let text: string;
+    try {
+      text = readFileSync(path, "utf8");
+    } catch (thrown) {
+      const reason = thrown instanceof Error ? thrown.message : String(thrown);
+      throw new CaravanError("invalid_argument", `the ${what} cannot be read: ${reason}`, { where: path });
+    }
+    if (pattern.test(text)) return text;
+    throw new CaravanError("invalid_argument", `the ${what} is not in PEM form`, { where: path });
+  };
+  return {
+    cert: read(cert, "TLS certificate", /-----BEGIN (TRUSTED )?CERTIFICATE-----/),
+    key: read(key, "TLS key", /-----BEGIN [A-Z ]*PRIVATE KEY-----/),
+  };
+}
+
+function isTlsError(thrown: unknown): boolean {
+  return (
+    thrown instanceof Error &&
+    !("code" in thrown && (thrown.code === "EADDRINUSE" || thrown.code === "EACCES")) &&
+    /ssl|tls|x509|pem|key values mismatch|certificate/i.test(`${thrown.message} ${thrown.name}`)
+  );
+}
+
+function badTls(thrown: unknown, where: string | undefined): CaravanError {
+  const message = thrown instanceof Error ? thrown.message : String(thrown);
+  return new CaravanError("invalid_argument", `the TLS certificate and key cannot be used: ${message}`, {
+    ...(where === undefined ? {} : { where }),
+    hint: "The key must be the certificate's own, and not be encrypted.",
+    cause: thrown,
+  });
 }
 
 /** An address to dial for one that means "all". */

@@ -4,8 +4,12 @@
 export interface ApiSettings {
   /** Address that the server binds to. A loopback address turns the Host check on. */
   host: string;
-  /** Accepted keys. Empty: no key is asked for. */
+  /** Keys that may generate. Without these and adminKeys no key is asked for. */
   apiKeys: readonly string[];
+  /** Keys that may do everything, administration too. */
+  adminKeys: readonly string[];
+  /** Served with TLS: cookies then are for TLS only. */
+  secure: boolean;
   /** Origins that browsers may call from besides the server's own; "*" for all. */
   corsOrigins: readonly string[];
   /** Further names that a Host header may carry, without port. For a bind that is not loopback: empty = any. */
@@ -26,6 +30,8 @@ export interface ApiSettings {
 export const DEFAULT_SETTINGS: ApiSettings = {
   host: "127.0.0.1",
   apiKeys: [],
+  adminKeys: [],
+  secure: false,
   corsOrigins: [],
   allowedHosts: [],
   maxBodyBytes: 32 * 1024 * 1024,

@@ -75,7 +75,7 @@ async function openSource(
   const note = (text: string) => process.stderr.write(`caravan: ${text}\n`);
   if (!args.flag("here")) {
     const url = `http://${dialable(settings.host)}:${settings.port}`;
-    const node = await findNode({ url, apiKey: settings.api_keys[0] }, model, note);
+    const node = await findNode({ url, apiKey: settings.api_keys[0] ?? settings.admin_keys[0] }, model, note);
     if (node !== undefined) {
       const ignored = Object.keys(RUN_OPTIONS).filter((name) => args.text(name) !== undefined);
       if (ignored.length > 0) {

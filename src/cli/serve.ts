@@ -17,6 +17,8 @@ function apiSettings(settings: Settings): Partial<ApiSettings> {
   return {
     host: settings.host,
     apiKeys: settings.api_keys,
+    adminKeys: settings.admin_keys,
+    secure: settings.tls_cert !== "",
     corsOrigins: settings.cors_origins,
     allowedHosts: settings.allowed_hosts,
     maxBodyBytes: settings.max_body_bytes,
@@ -35,11 +37,14 @@ export const serve: Command = {
     host: { value: "ADDRESS", help: "address to listen on (default 127.0.0.1)" },
     port: { value: "PORT", help: "port to listen on, 0 for any (default 11711)" },
     ...RUN_OPTIONS,
+    "tls-cert": { value: "FILE", help: "certificate in PEM form: serve HTTPS" },
+    "tls-key": { value: "FILE", help: "its private key in PEM form" },
     "log-level": { value: "LEVEL", help: "debug, info, warn, error or silent" },
     "log-format": { value: "FORMAT", help: "text or json" },
   },
   details: `MODEL is loaded at once; others are loaded when a request names them. A folder is called by its last part.
 Each setting can stand in caravan.toml or in a variable: CARAVAN_HOST, CARAVAN_PORT, CARAVAN_API_KEYS,
+CARAVAN_ADMIN_KEYS, CARAVAN_TLS_CERT, CARAVAN_TLS_KEY,
 CARAVAN_MODELS_DIR, CARAVAN_THREADS, CARAVAN_CONTEXT, CARAVAN_MAX_QUEUE, CARAVAN_REQUEST_SECONDS,
 CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
 CARAVAN_LOG_LEVEL, CARAVAN_LOG_FORMAT.
@@ -51,6 +56,8 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       flags: {
         host: args.text("host"),
         ...(port === undefined ? {} : { port }),
+        tls_cert: args.text("tls-cert"),
+        tls_key: args.text("tls-key"),
         log_level: args.choice("log-level", ["debug", "info", "warn", "error", "silent"]),
         log_format: args.choice("log-format", ["text", "json"]),
       },
@@ -58,7 +65,11 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
     const { settings } = loaded;
     const options = runOptions(args, loaded);
     const first = args.positionals[0] === undefined ? undefined : findModel(args.positionals[0]);
-    const log = createLogger({ level: settings.log_level, format: settings.log_format });
+    const log = createLogger({
+      level: settings.log_level,
+      format: settings.log_format,
+      secrets: [...settings.api_keys, ...settings.admin_keys],
+    });
     for (const warning of loaded.warnings) log.warn(warning);
     const models = new LoadedModels({ store: () => openStore(settings.models_dir), run: options, log });
     const lifecycle = new Lifecycle();
@@ -68,7 +79,8 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       host: settings.host,
       port: settings.port,
       drainSeconds: settings.drain_seconds,
-      keyed: settings.api_keys.length > 0,
+      keyed: settings.api_keys.length + settings.admin_keys.length > 0,
+      ...(settings.tls_cert === "" ? {} : { tls: { cert: settings.tls_cert, key: settings.tls_key } }),
       log,
     });
     drainOnSignals(server);

@@ -30,11 +30,22 @@ let conversation = [];
 /** @type {AbortController | undefined} */
 let running;
 
-function headers() {
-  /** @type {Record<string, string>} */
-  const all = { "content-type": "application/json" };
-  if (key.value !== "") all.authorization = `Bearer ${key.value}`;
-  return all;
+const HEADERS = { "content-type": "application/json" };
+
+/** Gives the key for a cookie, which the browser keeps and scripts cannot read; the field is emptied. */
+async function login() {
+  if (key.value === "") return;
+  try {
+    const body = JSON.stringify({ key: key.value });
+    const reply = await fetch("/login", { method: "POST", headers: HEADERS, body });
+    if (!reply.ok) throw await failure(reply);
+    key.value = "";
+    key.placeholder = "accepted";
+  } catch (error) {
+    state.textContent = error instanceof Error ? error.message : String(error);
+    return;
+  }
+  await lookAtModels();
 }
 
 /** @param {Response} reply */
@@ -47,7 +58,7 @@ async function failure(reply) {
 /** Fills the model list and says what the chosen one is doing. */
 async function lookAtModels() {
   try {
-    const reply = await fetch("/v1/models", { headers: headers() });
+    const reply = await fetch("/v1/models", { headers: HEADERS });
     if (!reply.ok) throw await failure(reply);
     const { data } = await reply.json();
     const ids = data.map((/** @type {{ id: string }} */ each) => each.id);
@@ -139,7 +150,7 @@ async function answer() {
     const messages = system === "" ? conversation : [{ role: "system", content: system }, ...conversation];
     const reply = await fetch("/v1/chat/completions", {
       method: "POST",
-      headers: headers(),
+      headers: HEADERS,
       signal: abort.signal,
       body: JSON.stringify({
         model: model.value,
@@ -233,7 +244,7 @@ model.addEventListener("change", () => {
   sessionStorage.setItem("model", model.value);
   void lookAtModels();
 });
-key.addEventListener("change", () => void lookAtModels());
+key.addEventListener("change", () => void login());
 
 function welcome() {
   const text = document.createElement("p");

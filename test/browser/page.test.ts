@@ -141,6 +141,10 @@ describe.skipIf(program === undefined)("the page", () => {
     await say(page, "Hi");
     await page.waitForSelector(".turn.assistant .stats:not(:empty)");
     expect(await page.textContent(".turn.assistant .text")).toBe("Open.");
+    expect(await page.inputValue("#key")).toBe("");
+    expect(await page.evaluate("document.cookie")).toBe("");
+    await page.reload();
+    await page.waitForSelector("#send:not([disabled])");
   }, 30_000);
 
   test("asks nobody else for anything", async () => {

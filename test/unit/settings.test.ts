@@ -32,6 +32,9 @@ describe("settings", () => {
       host: "127.0.0.1",
       port: DEFAULT_PORT,
       api_keys: [],
+      admin_keys: [],
+      tls_cert: "",
+      tls_key: "",
       models_dir: resolvePaths({ HOME }).models,
       threads: 0,
       context: 0,
@@ -137,9 +140,17 @@ describe("settings", () => {
       });
     });
 
+    test("a short key and half a TLS pair are pointed out", () => {
+      const short = withFile(undefined, { env: { HOME, CARAVAN_ADMIN_KEYS: "short" } });
+      expect(short.warnings.join()).toContain("admin_keys has fewer than 16 characters");
+      const half = refused(() => withFile('tls_cert = "cert.pem"'));
+      expect(half.message).toContain("belong together");
+      expect(half.param).toBe("tls_key");
+    });
+
     test("a file with keys that others can read is warned about", () => {
       const file = join(folder, "my.toml");
-      writeFileSync(file, 'api_key = "k"\n');
+      writeFileSync(file, 'api_key = "a-key-that-is-long-enough"\n');
       chmodSync(file, 0o644);
       expect(loadSettings({ env: { HOME, CARAVAN_CONFIG: file } }).warnings.join()).toContain("chmod 600");
       chmodSync(file, 0o600);
