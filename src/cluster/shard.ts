@@ -15,9 +15,9 @@ import type { RankShare } from "./types.ts";
 export type Share = Pick<RankShare, "rank" | "stage" | "tensorRank" | "layers" | "weight">;
 
 /** Columns that stay together in float tensors; quantized ones have their groups. Whole vectors of every kernel set. */
-const FLOAT_UNIT = 32;
+export const FLOAT_UNIT = 32;
 /** Rows of the head that stay together. */
-const HEAD_UNIT = 16;
+export const HEAD_UNIT = 16;
 
 type Range = readonly [first: number, end: number];
 type Slots = readonly Slot[];
@@ -104,7 +104,7 @@ function rangeOf(bounds: readonly number[], { tensorRank }: Share): Range {
 }
 
 /** Fewest KV heads whose part of every o begins and ends with a quantization group. */
-function headUnit(config: ModelConfig, layered: readonly PlannedTensor[]): number {
+export function headUnit(config: ModelConfig, layered: readonly PlannedTensor[]): number {
   const width = (config.heads / config.kvHeads) * config.headDim;
   const groups = layered.filter(({ slot }) => slot === SLOT.o).map(({ group }) => group || 1);
   return commonMultiple(groups.reduce(commonMultiple, 1), width) / width;

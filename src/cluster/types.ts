@@ -22,10 +22,31 @@ export interface NodeInfo {
   memory: { total: number; available: number };
   /** Bytes/s that one decode step can read; measured, 0 = unknown. */
   bandwidth: number;
+  /** What else the prediction needs; null = not measured. */
+  speed: NodeSpeed | null;
   /** Can this node take part in RDMA: device name, or why not. */
   rdma: { device: string } | { reason: string };
   models: ModelPresence[];
+  /** Instances that this node owns. */
   instances: InstanceState[];
+  /** Ranks that this node computes, for whichever owner. */
+  ranks: RankState[];
+  /** Instances whose owner is gone, as this node knew them last: one of the survivors places them again. */
+  orphans: InstanceState[];
+  /** Instances that were stopped on purpose, so that nobody places them again. */
+  ended: EndedInstance[];
+}
+
+/** Speed of a node beside its bandwidth. Microseconds unless said otherwise. */
+export interface NodeSpeed {
+  /** Multiply-adds/s of a prompt's matrix products; 0 = unknown. */
+  multiplyAdds: number;
+  /** What a decode step takes beside reading weights and cache: once, for each dense layer, for each layer with experts. */
+  stepUs: number;
+  denseLayerUs: number;
+  moeLayerUs: number;
+  /** Handing a hidden state from the device to the transport and back, for each exchange. */
+  handoverUs: number;
 }
 
 /** What a node has of a model. */
@@ -59,10 +80,21 @@ export interface RankShare {
   weight: number;
 }
 
+/** What was asked for. Placing the instance again starts from it; absent = chosen by the plan. */
+export interface PlacementRequest {
+  tensor?: number;
+  pipeline?: number;
+  /** Only these nodes. */
+  nodes?: NodeId[];
+  context?: number;
+  streams?: number;
+}
+
 export interface InstanceSpec {
   /** UUID. */
   id: string;
   model: string;
+  asked: PlacementRequest;
   tensor: number;
   pipeline: number;
   /** By rank. ranks[0].node owns the instance. */
@@ -85,4 +117,64 @@ export interface InstanceState {
   /** Why it failed, or what is missing; a sentence. */
   reason: string;
   outstandingTokens: number;
+}
+
+/** Written by the node that computes the rank. */
+export interface RankState {
+  instance: string;
+  /** Of the instance; of an older epoch it means nothing any more. */
+  epoch: number;
+  /** Who asked for it: after a partition two nodes may own the same instance for a moment. */
+  owner: NodeId;
+  rank: number;
+  phase: "fetching" | "loading" | "ready" | "failed";
+  /** 0 to 1 while fetching or loading. */
+  progress: number;
+  /** Where it failed: why, and of what kind. group: the ranks lost each other; process: the runner died. */
+  reason: string;
+  cause: "none" | "memory" | "files" | "group" | "process";
+  /** Planned bytes that the node's ledger holds for it. */
+  bytes: number;
+}
+
+export interface EndedInstance {
+  id: string;
+  epoch: number;
+}
+
+/** One node's last value. Newer = higher incarnation, then higher boot, then higher version. */
+export interface NodeRecord {
+  info: NodeInfo;
+  links: Link[];
+  /** Random text of one run of the node: tells two nodes with one key apart. */
+  boot: string;
+  /** Counts up with every change of the record. */
+  version: number;
+}
+
+/** What a node knows of another one's record without the record itself. */
+export interface Digest {
+  id: NodeId;
+  incarnation: number;
+  boot: string;
+  version: number;
+  /** Counts up while the node lives. */
+  beat: number;
+  /** Since the sender saw the beat rise, by its monotonic clock. */
+  ageMs: number;
+}
+
+/** The only message of the membership. Any of them may be lost, doubled or late. */
+export interface Exchange {
+  cluster: string;
+  protocol: number;
+  from: NodeId;
+  boot: string;
+  /** Of the sender first, then of all nodes in its view. */
+  digests: Digest[];
+  records: NodeRecord[];
+  /** Nodes whose newer records the sender asks for. */
+  want: NodeId[];
+  /** The sender is going away. */
+  leaving: boolean;
 }

@@ -41,7 +41,7 @@ export const MOST_STREAMS = 16;
 /** A context that most conversations fit into: streams are added beyond one only for contexts up to this. */
 const COMFORTABLE_CONTEXT = 8192;
 /** Share of the available memory that is planned; the rest is for the text worker, buffers and others. */
-const PLANNED_SHARE = 0.9;
+export const PLANNED_SHARE = 0.9;
 
 /** Sizes of the CPU backend's scratch (cpu.h: CV_TILE_FLOATS, CV_ATTN_QUERIES, CV_ATTN_BLOCK; cpu.c: parts of long attention). */
 const TILE_FLOATS = 1 << 16;
@@ -75,7 +75,7 @@ export function pageBytes(
 }
 
 /** Pages that one sequence of `context` tokens needs. Page numbers are the same on all ranks, whatever layers they have. */
-function pagesOf(
+export function pagesOf(
   config: ModelConfig,
   context: number,
   pageTokens: number,
