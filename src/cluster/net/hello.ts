@@ -1,0 +1,194 @@
+// The first words of every connection between nodes: protocol version, cluster, node, purpose, and a proof that the
+// speaker has the cluster's secret. The proof is a MAC over this TLS session's exported key and both certificates, so that it is of
+// no use on any other connection, be it replayed or passed on by somebody in the middle.
+
+import { createHmac, timingSafeEqual } from "node:crypto";
+import type { TLSSocket } from "node:tls";
+import * as v from "valibot";
+import { CaravanError } from "../../errors.ts";
+import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
+import type { NodeId } from "../types.ts";
+import { nodeIdOf } from "./certificate.ts";
+import type { Channel } from "./channel.ts";
+import { NameSchema, purposeKey } from "./cluster-file.ts";
+
+/** What a connection is for; one thing each, so that closing it ends exactly this. */
+export const PURPOSES = ["control", "call", "join", "probe", "file"] as const;
+export type Purpose = (typeof PURPOSES)[number];
+
+export interface HelloSettings {
+  /** Name and secret; undefined: this node is in no cluster and can only ask to join one. */
+  cluster: { name: string; secret: string } | undefined;
+  node: { id: NodeId; name: string; version: string; incarnation: number };
+}
+
+export interface Peer {
+  id: NodeId;
+  name: string;
+  version: string;
+  incarnation: number;
+}
+
+/** In every protocol version: nothing else is read of a node that speaks another one. */
+const AnyVersion = v.object({
+  caravan: v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(1_000_000)),
+  version: v.pipe(v.string(), v.maxLength(40)),
+});
+
+const Refusal = v.object({ refused: v.pipe(v.string(), v.maxLength(1000)) });
+
+const Hello = v.object({
+  purpose: v.picklist(PURPOSES),
+  cluster: v.pipe(v.string(), v.maxLength(64)),
+  name: NameSchema,
+  incarnation: v.pipe(v.number(), v.integer(), v.minValue(0)),
+  proof: v.pipe(v.string(), v.maxLength(64)),
+});
+
+/** How long either side waits for the other's words. */
+export const HELLO_LIMIT_MS = 5000;
+
+/** The other side's node id, from the key that it has just used; TLS has checked that it holds it. */
+export function peerIdOf(socket: TLSSocket): NodeId {
+  const { raw } = socket.getPeerCertificate() as { raw?: Buffer };
+  if (raw === undefined) throw new CaravanError("permission_denied", "the other side shows no certificate");
+  return nodeIdOf(raw);
+}
+
+/** A value that both ends of a TLS session share and nobody else, 32 bytes. */
+export function sessionKey(socket: TLSSocket): Buffer {
+  return socket.exportKeyingMaterial(32, "EXPORTER-caravan-hello", Buffer.alloc(0));
+}
+
+/** Two certificates, the caller's first, and who speaks. */
+function proofOf(
+  secret: string,
+  socket: TLSSocket,
+  role: "caller" | "callee",
+  ids: [NodeId, NodeId],
+): string {
+  return createHmac("sha256", purposeKey(secret, "membership proof"))
+    .update(sessionKey(socket))
+    .update(`\0${role}\0${ids[0]}\0${ids[1]}`)
+    .digest("hex");
+}
+
+function isProof(given: string, wanted: string): boolean {
+  const [a, b] = [Buffer.from(given, "hex"), Buffer.from(wanted, "hex")];
+  return a.length === b.length && timingSafeEqual(a, b);
+}
+
+function words(settings: HelloSettings, purpose: Purpose, proof: string): object {
+  const { name, version, incarnation } = settings.node;
+  return {
+    caravan: CARAVAN_PROTOCOL,
+    version,
+    purpose,
+    cluster: settings.cluster?.name ?? "",
+    name,
+    incarnation,
+    proof,
+  };
+}
+
+function versionsDiffer(other: v.InferOutput<typeof AnyVersion>, ours: string): CaravanError {
+  return new CaravanError(
+    "permission_denied",
+    `the other node speaks cluster protocol ${other.caravan} (caravan ${other.version}), ` +
+      `this one protocol ${CARAVAN_PROTOCOL} (caravan ${ours})`,
+    { hint: "Install the same version of caravan on both." },
+  );
+}
+
+/** The connecting side. Rejects with why the other side refused, or why it is not the node that was meant (`expected`). */
+export async function callerHello(
+  channel: Channel,
+  settings: HelloSettings,
+  purpose: Purpose,
+  expected?: NodeId,
+): Promise<Peer> {
+  try {
+    const id = peerIdOf(channel.socket);
+    if (expected !== undefined && id !== expected) {
+      throw new CaravanError(
+        "permission_denied",
+        "another node than expected answers there: its key differs",
+      );
+    }
+    const { cluster } = settings;
+    const ids: [NodeId, NodeId] = [settings.node.id, id];
+    const proof = (role: "caller" | "callee") =>
+      cluster === undefined ? "" : proofOf(cluster.secret, channel.socket, role, ids);
+    channel.send(words(settings, purpose, purpose === "join" ? "" : proof("caller")));
+    const answer = await channel.readJson(HELLO_LIMIT_MS);
+    const peer = read(answer, settings, id);
+    if (purpose !== "join") {
+      if (!isProof(peer.proof, proof("callee")))
+        throw new CaravanError("permission_denied", "the other node does not know this cluster's secret");
+      channel.trust();
+    }
+    return { id, name: peer.name, version: peer.version, incarnation: peer.incarnation };
+  } catch (thrown) {
+    channel.close();
+    throw thrown;
+  }
+}
+
+function read(
+  value: unknown,
+  settings: HelloSettings,
+  id: NodeId,
+): v.InferOutput<typeof Hello> & { version: string } {
+  const any = v.safeParse(AnyVersion, value);
+  if (!any.success)
+    throw new CaravanError("permission_denied", "the other side does not speak caravan's protocol");
+  if (any.output.caravan !== CARAVAN_PROTOCOL) throw versionsDiffer(any.output, settings.node.version);
+  const refusal = v.safeParse(Refusal, value);
+  if (refusal.success)
+    throw new CaravanError("permission_denied", `the other node refuses: ${refusal.output.refused}`);
+  const hello = v.safeParse(Hello, value);
+  if (!hello.success)
+    throw new CaravanError("permission_denied", "the other side does not speak caravan's protocol");
+  if (id === settings.node.id)
+    throw new CaravanError("permission_denied", "the other node has this node's own key", {
+      hint: "One of them runs on a copy of the other's data folder: remove cluster/node.pem there and join again.",
+    });
+  return { ...hello.output, version: any.output.version };
+}
+
+/** The side that is called. Rejects after it has told the other side why. */
+export async function calleeHello(
+  channel: Channel,
+  settings: HelloSettings,
+): Promise<{ peer: Peer; purpose: Purpose }> {
+  try {
+    const value = await channel.readJson(HELLO_LIMIT_MS);
+    const id = peerIdOf(channel.socket);
+    const hello = read(value, settings, id);
+    const peer: Peer = { id, name: hello.name, version: hello.version, incarnation: hello.incarnation };
+    const { cluster } = settings;
+    if (cluster === undefined) throw new CaravanError("permission_denied", "this node is in no cluster");
+    if (hello.purpose === "join") {
+      channel.send(words(settings, "join", ""));
+      return { peer, purpose: hello.purpose };
+    }
+    if (hello.cluster !== cluster.name)
+      throw new CaravanError("permission_denied", "this node belongs to a cluster of another name");
+    const ids: [NodeId, NodeId] = [id, settings.node.id];
+    if (!isProof(hello.proof, proofOf(cluster.secret, channel.socket, "caller", ids)))
+      throw new CaravanError("permission_denied", "the proof of the cluster's secret is wrong");
+    channel.trust();
+    channel.send(words(settings, hello.purpose, proofOf(cluster.secret, channel.socket, "callee", ids)));
+    return { peer, purpose: hello.purpose };
+  } catch (thrown) {
+    if (thrown instanceof CaravanError && channel.open) {
+      channel.send({
+        caravan: CARAVAN_PROTOCOL,
+        version: settings.node.version,
+        refused: thrown.message,
+      });
+      channel.finish();
+    } else channel.close();
+    throw thrown;
+  }
+}
