@@ -1,5 +1,6 @@
 // caravan bench: how fast a model runs on this machine.
 
+import type { RanksResult } from "../engine/bench-ranks.ts";
 import { type BenchReport, runBench } from "../engine/bench-run.ts";
 import type { Spread } from "../engine/bench-statistics.ts";
 import { CaravanError } from "../errors.ts";
@@ -10,6 +11,7 @@ import { type Arguments, type Command, usage } from "./command.ts";
 import { readJsonFile } from "./json-file.ts";
 import { findWeights } from "./model-argument.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
+import { RANK_OPTIONS, rankOptions } from "./rank-options.ts";
 
 /** A list of whole numbers, `1,8,16`. */
 function numbers(args: Arguments, name: string, fallback: number[]): number[] {
@@ -27,7 +29,7 @@ function show(report: BenchReport): string {
   const spread = ({ median, min, max }: Spread, limit?: number) =>
     `${median} (${min}–${max})${limit === undefined ? "" : ` ${percent(median, limit)}`}`;
   const lines = [
-    `${report.model} on ${report.device}: ${machine?.processor ?? "unknown processor"}, ${report.threads} threads, loaded in ${report.load_s} s`,
+    `${report.model} on ${report.device}: ${machine?.processor ?? "unknown processor"}, ${report.threads} threads${report.ranks === undefined ? "" : " a rank"}, loaded in ${report.load_s} s`,
   ];
   if (machine !== undefined) {
     const int8 = machine.int8_multiply_adds;
@@ -54,6 +56,7 @@ function show(report: BenchReport): string {
     );
   });
   lines.push("");
+  if (report.ranks !== undefined) lines.push(...showRanks(report.ranks));
   for (const p of report.prefix ?? [])
     lines.push(
       `known prompt of ${p.prompt_tokens} tokens (${p.cached_tokens} cached): first token after ${spread(p.cached_ttft_ms)} ms instead of ${spread(p.ttft_ms)}; a step takes ${p.step_ms.median} ms`,
@@ -80,6 +83,17 @@ function show(report: BenchReport): string {
   }
   const peak = Math.max(...report.results.map((r) => r.peak_memory_bytes));
   return `${lines.join("\n")}\npeak memory ${formatBytes(peak)}\n`;
+}
+
+function showRanks({ tensor, pipeline, transport, round_trip_us, note, exchange }: RanksResult): string[] {
+  const share = (value: number) => `${(100 * value).toFixed(1)} %`;
+  return [
+    `${tensor * pipeline} ranks (${tensor} tensor × ${pipeline} pipeline) over ${transport}, round trip ${round_trip_us} µs${note === "" ? "" : `; ${note}`}`,
+    ...exchange.map(
+      (e, i) =>
+        `  setting ${i + 1}: ${e.reduces} all-reduces of ${e.reduce_us} µs, ${share(e.reduce_share)} of the steps' time; all exchanges ${share(e.exchange_share)}`,
+    ),
+  ];
 }
 
 /** The fixed form that other programs read, unless more was asked for. */
@@ -119,6 +133,7 @@ export const bench: Command = {
     cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
     scheduling: { value: "MODE", help: "sequential or batched (default: by the model's cache)" },
     device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
+    ...RANK_OPTIONS,
   },
   details: `Prompts are random and different for each stream; the end of sequence is banned. Answer tokens/s counts the tokens
 of all streams while all of them decode. Lists of lengths sweep: --prompt-tokens 128,4096,16384 shows reading by prompt
@@ -140,6 +155,7 @@ length and answering by context.`,
     const beside = args.integer("beside", 1, 1 << 24);
     const kvBits = args.choice("kv-bits", ["8", "16"]);
     const page = args.text("report");
+    const ranks = rankOptions(args);
     const json = args.flag("json");
     const more = !json || args.flag("full") || page !== undefined;
     const model = findWeights(args.positional(0));
@@ -155,6 +171,7 @@ length and answering by context.`,
         ...(threads === undefined ? {} : { threads }),
         ...(cpu === undefined ? {} : { cpu }),
         ...(scheduling === undefined ? {} : { scheduling }),
+        ranks,
         ceiling: more,
         memory: more,
         ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),

@@ -7,6 +7,7 @@ import { importCommand } from "./import.ts";
 import { logits } from "./logits.ts";
 import { models } from "./models.ts";
 import { pull } from "./pull.ts";
+import { rank } from "./rank.ts";
 import { run } from "./run.ts";
 import { runner } from "./runner.ts";
 import { serve } from "./serve.ts";
@@ -25,6 +26,7 @@ export const commands: readonly Command[] = [
   template,
   doctor,
   runner,
+  rank,
 ];
 
 /** Commands of which nothing is built, and what they will come with. */

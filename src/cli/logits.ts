@@ -12,6 +12,7 @@ import { interruptible } from "./interrupt.ts";
 import { readJsonFile } from "./json-file.ts";
 import { findWeights } from "./model-argument.ts";
 import { ProgressLine } from "./progress.ts";
+import { RANK_OPTIONS, rankOptions } from "./rank-options.ts";
 
 export const logits: Command = {
   name: "logits",
@@ -28,12 +29,12 @@ export const logits: Command = {
     threads: { value: "T", help: "compute threads (default: the machine's)" },
     cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
     "kv-bits": { value: "8|16", help: "bits of the cache (default: float32 if exact, else 16)" },
-    tensor: { value: "N", help: "tensor-parallel ranks", later: "the cluster" },
-    pipeline: { value: "N", help: "pipeline stages", later: "the cluster" },
+    ...RANK_OPTIONS,
   },
   async run(args) {
     const compute = args.choice("compute", ["exact", "fast"]) ?? "fast";
     const device = args.choice("device", ["cpu", "metal"]);
+    const ranks = rankOptions(args);
     const out = args.required("out");
     const tokensFile = args.required("tokens-file");
     const { tokens } = readJsonFile(tokensFile, TOKENS_FILE);
@@ -59,6 +60,7 @@ export const logits: Command = {
           ...(threads === undefined ? {} : { threads }),
           ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),
           ...(cpu === undefined ? {} : { cpu }),
+          ranks,
           onLogits: async (rows, vocab) => {
             signal.throwIfAborted();
             writer ??= await NpyWriter.open(out, [tokens.length, vocab]);

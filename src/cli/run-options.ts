@@ -4,6 +4,7 @@ import { CaravanError } from "../errors.ts";
 import type { RunOptions } from "../node/open-model.ts";
 import type { LoadedSettings } from "../settings.ts";
 import type { Arguments, OptionSpec } from "./command.ts";
+import { RANK_OPTIONS, rankOptions } from "./rank-options.ts";
 
 export const RUN_OPTIONS: Record<string, OptionSpec> = {
   context: { value: "N", help: "most tokens of prompt and answer together (default: what memory allows)" },
@@ -19,6 +20,7 @@ export const RUN_OPTIONS: Record<string, OptionSpec> = {
     help: "guess tokens from earlier text and check several at once (default on)",
   },
   device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
+  ...RANK_OPTIONS,
 };
 
 export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOptions {
@@ -40,6 +42,7 @@ export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOp
     ...(context === undefined ? {} : { context }),
     ...(threads === undefined ? {} : { threads }),
     ...(scheduling === undefined ? {} : { scheduling }),
+    ...rankOptions(args),
     maxQueue: settings.max_queue,
   };
 }

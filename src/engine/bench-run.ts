@@ -9,10 +9,12 @@ import { choosePolicy } from "../scheduler/policy.ts";
 import { type BesideOptions, type BesideResult, besideContext, measureBeside } from "./bench-beside.ts";
 import { type CachePerplexity, measurePerplexity } from "./bench-perplexity.ts";
 import { measurePrefix, type PrefixResult } from "./bench-prefix.ts";
+import { type RanksResult, RankWatch } from "./bench-ranks.ts";
 import { quantile, round, type Spread, spread } from "./bench-statistics.ts";
 import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
 import { measureBandwidth, measureInt8 } from "./binding.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
+import type { RankOptions } from "./load-options.ts";
 import { RandomTokens } from "./random-tokens.ts";
 
 export interface BenchOptions {
@@ -29,6 +31,8 @@ export interface BenchOptions {
   threads?: number;
   cpu?: string;
   scheduling?: "auto" | "sequential" | "batched";
+  /** Ranks on this machine, processes of their own. */
+  ranks?: RankOptions;
   /** Of the random prompts. */
   seed?: number;
   /** Also measure the machine's ceilings (about two seconds). */
@@ -76,6 +80,8 @@ export interface BenchReport {
   beside?: BesideResult;
   /** How the cache is kept and batched, and what 8 bits change, where 8 bits were asked for. */
   cache?: { kv_bits: 8; policy: string; perplexity: CachePerplexity };
+  /** What several ranks cost each other, where there are some. */
+  ranks?: RanksResult;
 }
 
 export interface MachineCeiling {
@@ -120,17 +126,21 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
     ...(threads === undefined ? {} : { threads }),
     ...(cpu === undefined ? {} : { cpu }),
     ...(options.kvBits === undefined ? {} : { kvBits: options.kvBits }),
+    ...options.ranks,
   });
   const load_s = (performance.now() - started) / 1000;
   try {
     const ceilings = options.ceiling ? measureCeilings(model) : undefined;
-    const results = await measureAll(model, options);
+    const watch = new RankWatch(model);
+    const results = await measureAll(model, options, watch);
+    const ranks = watch.result();
     return {
       model: options.model,
       device: model.device,
       threads: model.threads,
       load_s: round(load_s, 3),
       results,
+      ...(ranks === undefined ? {} : { ranks }),
       ...(ceilings === undefined
         ? {}
         : { machine: machineOf(model, results, ceilings, measureCeilings(model)) }),
@@ -146,7 +156,11 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
   }
 }
 
-async function measureAll(model: LoadedEngine, options: BenchOptions): Promise<BenchResult[]> {
+async function measureAll(
+  model: LoadedEngine,
+  options: BenchOptions,
+  watch: RankWatch,
+): Promise<BenchResult[]> {
   const settings = options.promptTokens.flatMap((prompt_tokens) =>
     options.generate.flatMap((generate) =>
       options.streams.map((streams) => ({ prompt_tokens, generate, streams })),
@@ -167,8 +181,10 @@ async function measureAll(model: LoadedEngine, options: BenchOptions): Promise<B
         generate: setting.generate,
       });
       if (i > 0) trials.push(trial);
+      else watch.start();
       done++;
     }
+    watch.stop();
     results.push({ ...setting, ...summarize(trials, setting) });
   }
   options.onProgress?.(total, total, "done");
@@ -225,7 +241,8 @@ interface Ceilings {
 }
 
 /** With the engine loaded but idle. */
-function measureCeilings({ memory, threads }: LoadedEngine): Ceilings {
+function measureCeilings({ memory, threads: each, ranks }: LoadedEngine): Ceilings {
+  const threads = each * (ranks === undefined ? 1 : ranks.grid.tensor * ranks.grid.pipeline);
   const size = memory.weights_mapped + memory.weights_copied;
   return {
     bandwidth: measureBandwidth(Math.min(Math.max(size, SMALLEST_BUFFER), LARGEST_BUFFER), threads),

@@ -73,6 +73,9 @@ const FUNCTIONS = {
   cv_close: { args: [ptr], returns: nothing },
 } as const;
 
+/** A cv_group (group.ts). */
+export type GroupPointer = Pointer;
+
 type Symbols = ReturnType<typeof dlopen<typeof FUNCTIONS>>["symbols"];
 
 /** cv_stats_record. Bytes and nanoseconds. */
@@ -118,6 +121,27 @@ function library(): Symbols {
       return symbols;
     });
   return loaded;
+}
+
+/** cv_group_* (group.ts); apart from the others only so that a program that needs no ranks does not look for them. */
+const GROUP_FUNCTIONS = {
+  cv_group_open: { args: [ptr, usize, ptr, ptr, ptr, ptr, usize], returns: i32 },
+  cv_group_connect_start: { args: [ptr, ptr, ptr, u32, ptr, usize], returns: i32 },
+  cv_group_connect_poll: { args: [ptr, ptr, usize, ptr, usize], returns: i32 },
+  cv_group_abort: { args: [ptr, ptr], returns: nothing },
+  cv_group_stats: { args: [ptr, ptr, ptr, usize], returns: i32 },
+  cv_group_close: { args: [ptr], returns: nothing },
+} as const;
+
+type GroupSymbols = ReturnType<typeof dlopen<typeof GROUP_FUNCTIONS>>["symbols"];
+
+let loadedGroups: GroupSymbols | undefined;
+
+/** The functions of groups. Throws engine_failed where the library is missing. */
+export function groupFunctions(): GroupSymbols {
+  library();
+  loadedGroups ??= withLibrary((path) => dlopen(path, GROUP_FUNCTIONS).symbols);
+  return loadedGroups;
 }
 
 /** "record.field=offset,size" for every record of caravan.h, one a line. */
@@ -319,7 +343,7 @@ export class EngineHandle {
   }
 }
 
-function nativeError(code: number, error: Uint8Array, doing: string): CaravanError {
+export function nativeError(code: number, error: Uint8Array, doing: string): CaravanError {
   const said = text(error);
   return new CaravanError(
     CODES[code] ?? "engine_failed",
@@ -327,7 +351,8 @@ function nativeError(code: number, error: Uint8Array, doing: string): CaravanErr
   );
 }
 
-function text(bytes: Uint8Array): string {
+/** Zero-terminated UTF-8. */
+export function text(bytes: Uint8Array): string {
   const end = bytes.indexOf(0);
   return new TextDecoder().decode(end < 0 ? bytes : bytes.subarray(0, end));
 }

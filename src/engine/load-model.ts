@@ -1,7 +1,10 @@
 // From a model folder to an engine that computes steps, in this process: config, checkpoint headers, load plan, memory
-// plan, cv_open. The runner, `caravan logits` and `caravan bench` all load this way.
+// plan, cv_open; and where several ranks were asked for, the processes of the others. The runner, `caravan logits` and
+// `caravan bench` all load this way.
 
 import { availableParallelism } from "node:os";
+import { evenShares } from "../cluster/even-shares.ts";
+import { shardPlan } from "../cluster/shard.ts";
 import { CaravanError } from "../errors.ts";
 import { type ModelConfig, readModelConfig } from "../model/config.ts";
 import { type LoadPlan, makeLoadPlan } from "../model/load-plan.ts";
@@ -12,9 +15,12 @@ import type { CacheGeometry } from "../scheduler/pages.ts";
 import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
 import { PROMPT_LOGITS_A_STEP } from "../scheduler/scheduler.ts";
 import type { StepLimits } from "../scheduler/step.ts";
-import { bestCpu, cpuName } from "./binding.ts";
+import { bestCpu, cpuName, type GroupPointer } from "./binding.ts";
 import type { LoadOptions } from "./load-options.ts";
+import { LocalRanks } from "./local-ranks.ts";
 import { encodePlan } from "./plan-encoder.ts";
+import type { RankReady } from "./rank-process.ts";
+import { MOST_RANKS, type RankLoad, type RankMemory } from "./rank-protocol.ts";
 import { NativeStepEngine } from "./step-engine.ts";
 
 /** Most threads of cv_plan. */
@@ -41,11 +47,14 @@ export interface LoadedEngine {
   /** End-of-sequence tokens of the model. */
   stopTokens: readonly number[];
   device: "cpu" | "metal";
+  /** Of each rank. */
   threads: number;
   /** Name of the kernel set. */
   cpu: string;
-  /** Bytes, as the engine counts them. */
-  memory: { weights_mapped: number; weights_copied: number; kv: number; scratch: number };
+  /** Bytes, as the engines of all ranks count them. */
+  memory: RankMemory;
+  /** The other ranks' processes; when one is lost, the engine takes no further steps. */
+  ranks?: LocalRanks;
   close(): Promise<void>;
 }
 
@@ -57,60 +66,141 @@ export interface LoadModelOptions extends LoadOptions {
 /** 0 to 1, and what is being done. */
 export type LoadProgress = (progress: number, detail: string) => void;
 
-/** Throws bad_file, unsupported_model, out_of_memory, invalid_argument or not_built_yet, naming file or option. */
+/** Throws bad_file, unsupported_model, out_of_memory, invalid_argument, engine_failed or not_built_yet, naming file or
+ * option. On failure nothing is left running. */
 export async function loadModel(options: LoadModelOptions, onProgress?: LoadProgress): Promise<LoadedEngine> {
+  const prepared = await prepare(options, onProgress);
+  const { memory, load } = prepared;
+  const weights = memory.weightsMapped + memory.weightsCopied;
+  const detail = `loading ${(weights / 1e9).toFixed(2)} GB of weights`;
+  const onBytes = (done: number) =>
+    onProgress?.(HEADERS_SHARE + (1 - HEADERS_SHARE) * Math.min(1, done / weights), detail);
+  onProgress?.(HEADERS_SHARE, detail);
+  if (load.shares.length === 1) {
+    const engine = await openEngine(prepared, onBytes, null);
+    return await loaded(prepared, options, engine, undefined, []);
+  }
+  const { tensor = 1, pipeline = 1, transport = "auto" } = options;
+  const ranks = await LocalRanks.start({ tensor, pipeline, transport });
+  let engine: NativeStepEngine | undefined;
+  try {
+    const opening = openEngine(prepared, (done) => onBytes(done + ranks.loadedBytes), ranks.group.pointer);
+    const [opened, others] = await Promise.allSettled([opening, ranks.load(load)]);
+    if (opened.status === "fulfilled") engine = opened.value;
+    // A rank that cannot load fails the group, and with it rank 0: its own reason says more.
+    if (others.status === "rejected") throw others.reason;
+    if (opened.status === "rejected") throw opened.reason;
+    return await loaded(prepared, options, opened.value, ranks, others.value);
+  } catch (thrown) {
+    await ranks.close(async () => await engine?.close());
+    throw thrown;
+  }
+}
+
+/** What is decided before anything is loaded. */
+interface Prepared {
+  config: ModelConfig;
+  /** Of the whole model. */
+  plan: LoadPlan;
+  /** Of all ranks together. */
+  memory: MemoryPlan;
+  load: RankLoad;
+}
+
+async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Promise<Prepared> {
   const cpuLevel = options.cpu === undefined ? 0 : cpuLevelOf(options.cpu);
   onProgress?.(0, "reading config.json");
   const config = readModelConfig(options.modelDir);
   onProgress?.(0.02, "reading the checkpoint's headers");
   const plan = makeLoadPlan(config, await openCheckpoint(options.modelDir));
-
+  const { tensor = 1, pipeline = 1 } = options;
+  if (tensor * pipeline > MOST_RANKS)
+    throw new CaravanError(
+      "invalid_argument",
+      `${tensor * pipeline} ranks: at most ${MOST_RANKS} are possible`,
+      {
+        param: "tensor",
+      },
+    );
+  const shares = evenShares(plan, tensor, pipeline);
   const compute = options.compute ?? "fast";
-  const threads = Math.min(options.threads ?? availableParallelism(), MOST_THREADS);
+  const threads = Math.min(
+    options.threads ?? Math.max(1, Math.floor(availableParallelism() / shares.length)),
+    MOST_THREADS,
+  );
   const kvType = options.kvBits === 8 ? "q8" : kvTypeOf(config, compute);
   const piece = options.piece?.(config.vocabSize) ?? 0;
   const rows = options.streams ?? MOST_STREAMS;
   const maxTokens = Math.max(options.piece === undefined ? STEP_TOKENS : 1, rows, piece);
   const maxLogits = options.piece === undefined ? rows + PROMPT_LOGITS_A_STEP : Math.max(rows, piece);
-  const memory = planMemory(plan, {
-    ...(options.context === undefined ? {} : { context: options.context }),
-    ...(options.streams === undefined ? {} : { streams: options.streams }),
-    kvType,
-    threads,
-    maxTokens,
-    maxLogits,
-    available: availableMemory().available,
-  });
-  const { pageTokens, fullPages, chunkPages, streams } = memory;
-  const bytes = encodePlan(plan, {
-    device: options.device ?? "cpu",
-    compute,
-    threads,
-    pageTokens,
-    fullPages,
-    chunkPages,
-    kvType,
-    maxRows: streams,
-    maxTokens,
-    maxLogits,
-    slots: streams,
-    cpuLevel,
-  });
-
-  const weights = memory.weightsMapped + memory.weightsCopied;
-  const detail = `loading ${(weights / 1e9).toFixed(2)} GB of weights`;
-  onProgress?.(HEADERS_SHARE, detail);
-  const engine = await NativeStepEngine.load(bytes, config.vocabSize, (done) =>
-    onProgress?.(HEADERS_SHARE + (1 - HEADERS_SHARE) * Math.min(1, done / weights), detail),
+  const memory = planMemory(
+    shares.length === 1 ? plan : shares.map((_, rank) => shardPlan(plan, shares, rank)),
+    {
+      ...(options.context === undefined ? {} : { context: options.context }),
+      ...(options.streams === undefined ? {} : { streams: options.streams }),
+      kvType,
+      threads,
+      maxTokens,
+      maxLogits,
+      available: availableMemory().available,
+    },
   );
+  const { pageTokens, fullPages, chunkPages, streams } = memory;
+  const load: RankLoad = {
+    modelDir: options.modelDir,
+    shares,
+    sizes: {
+      compute,
+      pageTokens,
+      fullPages,
+      chunkPages,
+      kvType,
+      maxRows: streams,
+      maxTokens,
+      maxLogits,
+      slots: streams,
+      checkRanks: options.checkRanks ?? false,
+    },
+    threads,
+    device: options.device ?? "cpu",
+    cpuLevel,
+  };
+  return { config, plan, memory, load };
+}
+
+/** Rank 0's engine. */
+async function openEngine(
+  { config, plan, load }: Prepared,
+  onBytes: (done: number) => void,
+  group: GroupPointer | null,
+): Promise<NativeStepEngine> {
+  const { shares, sizes, threads, device = "cpu", cpuLevel = 0 } = load;
+  const shard = shares.length === 1 ? plan : shardPlan(plan, shares, 0);
+  const bytes = encodePlan(shard, { ...sizes, threads, device, cpuLevel });
+  return await NativeStepEngine.load(bytes, config.vocabSize, onBytes, group);
+}
+
+async function loaded(
+  { config, plan, memory, load }: Prepared,
+  options: LoadModelOptions,
+  engine: NativeStepEngine,
+  ranks: LocalRanks | undefined,
+  others: readonly RankReady[],
+): Promise<LoadedEngine> {
   const stats = engine.stats();
-  if (cpuLevel !== 0 && stats.cpuLevel !== cpuLevel) {
-    await engine.close();
+  const { cpuLevel, sizes } = load;
+  if (cpuLevel !== undefined && cpuLevel !== 0 && stats.cpuLevel !== cpuLevel) {
+    if (ranks === undefined) await engine.close();
     throw new CaravanError("invalid_argument", `this machine cannot run the kernel set "${options.cpu}"`, {
       param: "cpu",
       hint: `its best is "${bestCpu().name}"`,
     });
   }
+  const { pageTokens, fullPages, chunkPages, kvType, maxTokens, maxLogits } = sizes;
+  const { streams } = memory;
+  const sum = (key: keyof RankMemory, own: number) =>
+    others.reduce((total, other) => total + other.memory[key], own);
+  ranks?.lost.then((why) => engine.abort(why));
   return {
     engine,
     config,
@@ -129,12 +219,13 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
     threads: stats.threads,
     cpu: cpuName(stats.cpuLevel),
     memory: {
-      weights_mapped: stats.weightsMapped,
-      weights_copied: stats.weightsCopied,
-      kv: stats.kvBytes,
-      scratch: stats.scratchBytes,
+      weights_mapped: sum("weights_mapped", stats.weightsMapped),
+      weights_copied: sum("weights_copied", stats.weightsCopied),
+      kv: sum("kv", stats.kvBytes),
+      scratch: sum("scratch", stats.scratchBytes),
     },
-    close: () => engine.close(),
+    ...(ranks === undefined ? {} : { ranks }),
+    close: () => (ranks === undefined ? engine.close() : ranks.close(() => engine.close())),
   };
 }
 

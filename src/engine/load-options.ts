@@ -1,6 +1,7 @@
 // What a runner is told about the model to load: the first line on its stdin.
 
 import * as v from "valibot";
+import { MOST_RANKS, TRANSPORTS } from "./rank-protocol.ts";
 
 const count = (high: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(high));
 
@@ -27,6 +28,16 @@ export const LoadOptionsSchema = v.strictObject({
   /** Whether drafts are looked up in the text so far and checked several at a time; default true. */
   speculate: v.exactOptional(v.boolean()),
   scheduling: v.exactOptional(v.picklist(["auto", "sequential", "batched"])),
+  /** Ranks on this machine, processes of their own: tensor ranks a stage, and stages of a pipeline; default 1 and 1. */
+  tensor: v.exactOptional(count(MOST_RANKS)),
+  pipeline: v.exactOptional(count(MOST_RANKS)),
+  /** Between ranks; default auto. */
+  transport: v.exactOptional(v.picklist(TRANSPORTS)),
+  /** Ranks of a stage compare checksums of their hidden states after every step (tests). */
+  checkRanks: v.exactOptional(v.boolean()),
 });
 
 export type LoadOptions = v.InferOutput<typeof LoadOptionsSchema>;
+
+/** How a model is split over ranks of this machine. */
+export type RankOptions = Pick<LoadOptions, "tensor" | "pipeline" | "transport" | "checkRanks">;

@@ -1,10 +1,11 @@
-// Raw logits of a token sequence, computed in this process: how the engine is judged. The prompt goes through in
+// Raw logits of a token sequence, computed in this process (and its ranks): how the engine is judged. The prompt goes through in
 // pieces, the rest one token at a time through the cache, over the same pages and steps that serving uses.
 
 import { CaravanError } from "../errors.ts";
 import { PagePools, SequencePages } from "../scheduler/pages.ts";
 import type { StepRow } from "../scheduler/step.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
+import type { RankOptions } from "./load-options.ts";
 import { GREEDY } from "./protocol.ts";
 
 export interface LogitsOptions {
@@ -22,6 +23,8 @@ export interface LogitsOptions {
   threads?: number;
   /** Kernel set to force, by name. */
   cpu?: string;
+  /** Ranks on this machine, processes of their own. */
+  ranks?: RankOptions;
   /** Takes the logits float32 [rows, vocab] of the next rows in order, instead of `data`. Waited for. */
   onLogits?: (rows: Float32Array, vocab: number) => void | Promise<void>;
 }
@@ -52,6 +55,7 @@ export async function runLogits(options: LogitsOptions): Promise<Logits> {
     ...(options.kvBits === undefined ? {} : { kvBits: options.kvBits }),
     ...(options.threads === undefined ? {} : { threads: options.threads }),
     ...(options.cpu === undefined ? {} : { cpu: options.cpu }),
+    ...options.ranks,
     piece: (vocab) => Math.min(options.piece ?? defaultPiece(vocab), Math.max(1, prefill)),
   });
   try {

@@ -1,10 +1,10 @@
-// RunnerMessages to a pipe as JSON lines: everything that one turn of the event loop produced goes out in one write.
+// Messages of a runner or a rank to a pipe as JSON lines: everything that one turn of the event loop produced goes out in one write.
 // When the reader is slow, later turns collect here until the pipe has room; the amount is bounded by the requests.
 
 import type { Writable } from "node:stream";
 import type { RunnerMessage } from "./protocol.ts";
 
-export class MessageWriter {
+export class MessageWriter<Message = RunnerMessage> {
   readonly #out: Writable;
   #lines: string[] = [];
   #full = false;
@@ -21,7 +21,7 @@ export class MessageWriter {
     });
   }
 
-  add(message: RunnerMessage): void {
+  add(message: Message): void {
     this.#lines.push(JSON.stringify(message));
   }
 

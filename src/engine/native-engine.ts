@@ -9,7 +9,7 @@
 
 import type { ReadableStreamDefaultReader } from "node:stream/web";
 import { asCaravanError, CaravanError } from "../errors.ts";
-import { EngineHandle, type NativeStats } from "./binding.ts";
+import { EngineHandle, type GroupPointer, type NativeStats } from "./binding.ts";
 
 interface Waiting {
   ticket: number;
@@ -38,13 +38,15 @@ export class NativeEngine {
     return new NativeEngine(EngineHandle.open(plan));
   }
 
-  /** The same without blocking. `onBytes` hears how many bytes of weights are in place. */
+  /** The same without blocking. `onBytes` hears how many bytes of weights are in place. group: the connected ranks of which
+   * this is rank 0; it must outlive the engine. */
   static async load(
     plan: Uint8Array,
     onBytes?: (done: number) => void,
     signal?: AbortSignal,
+    group: GroupPointer | null = null,
   ): Promise<NativeEngine> {
-    return new NativeEngine(await EngineHandle.load(plan, onBytes, signal));
+    return new NativeEngine(await EngineHandle.load(plan, onBytes, signal, group));
   }
 
   /** Why the engine takes no further steps; undefined while it lives. */
@@ -66,9 +68,9 @@ export class NativeEngine {
     return this.#handle.stats();
   }
 
-  /** Ends running and queued steps with an error; the engine takes no more. */
-  abort(): void {
-    this.#failed ??= new CaravanError("engine_failed", "the engine was stopped");
+  /** Ends running and queued steps with an error; the engine takes no more, because of `why`. */
+  abort(why?: CaravanError): void {
+    this.#failed ??= why ?? new CaravanError("engine_failed", "the engine was stopped");
     this.#handle.abort();
   }
 

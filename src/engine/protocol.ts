@@ -103,8 +103,11 @@ export interface EngineStatus {
   progress: number;
   policy?: { mode: "sequential" | "batched"; reason: string };
   device?: string;
+  /** Of each rank. */
   threads?: number;
   cpu?: string;
+  /** Where the model is split: the grid of ranks and what connects them; `note` says why nothing faster does. */
+  ranks?: { tensor: number; pipeline: number; transport: string; note: string };
   context?: number;
   running: number;
   waiting: number;

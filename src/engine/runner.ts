@@ -72,6 +72,7 @@ class Runner {
   readonly #scheduler: Scheduler;
   readonly #loop: StepLoop;
   #told = { running: 0, waiting: 0, atMs: 0 };
+  #dying = false;
 
   private constructor(options: LoadOptions, model: LoadedEngine, writer: MessageWriter) {
     this.#options = options;
@@ -99,6 +100,11 @@ class Runner {
       depth: PIPELINE_DEPTH,
       onFatal: (error) => this.#die(error),
       onTurn: () => this.#endTurn(),
+    });
+    // With a rank lost the model cannot go on, even while nothing runs.
+    model.ranks?.lost.then((error) => {
+      this.#loop.stop(error);
+      this.#die(error);
     });
   }
 
@@ -151,6 +157,8 @@ class Runner {
 
   /** The engine is gone: every request has its error, the node starts another runner. */
   #die(error: CaravanError): void {
+    if (this.#dying) return;
+    this.#dying = true;
     this.#writer.add({ type: "fatal", error: errorRecord(error) });
     this.#writer.end().then(() => process.exit(1));
   }
@@ -163,7 +171,7 @@ class Runner {
 
   #status(): EngineStatus {
     const { full, chunked } = this.#scheduler.pools;
-    const { memory, cpu, device, threads } = this.#model;
+    const { memory, cpu, device, threads, ranks } = this.#model;
     return {
       model: this.#options.model,
       state: "ready",
@@ -172,6 +180,9 @@ class Runner {
       device,
       threads,
       cpu,
+      ...(ranks === undefined
+        ? {}
+        : { ranks: { ...ranks.grid, transport: ranks.connection.transport, note: ranks.connection.note } }),
       context: this.#scheduler.contextTokens,
       running: this.#scheduler.running,
       waiting: this.#scheduler.waiting,

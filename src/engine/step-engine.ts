@@ -2,7 +2,7 @@
 
 import type { CaravanError } from "../errors.ts";
 import type { Step, StepEngine, StepResult } from "../scheduler/step.ts";
-import type { NativeStats } from "./binding.ts";
+import type { GroupPointer, NativeStats } from "./binding.ts";
 import { NativeEngine } from "./native-engine.ts";
 import { decodeResult } from "./result-decoder.ts";
 import { StepEncoder } from "./step-encoder.ts";
@@ -12,13 +12,14 @@ export class NativeStepEngine implements StepEngine {
   readonly #encoder = new StepEncoder();
   readonly #decode: (result: Uint8Array) => StepResult;
 
-  /** Opens an engine from a load plan's bytes, in a thread of the library. */
+  /** Opens an engine from a load plan's bytes, in a thread of the library. group: as NativeEngine.load has it. */
   static async load(
     plan: Uint8Array,
     vocab: number,
     onBytes?: (done: number) => void,
+    group: GroupPointer | null = null,
   ): Promise<NativeStepEngine> {
-    return new NativeStepEngine(await NativeEngine.load(plan, onBytes), vocab);
+    return new NativeStepEngine(await NativeEngine.load(plan, onBytes, undefined, group), vocab);
   }
 
   private constructor(engine: NativeEngine, vocab: number) {
@@ -38,9 +39,9 @@ export class NativeStepEngine implements StepEngine {
     return this.#engine.stats();
   }
 
-  /** Ends running and queued steps with an error. */
-  abort(): void {
-    this.#engine.abort();
+  /** Ends running and queued steps with an error; `why` is what later steps are told. */
+  abort(why?: CaravanError): void {
+    this.#engine.abort(why);
   }
 
   close(): Promise<void> {

@@ -246,7 +246,7 @@ function isIdle({ open }: Entry): boolean {
 }
 
 function logReady(log: Logger, model: InstalledModel, open: OpenModel, ms: number): void {
-  const { context, policy, device, cpu, threads } = open.engine.status();
+  const { context, policy, device, cpu, threads, ranks } = open.engine.status();
   log.info("model ready", {
     model: model.name,
     seconds: Number((ms / 1000).toFixed(2)),
@@ -254,6 +254,8 @@ function logReady(log: Logger, model: InstalledModel, open: OpenModel, ms: numbe
     device,
     cpu,
     threads,
+    ...(ranks === undefined ? {} : { ranks: `${ranks.tensor} × ${ranks.pipeline} over ${ranks.transport}` }),
+    ...(ranks === undefined || ranks.note === "" ? {} : { transport_note: ranks.note }),
     scheduling: policy?.mode,
     reason: policy?.reason,
   });

@@ -9,13 +9,14 @@ import { Detokenizer } from "../chat/detokenizer.ts";
 import { StopMatcher } from "../chat/stop.ts";
 import { TextService } from "../chat/text-service.ts";
 import { bytesOf } from "../chat/token-table.ts";
+import type { RankOptions } from "../engine/load-options.ts";
 import type { Engine } from "../engine/protocol.ts";
 import { RunnerClient } from "../engine/runner-client.ts";
 import { CaravanError } from "../errors.ts";
 import type { InstalledModel } from "../model/store.ts";
 
 /** How a model is run; absent = chosen by the runner from the machine and the model. */
-export interface RunOptions {
+export interface RunOptions extends RankOptions {
   context?: number;
   threads?: number;
   maxQueue?: number;

@@ -1,0 +1,142 @@
+// The ranks that compute one model together (cv_group of caravan.h): this rank's end of them. Opening listens and gives an
+// address; connecting needs the addresses of all ranks and happens on all of them at the same time. The first failure on
+// any rank is the end of the group on every rank.
+
+import { CaravanError } from "../errors.ts";
+import { type GroupPointer, groupFunctions, nativeError, text } from "./binding.ts";
+import { ABI_VERSION } from "./layout.ts";
+import type { Connection, GroupOptions } from "./rank-protocol.ts";
+
+/** cv_group_options. */
+const OPTIONS = {
+  size: 424,
+  version: 0,
+  rank: 4,
+  ranks: 8,
+  transport: 12,
+  epoch: 16,
+  key: 24,
+  instance: 56,
+  host: 72,
+  rdma_device: 328,
+  silence_ms: 392,
+} as const;
+/** cv_group_stats_record. */
+const STATS_BYTES = 64;
+const ADDRESS_BYTES = 4096;
+const TEXT_BYTES = 1024;
+const TRANSPORTS = { auto: 0, shm: 1, rdma: 2, tcp: 3 } as const;
+const CV_E_AGAIN = -6;
+const POLL_MS = 2;
+
+export interface GroupStats {
+  failed: boolean;
+  /** All-reduces so far, their time in nanoseconds, and the bytes of this rank's vectors. */
+  reduces: number;
+  reduceNs: number;
+  reduceBytes: number;
+  messages: number;
+  messageBytes: number;
+  /** Spent on MACs and checksums. */
+  macNs: number;
+  roundTripUs: number;
+  transport: "auto" | "shm" | "rdma" | "tcp";
+}
+
+export class RankGroup {
+  readonly pointer: GroupPointer;
+  /** Opaque bytes for the other ranks. */
+  readonly address: Uint8Array;
+  #closed = false;
+
+  private constructor(pointer: GroupPointer, address: Uint8Array) {
+    this.pointer = pointer;
+    this.address = address;
+  }
+
+  /** Listens for the other ranks. Throws what cv_group_open said. */
+  static open(options: GroupOptions): RankGroup {
+    const address = new Uint8Array(ADDRESS_BYTES);
+    const size = new BigUint64Array([BigInt(ADDRESS_BYTES)]);
+    const out = new BigUint64Array(1);
+    const error = new Uint8Array(TEXT_BYTES);
+    const bytes = encode(options);
+    const { cv_group_open } = groupFunctions();
+    const code = cv_group_open(bytes, bytes.length, address, size, out, error, error.length);
+    if (code !== 0) throw nativeError(code, error, "opening a group of ranks");
+    return new RankGroup(Number(out[0] ?? 0n) as GroupPointer, address.slice(0, Number(size[0] ?? 0n)));
+  }
+
+  /** Connects to all ranks and votes for a transport. addresses: of all ranks, this one's too, in order. */
+  async connect(addresses: readonly Uint8Array[], timeoutMs: number): Promise<Connection> {
+    const { cv_group_connect_start, cv_group_connect_poll } = groupFunctions();
+    const error = new Uint8Array(TEXT_BYTES);
+    const note = new Uint8Array(TEXT_BYTES);
+    const all = new Uint8Array(Buffer.concat(addresses));
+    const sizes = BigUint64Array.from(addresses.map((each) => BigInt(each.length)));
+    const started = cv_group_connect_start(this.pointer, all, sizes, timeoutMs, error, error.length);
+    if (started !== 0) throw nativeError(started, error, "connecting the ranks");
+    for (;;) {
+      const code = cv_group_connect_poll(this.pointer, note, note.length, error, error.length);
+      if (code === 0) break;
+      if (code !== CV_E_AGAIN) throw nativeError(code, error, "connecting the ranks");
+      await Bun.sleep(POLL_MS);
+    }
+    const { transport, roundTripUs } = this.stats();
+    if (transport === "auto")
+      throw new CaravanError("engine_failed", "the ranks are connected by no transport");
+    return { transport, note: text(note), round_trip_us: roundTripUs };
+  }
+
+  /** Ends every call of this rank and tells the others. */
+  abort(why: string): void {
+    if (!this.#closed) groupFunctions().cv_group_abort(this.pointer, new TextEncoder().encode(`${why}\0`));
+  }
+
+  stats(): GroupStats {
+    const record = new Uint8Array(STATS_BYTES);
+    const error = new Uint8Array(TEXT_BYTES);
+    const code = groupFunctions().cv_group_stats(this.pointer, record, error, error.length);
+    if (code !== 0) throw nativeError(code, error, "reading a group's statistics");
+    const view = new DataView(record.buffer);
+    const long = (index: number): number => Number(view.getBigUint64(8 + index * 8, true));
+    const [transport = "auto"] = Object.entries(TRANSPORTS).find(
+      ([, number]) => number === view.getUint32(0, true),
+    ) ?? ["auto"];
+    return {
+      transport: transport as GroupStats["transport"],
+      failed: view.getUint32(4, true) !== 0,
+      reduces: long(0),
+      reduceNs: long(1),
+      reduceBytes: long(2),
+      messages: long(3),
+      messageBytes: long(4),
+      macNs: long(5),
+      roundTripUs: view.getUint32(56, true),
+    };
+  }
+
+  /** Close the engine that uses the group first. Idempotent. */
+  close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    groupFunctions().cv_group_close(this.pointer);
+  }
+}
+
+function encode(options: GroupOptions): Uint8Array {
+  const bytes = new Uint8Array(OPTIONS.size);
+  const view = new DataView(bytes.buffer);
+  const u32 = (at: number, value: number) => view.setUint32(at, value, true);
+  u32(OPTIONS.version, ABI_VERSION);
+  u32(OPTIONS.rank, options.rank);
+  u32(OPTIONS.ranks, options.size);
+  u32(OPTIONS.transport, TRANSPORTS[options.transport]);
+  view.setBigUint64(OPTIONS.epoch, BigInt(options.epoch), true);
+  bytes.set(Buffer.from(options.key, "hex"), OPTIONS.key);
+  bytes.set(Buffer.from(options.instance, "hex"), OPTIONS.instance);
+  bytes.set(new TextEncoder().encode(options.host ?? "").subarray(0, 255), OPTIONS.host);
+  bytes.set(new TextEncoder().encode(options.rdmaDevice ?? "").subarray(0, 63), OPTIONS.rdma_device);
+  u32(OPTIONS.silence_ms, options.silenceMs ?? 0);
+  return bytes;
+}

@@ -1,0 +1,127 @@
+// The ranks of a model that all run on this machine: this process is rank 0, the others are processes that it starts. They
+// are connected when `start` resolves. When one fails or dies the others cannot go on: `lost` says why, and whoever
+// holds the engine ends it.
+
+import { randomBytes } from "node:crypto";
+import { CaravanError } from "../errors.ts";
+import { RankGroup } from "./group.ts";
+import { RankProcess, type RankReady } from "./rank-process.ts";
+import type { Connection, GroupOptions, RankLoad, TransportChoice } from "./rank-protocol.ts";
+
+/** Processes start one after the other on a machine that is busy, each in well under a second. */
+const START_LIMIT_MS = 30_000;
+const CONNECT_LIMIT_MS = 20_000;
+
+export interface LocalRanksOptions {
+  /** Ranks a stage, and stages: at least 2 ranks in all. */
+  tensor: number;
+  pipeline: number;
+  transport: TransportChoice;
+  /** Command line of a rank; default: this program's `rank` command. */
+  command?: readonly string[];
+  /** The ranks' logs; default: this process's stderr. */
+  onLog?: (text: string) => void;
+}
+
+export class LocalRanks {
+  /** Resolves with the reason when a rank has failed or died; never when the ranks are closed. */
+  readonly lost: Promise<CaravanError>;
+  #closed = false;
+
+  private constructor(
+    readonly group: RankGroup,
+    readonly connection: Connection,
+    readonly grid: { tensor: number; pipeline: number },
+    private readonly processes: readonly RankProcess[],
+    private readonly loading: number[],
+  ) {
+    const lost = Promise.withResolvers<CaravanError>();
+    this.lost = lost.promise;
+    for (const each of processes)
+      each.ended.then((why) => {
+        if (why === undefined || this.#closed) return;
+        group.abort(why.message);
+        lost.resolve(why);
+      });
+  }
+
+  /** Starts and connects all ranks. On failure nothing is left running. */
+  static async start(options: LocalRanksOptions): Promise<LocalRanks> {
+    const { tensor, pipeline, transport, command, onLog } = options;
+    const size = tensor * pipeline;
+    const common: Omit<GroupOptions, "rank"> = {
+      size,
+      transport,
+      epoch: 1,
+      key: randomBytes(32).toString("hex"),
+      instance: randomBytes(16).toString("hex"),
+    };
+    const processes: RankProcess[] = [];
+    const loading = new Array<number>(size).fill(0);
+    let group: RankGroup | undefined;
+    try {
+      for (let rank = 1; rank < size; rank++)
+        processes.push(
+          new RankProcess({
+            group: { ...common, rank },
+            ...(command === undefined ? {} : { command }),
+            ...(onLog === undefined ? {} : { onLog }),
+            onLoading: (bytes) => {
+              loading[rank] = bytes;
+            },
+          }),
+        );
+      group = RankGroup.open({ ...common, rank: 0 });
+      const others = await within(
+        Promise.all(processes.map(({ address }) => address)),
+        START_LIMIT_MS,
+        `not all of ${size - 1} rank processes started`,
+      );
+      const addresses = [group.address, ...others];
+      const [connection] = await Promise.all([
+        group.connect(addresses, CONNECT_LIMIT_MS),
+        ...processes.map((each) => each.connect(addresses, CONNECT_LIMIT_MS)),
+      ]);
+      return new LocalRanks(group, connection, { tensor, pipeline }, processes, loading);
+    } catch (thrown) {
+      group?.abort("another rank could not connect");
+      for (const each of processes) each.kill();
+      await Promise.all(processes.map(({ ended }) => ended));
+      group?.close();
+      throw thrown;
+    }
+  }
+
+  /** Bytes of weights that ranks > 0 have in place. */
+  get loadedBytes(): number {
+    return this.loading.reduce((sum, bytes) => sum + bytes, 0);
+  }
+
+  /** Has ranks > 0 load and follow; rank 0 loads at the same time. Rejects with the first failure. */
+  load(load: RankLoad): Promise<RankReady[]> {
+    return Promise.all(this.processes.map((each) => each.load(load)));
+  }
+
+  /** Ends rank 0's engine by `closeEngine`, behind which the other ranks leave in peace, then all processes and the group.
+   * Idempotent. */
+  async close(closeEngine: () => Promise<void>): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    await closeEngine();
+    await Promise.all(this.processes.map((each) => each.close()));
+    this.group.close();
+  }
+}
+
+async function within<T>(promise: Promise<T>, limitMs: number, late: string): Promise<T> {
+  const timeout = Promise.withResolvers<never>();
+  const timer = setTimeout(
+    () => timeout.reject(new CaravanError("engine_failed", `${late} within ${Math.round(limitMs / 1000)} s`)),
+    limitMs,
+  );
+  try {
+    return await Promise.race([promise, timeout.promise]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
