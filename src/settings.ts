@@ -40,6 +40,8 @@ const FIELDS = {
   /** How long running requests may go on when the node is told to stop. */
   drain_seconds: count(0, 86_400),
   max_body_bytes: count(1024, 999_999_999),
+  /** Most bytes that the bodies of all requests may hold together. */
+  max_total_body_bytes: count(1024, 999_999_999_999),
   /** Origins that browsers may call from besides the node's own; "*" for all. */
   cors_origins: v.array(text),
   /** Further names that a Host header may carry. */
@@ -92,6 +94,7 @@ const NUMBERS: readonly string[] = [
   "request_seconds",
   "drain_seconds",
   "max_body_bytes",
+  "max_total_body_bytes",
 ] satisfies SettingName[];
 /** Comma-separated in variables. */
 const LISTS: readonly string[] = [
@@ -161,7 +164,7 @@ function fromFile(file: string, content: string): Partial<Settings> {
 
 /** Turns a variable's text into the field's type; text that does not fit is left for the schema to refuse. */
 function fromText(name: string, value: string): unknown {
-  if (NUMBERS.includes(name)) return /^\d{1,9}$/.test(value.trim()) ? Number(value) : value;
+  if (NUMBERS.includes(name)) return /^\d{1,12}$/.test(value.trim()) ? Number(value) : value;
   if (LISTS.includes(name))
     return value
       .split(",")
@@ -237,6 +240,7 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     request_seconds: 0,
     drain_seconds: 30,
     max_body_bytes: 32 * 1024 * 1024,
+    max_total_body_bytes: 256 * 1024 * 1024,
     cors_origins: [],
     allowed_hosts: [],
     log_level: "info",

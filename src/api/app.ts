@@ -5,15 +5,15 @@ import { Hono } from "hono";
 import { PAGE_FILES } from "../dashboard/page.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { createLogger, type Logger } from "../log.ts";
-import { anthropicErrorBody } from "./anthropic/errors.ts";
 import { countTokensRoute, messagesRoute } from "./anthropic/messages.ts";
 import { Keys } from "./auth.ts";
+import { BodyBudget } from "./body-budget.ts";
+import { ANTHROPIC, errorBodyOf, isAnthropic } from "./error-family.ts";
 import { errorResponse } from "./error-response.ts";
 import { Lifecycle } from "./lifecycle.ts";
 import type { ModelDirectory } from "./model-directory.ts";
 import { ollamaChatRoute, ollamaGenerateRoute } from "./ollama/generate.ts";
 import { psRoute, showRoute, tagsRoute, versionRoute } from "./ollama/models.ts";
-import { ollamaErrorBody } from "./ollama/reply.ts";
 import { chatRoute } from "./openai/chat.ts";
 import { completionsRoute } from "./openai/completions.ts";
 import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
@@ -44,19 +44,6 @@ export interface AppOptions {
 const HEALTH = "/health";
 /** Where one gets what opens the rest. */
 const LOGIN = "/login";
-
-const ANTHROPIC = "/v1/messages";
-
-/** Anthropic's clients read errors in a form of their own. */
-function isAnthropic(path: string): boolean {
-  return path === ANTHROPIC || path.startsWith(`${ANTHROPIC}/`);
-}
-
-/** Where the error bodies of a path are not OpenAI's. */
-function errorBodyOf(path: string): ((error: CaravanError) => object) | undefined {
-  if (isAnthropic(path)) return anthropicErrorBody;
-  return path.startsWith("/api/") ? ollamaErrorBody : undefined;
-}
 
 const REQUEST_ID = /^[\w.:-]{1,128}$/;
 
@@ -103,6 +90,8 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   app.notFound((context) =>
     errorResponse(
       new CaravanError("unknown_url", `There is nothing at ${context.req.method} ${context.req.path}.`),
+      {},
+      errorBodyOf(context.req.path),
     ),
   );
   app.onError((thrown, context) => {
@@ -128,6 +117,7 @@ function useChecks(
   keys: Keys,
 ): void {
   const checkHost = hostCheck(settings);
+  const budget = new BodyBudget(Math.max(settings.maxTotalBodyBytes, settings.maxBodyBytes));
   const checkOrigin = originCheck(settings.corsOrigins);
 
   app.use(async (context, next) => {
@@ -139,7 +129,9 @@ function useChecks(
         : `req_${crypto.randomUUID().replaceAll("-", "")}`;
     context.set("requestId", id);
     context.set("startedMs", started);
+    context.set("body", budget.open());
     await next();
+    context.get("body")?.release();
     metrics.answered(context.get("route"), context.req.method, context.res.status);
     context.res.headers.set("x-request-id", id);
     if (isAnthropic(context.req.path)) context.res.headers.set("request-id", id);

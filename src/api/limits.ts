@@ -1,6 +1,9 @@
 // Reading a request's JSON body within limits of size and time.
 
 import { CaravanError } from "../errors.ts";
+import type { BodyLease } from "./body-budget.ts";
+import { JsonBounds } from "./json-bounds.ts";
+import type { ApiContext } from "./routes.ts";
 
 export interface BodyLimits {
   maxBodyBytes: number;
@@ -17,8 +20,13 @@ function tooLarge(limit: number): CaravanError {
   );
 }
 
-/** Collects the body; stops reading at the limit. Throws request_too_large or invalid_argument (too slow, cut off). */
-async function readBody(request: Request, limits: BodyLimits): Promise<Uint8Array> {
+/** Collects the body; stops reading at a limit. Throws request_too_large, queue_full (too much in all bodies together) or
+ * invalid_argument (too slow, cut off). */
+async function readBody(
+  request: Request,
+  limits: BodyLimits,
+  lease: BodyLease | undefined,
+): Promise<Uint8Array> {
   const declared = Number(request.headers.get("content-length") ?? Number.NaN);
   if (declared > limits.maxBodyBytes) throw tooLarge(limits.maxBodyBytes);
   if (request.body === null) return new Uint8Array();
@@ -29,20 +37,23 @@ async function readBody(request: Request, limits: BodyLimits): Promise<Uint8Arra
     void reader.cancel();
   }, limits.bodyTimeoutMs);
   const pieces: Uint8Array[] = [];
+  const bounds = new JsonBounds();
   let size = 0;
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) break;
       size += value.byteLength;
-      if (size > limits.maxBodyBytes) {
-        void reader.cancel();
-        throw tooLarge(limits.maxBodyBytes);
-      }
+      if (size > limits.maxBodyBytes) throw tooLarge(limits.maxBodyBytes);
+      lease?.grow(size);
+      bounds.add(value);
       pieces.push(value);
     }
   } catch (thrown) {
-    if (thrown instanceof CaravanError) throw thrown;
+    if (thrown instanceof CaravanError) {
+      void reader.cancel();
+      throw thrown;
+    }
     throw new CaravanError("invalid_argument", "The request's body could not be read to its end.", {
       cause: thrown,
     });
@@ -60,14 +71,18 @@ async function readBody(request: Request, limits: BodyLimits): Promise<Uint8Arra
 }
 
 /** The JSON object in a request's body. Throws invalid_json besides what readBody throws. */
-export async function readJsonObject(request: Request, limits: BodyLimits): Promise<Record<string, unknown>> {
+export async function readJsonObject(
+  context: ApiContext,
+  limits: BodyLimits,
+): Promise<Record<string, unknown>> {
+  const request = context.req.raw;
   const encoding = request.headers.get("content-encoding");
   if (encoding !== null && encoding !== "identity") {
     throw new CaravanError("invalid_argument", `Bodies with content-encoding ${encoding} are not read.`, {
       hint: "Send the JSON uncompressed.",
     });
   }
-  const bytes = await readBody(request, limits);
+  const bytes = await readBody(request, limits, context.get("body"));
   let value: unknown;
   try {
     value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));

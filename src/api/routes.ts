@@ -3,6 +3,8 @@
 import type { Context, Hono } from "hono";
 import { CaravanError } from "../errors.ts";
 import { requireScope, type Scope } from "./auth.ts";
+import type { BodyLease } from "./body-budget.ts";
+import { errorBodyOf } from "./error-family.ts";
 import { errorResponse } from "./error-response.ts";
 
 export interface ApiEnv {
@@ -18,6 +20,8 @@ export interface ApiEnv {
     route: string;
     /** What the request's key may do. */
     scope: Scope;
+    /** What the body holds of the memory for all bodies; taken over by streams, which outlive the handler. */
+    body: BodyLease | undefined;
     /** The times between tokens are kept (bench). */
     measured: boolean;
   };
@@ -58,6 +62,7 @@ export function route(
         hint: `Use ${allow.replace(", OPTIONS", "")}.`,
       }),
       { allow },
+      errorBodyOf(context.req.path),
     );
   });
 }

@@ -5,6 +5,7 @@ import * as v from "valibot";
 import type { Sampling } from "../engine/protocol.ts";
 import { CaravanError } from "../errors.ts";
 import type { LoadedModel, SamplingDefaults } from "./model-directory.ts";
+import { fileValues, samplingValues } from "./sampling-ranges.ts";
 
 /** Used when nobody says otherwise: OpenAI's documented defaults; what OpenAI does not have is off. */
 export const OPENAI_DEFAULTS: Required<Omit<SamplingDefaults, "max_tokens">> = {
@@ -55,6 +56,7 @@ export function resolveSampling(request: SamplingRequest, defaults: LoadedModel[
   };
   return {
     ...values,
+    top_k: Math.max(0, values.top_k),
     seed: seed === undefined ? randomSeed() : unsignedSeed(seed),
     logit_bias: logit_bias ?? [],
   };
@@ -94,16 +96,13 @@ export function resolveMaxTokens(
   return Math.min(limit, room);
 }
 
-/** JSON's 1e999 is Infinity, which no line to the runner can hold. */
-const finite = v.pipe(v.number(), v.finite());
-
 const generationConfigSchema = v.looseObject({
   do_sample: v.nullish(v.boolean()),
-  temperature: v.nullish(v.pipe(finite, v.minValue(0))),
-  top_p: v.nullish(v.pipe(v.number(), v.minValue(0), v.maxValue(1))),
-  top_k: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(0))),
-  min_p: v.nullish(v.pipe(v.number(), v.minValue(0), v.maxValue(1))),
-  repetition_penalty: v.nullish(v.pipe(finite, v.gtValue(0))),
+  temperature: v.nullish(fileValues.temperature),
+  top_p: v.nullish(samplingValues.top_p),
+  top_k: v.nullish(samplingValues.top_k),
+  min_p: v.nullish(samplingValues.min_p),
+  repetition_penalty: v.nullish(fileValues.repetition_penalty),
   max_new_tokens: v.nullish(v.pipe(v.number(), v.integer(), v.minValue(1))),
 });
 

@@ -4,6 +4,7 @@
 
 import { asCaravanError, CaravanError } from "../errors.ts";
 import type { Logger } from "../log.ts";
+import type { BodyLease } from "./body-budget.ts";
 import type { GenerationOptions } from "./generation.ts";
 import { type GroupEvent, generateGroup, type SequencePlan } from "./generation-group.ts";
 import type { Lifecycle } from "./lifecycle.ts";
@@ -77,8 +78,10 @@ export async function serveGeneration(
   });
   trace.mark("body");
   if (context.get("measured")) trace.intervals = [];
+  let lease: BodyLease | undefined;
   const ended = (error: CaravanError | undefined) => {
     ticket.release();
+    lease?.release();
     deps.traces.end(trace, error);
     const fields = {
       request: context.get("requestId"),
@@ -110,6 +113,8 @@ export async function serveGeneration(
       return Response.json(body);
     }
     handedOver = true;
+    lease = context.get("body");
+    context.set("body", undefined);
     return await eventStream({
       frames: prepared.frames(events),
       wire: request.wire,

@@ -15,6 +15,8 @@ export interface ApiSettings {
   /** Further names that a Host header may carry, without port. For a bind that is not loopback: empty = any. */
   allowedHosts: readonly string[];
   maxBodyBytes: number;
+  /** Of all bodies together, those of running requests included; one of maxBodyBytes always fits. */
+  maxTotalBodyBytes: number;
   /** A request whose body takes longer than this to arrive is refused. */
   bodyTimeoutMs: number;
   /** Generation requests at one time, waiting ones included; the next gets 429. */
@@ -35,6 +37,7 @@ export const DEFAULT_SETTINGS: ApiSettings = {
   corsOrigins: [],
   allowedHosts: [],
   maxBodyBytes: 32 * 1024 * 1024,
+  maxTotalBodyBytes: 256 * 1024 * 1024,
   bodyTimeoutMs: 60_000,
   maxConcurrentRequests: 1024,
   keepAliveMs: 10_000,

@@ -2,6 +2,7 @@
 
 import type { ChatMessage } from "../api/model-directory.ts";
 import type { SamplingRequest } from "../api/sampling-defaults.ts";
+import { SAMPLING_RANGES } from "../api/sampling-ranges.ts";
 import { asCaravanError } from "../errors.ts";
 import { DEFAULT_MODEL } from "../model/card.ts";
 import type { RunOptions } from "../node/open-model.ts";
@@ -109,8 +110,8 @@ interface ChatOptions {
 }
 
 function chatOptions(args: Arguments): ChatOptions {
-  const temperature = args.number("temperature", 0, 100);
-  const topP = args.number("top-p", 0, 1);
+  const temperature = args.number("temperature", ...SAMPLING_RANGES.temperature);
+  const topP = args.number("top-p", ...SAMPLING_RANGES.top_p);
   const seed = args.integer("seed", 0, Number.MAX_SAFE_INTEGER);
   return {
     sampling: {

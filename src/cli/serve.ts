@@ -22,6 +22,7 @@ function apiSettings(settings: Settings): Partial<ApiSettings> {
     corsOrigins: settings.cors_origins,
     allowedHosts: settings.allowed_hosts,
     maxBodyBytes: settings.max_body_bytes,
+    maxTotalBodyBytes: settings.max_total_body_bytes,
     // A bound on sockets and memory; the queue of each model, which is shorter, refuses first.
     maxConcurrentRequests: Math.max(DEFAULT_SETTINGS.maxConcurrentRequests, 2 * settings.max_queue),
     ...(settings.request_seconds === 0 ? {} : { deadlineMs: settings.request_seconds * 1000 }),
@@ -46,7 +47,7 @@ export const serve: Command = {
 Each setting can stand in caravan.toml or in a variable: CARAVAN_HOST, CARAVAN_PORT, CARAVAN_API_KEYS,
 CARAVAN_ADMIN_KEYS, CARAVAN_TLS_CERT, CARAVAN_TLS_KEY,
 CARAVAN_MODELS_DIR, CARAVAN_THREADS, CARAVAN_CONTEXT, CARAVAN_MAX_QUEUE, CARAVAN_REQUEST_SECONDS,
-CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
+CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_MAX_TOTAL_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
 CARAVAN_LOG_LEVEL, CARAVAN_LOG_FORMAT.
 SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
   outlivesOutput: true,

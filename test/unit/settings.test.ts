@@ -42,6 +42,7 @@ describe("settings", () => {
       request_seconds: 0,
       drain_seconds: 30,
       max_body_bytes: 32 * 1024 * 1024,
+      max_total_body_bytes: 256 * 1024 * 1024,
       cors_origins: [],
       allowed_hosts: [],
       log_level: "info",

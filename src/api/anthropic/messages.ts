@@ -2,6 +2,7 @@
 
 import { readJsonObject } from "../limits.ts";
 import type { LoadedModel } from "../model-directory.ts";
+import { checkMessageCount } from "../openai/request-checks.ts";
 import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
@@ -20,7 +21,7 @@ import {
 
 export function messagesRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, deps.settings);
+    const body = await readJsonObject(context, deps.settings);
     refuseUnbuilt(body);
     const request = parseParameters(messagesSchema, MESSAGES_UNBUILT, body);
     return serveGeneration(
@@ -40,6 +41,7 @@ async function prepare(
   const { temperature, top_p, top_k } = request;
   const asked = Object.entries({ temperature, top_p, top_k }).filter(([, value]) => value !== undefined);
   const { input, tools } = promptOf(request);
+  checkMessageCount(input.messages, model);
   const { ids } = await model.text.renderChat(input, { signal });
   const maxTokens = resolveMaxTokens(request.max_tokens, model, ids.length, { promptParam: "messages" });
   const answers = { tools, parallel: request.tool_choice?.disable_parallel_tool_use !== true };
@@ -56,12 +58,14 @@ async function prepare(
 /** Counts as the model's own template and tokenizer make it of the messages; loads the model if need be. */
 export function countTokensRoute({ models, settings }: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, settings);
+    const body = await readJsonObject(context, settings);
     refuseUnbuilt(body);
     const request = parseParameters(countSchema, MESSAGES_UNBUILT, body);
     const { signal } = context.req.raw;
     const model = await models.find(request.model, { signal });
-    const { ids } = await model.text.renderChat(promptOf(request).input, { signal });
+    const { input } = promptOf(request);
+    checkMessageCount(input.messages, model);
+    const { ids } = await model.text.renderChat(input, { signal });
     return Response.json({ input_tokens: ids.length });
   };
 }

@@ -3,9 +3,8 @@
 
 import * as v from "valibot";
 import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import { range, samplingValues, whole } from "../sampling-ranges.ts";
 
-const range = (low: number, high: number) => v.pipe(v.number(), v.minValue(low), v.maxValue(high));
-const whole = (low: number) => v.pipe(v.number(), v.safeInteger(), v.minValue(low));
 const name = v.pipe(v.string(), v.regex(/^[\w.-]{1,64}$/, "Names are 1 to 64 letters, digits, _, - or ."));
 const id = v.pipe(v.string(), v.minLength(1));
 /** Says what may be cached; here every prefix is, so it changes nothing. */
@@ -78,8 +77,8 @@ export const messagesSchema = v.strictObject({
   ),
   stream: v.optional(v.boolean()),
   temperature: v.optional(range(0, 1)),
-  top_p: v.optional(range(0, 1)),
-  top_k: v.optional(whole(0)),
+  top_p: v.optional(samplingValues.top_p),
+  top_k: v.optional(samplingValues.top_k),
   metadata: v.optional(v.strictObject({ user_id: v.nullish(v.string()) })),
 });
 

@@ -3,7 +3,7 @@
 import { readJsonObject } from "../limits.ts";
 import type { ChatMessage, ChatTool, ChatToolCall, LoadedModel } from "../model-directory.ts";
 import { encodePrompt } from "../openai/completions.ts";
-import { invalid } from "../openai/request-checks.ts";
+import { checkMessageCount, invalid } from "../openai/request-checks.ts";
 import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
@@ -37,21 +37,24 @@ type PromptOf = (model: LoadedModel, signal: AbortSignal) => Promise<number[]>;
 
 export function ollamaChatRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, deps.settings);
+    const body = await readJsonObject(context, deps.settings);
     if (body.messages !== undefined) body.messages = cleanMessages(body.messages);
     const request = parseParameters(chatSchema, CHAT_UNBUILT, body);
     const messages = toChatMessages(request.messages ?? []);
     if (messages.length === 0) return load(context, deps, request, chatPiece);
     const tools = offered(request);
     const input = { messages, addGenerationPrompt: true, ...(tools.length === 0 ? {} : { tools }) };
-    const promptOf: PromptOf = async (model, signal) => (await model.text.renderChat(input, { signal })).ids;
+    const promptOf: PromptOf = async (model, signal) => {
+      checkMessageCount(messages, model);
+      return (await model.text.renderChat(input, { signal })).ids;
+    };
     return serve(context, deps, request, { promptOf, promptParam: "messages", tools, piece: chatPiece });
   };
 }
 
 export function ollamaGenerateRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, deps.settings);
+    const body = await readJsonObject(context, deps.settings);
     const request = parseParameters(generateSchema, GENERATE_UNBUILT, body);
     const { prompt = "", system = "", raw = false } = request;
     if (prompt === "") return load(context, deps, request, generatePiece);

@@ -56,7 +56,7 @@ const showSchema = v.pipe(
 
 export function showRoute({ models, settings }: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, settings);
+    const body = await readJsonObject(context, settings);
     const request = parseParameters(
       showSchema,
       {

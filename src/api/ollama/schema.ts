@@ -4,9 +4,8 @@ import * as v from "valibot";
 import { CaravanError } from "../../errors.ts";
 import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
 import type { SamplingRequest } from "../sampling-defaults.ts";
+import { samplingValues, whole } from "../sampling-ranges.ts";
 
-const range = (low: number, high: number) => v.nullish(v.pipe(v.number(), v.minValue(low), v.maxValue(high)));
-const whole = (low: number) => v.nullish(v.pipe(v.number(), v.safeInteger(), v.minValue(low)));
 const stopString = v.pipe(v.string(), v.minLength(1), v.maxLength(1024));
 const functionName = v.pipe(
   v.string(),
@@ -14,21 +13,21 @@ const functionName = v.pipe(
 );
 
 const optionsSchema = v.strictObject({
-  temperature: range(0, 2),
-  top_k: whole(0),
-  top_p: range(0, 1),
-  min_p: range(0, 1),
-  seed: v.nullish(v.pipe(v.number(), v.safeInteger())),
-  repeat_penalty: v.nullish(v.pipe(v.number(), v.gtValue(0), v.maxValue(10))),
-  presence_penalty: range(-2, 2),
-  frequency_penalty: range(-2, 2),
+  temperature: v.nullish(samplingValues.temperature),
+  top_k: v.nullish(samplingValues.top_k),
+  top_p: v.nullish(samplingValues.top_p),
+  min_p: v.nullish(samplingValues.min_p),
+  seed: v.nullish(samplingValues.seed),
+  repeat_penalty: v.nullish(samplingValues.repetition_penalty),
+  presence_penalty: v.nullish(samplingValues.presence_penalty),
+  frequency_penalty: v.nullish(samplingValues.frequency_penalty),
   /** -1 and -2: as many as fit. */
   num_predict: v.nullish(
     v.union([v.literal(-1), v.literal(-2), v.pipe(v.number(), v.safeInteger(), v.minValue(1))]),
   ),
   stop: v.nullish(v.union([stopString, v.pipe(v.array(stopString), v.maxLength(16))])),
   /** Let through if the loaded context is at least as long. */
-  num_ctx: whole(1),
+  num_ctx: v.nullish(whole(1)),
 });
 
 const commonEntries = {

@@ -30,7 +30,7 @@ import { UsageTotals } from "./usage.ts";
 
 export function chatRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, deps.settings);
+    const body = await readJsonObject(context, deps.settings);
     refuseUnbuiltMessages(body.messages);
     refuseUnbuiltTools(body);
     const request = parseParameters(chatSchema, CHAT_UNBUILT, body);
@@ -60,7 +60,7 @@ async function prepareChat(
   checkBias(sampling.logit_bias, model, request.ignore_eos ?? false);
   const tools = offeredTools(request);
   if (tools.length > 0 && request.logprobs) throw unsupported("logprobs", "log-probabilities beside tools");
-  checkMessageCount(request, model);
+  checkMessageCount(request.messages, model);
   const answers: ToolAnswerOptions = { tools, parallel: request.parallel_tool_calls ?? true };
   const prompt = await model.text.renderChat(
     {

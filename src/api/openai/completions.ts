@@ -32,7 +32,7 @@ type Prompt = string | number[];
 
 export function completionsRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, deps.settings);
+    const body = await readJsonObject(context, deps.settings);
     const request = parseParameters(completionSchema, COMPLETION_UNBUILT, body);
     checkTogether(request);
     const n = request.n ?? 1;

@@ -45,11 +45,15 @@ export function checkBias(bias: Sampling["logit_bias"], model: LoadedModel, igno
  * Every message takes a token at least. A template is rendered in one go, seconds for a hundred thousand messages, and
  * other prompts wait meanwhile: what cannot fit is refused before. Throws context_length_exceeded.
  */
-export function checkMessageCount({ messages }: ChatRequest, model: LoadedModel): void {
+export function checkMessageCount(
+  messages: readonly unknown[],
+  model: Pick<LoadedModel, "id" | "contextLength">,
+  param = "messages",
+): void {
   if (messages.length < model.contextLength) return;
   throw new CaravanError(
     "context_length_exceeded",
     `The context of ${model.id} is ${model.contextLength} tokens; the prompt has ${messages.length} messages.`,
-    { hint: "Shorten the prompt.", param: "messages" },
+    { hint: "Shorten the prompt.", param },
   );
 }

@@ -3,9 +3,9 @@
 
 import * as v from "valibot";
 import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import { samplingValues } from "../sampling-ranges.ts";
 import { functionName, MAX_TOOLS } from "./schema.ts";
 
-const range = (low: number, high: number) => v.pipe(v.number(), v.minValue(low), v.maxValue(high));
 const label = v.optional(v.string());
 const id = v.pipe(v.string(), v.minLength(1));
 /** A reply's items are often sent back as they came. */
@@ -53,8 +53,8 @@ export const responsesSchema = v.strictObject({
   input: v.union([v.string(), v.pipe(v.array(itemSchema), v.minLength(1))]),
   instructions: v.optional(v.string()),
   max_output_tokens: v.optional(v.pipe(v.number(), v.safeInteger(), v.minValue(1))),
-  temperature: v.optional(range(0, 2)),
-  top_p: v.optional(range(0, 1)),
+  temperature: v.optional(samplingValues.temperature),
+  top_p: v.optional(samplingValues.top_p),
   tools: v.optional(v.pipe(v.array(toolSchema), v.maxLength(MAX_TOOLS))),
   tool_choice: v.optional(v.picklist(["auto", "none"])),
   parallel_tool_calls: v.optional(v.boolean()),

@@ -8,7 +8,7 @@ import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
 import { type GroupAnswerEvent, toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
-import { invalid } from "./request-checks.ts";
+import { checkMessageCount, invalid } from "./request-checks.ts";
 import { type ResponseEvent, ResponseOutput } from "./responses-output.ts";
 import {
   RESPONSES_UNBUILT,
@@ -19,7 +19,7 @@ import {
 
 export function responsesRoute(deps: ApiDependencies) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, deps.settings);
+    const body = await readJsonObject(context, deps.settings);
     refuseUnbuiltItems(body);
     const request = parseParameters(responsesSchema, RESPONSES_UNBUILT, body);
     return serveGeneration(
@@ -41,6 +41,7 @@ async function prepare(
   const sampling = resolveSampling(Object.fromEntries(asked), model.defaults);
   const tools = offeredTools(request);
   const input = { messages: toChatMessages(request), addGenerationPrompt: true };
+  checkMessageCount(input.messages, model, "input");
   const { ids } = await model.text.renderChat(tools.length === 0 ? input : { ...input, tools }, { signal });
   const maxTokens = resolveMaxTokens(request.max_output_tokens, model, ids.length, { promptParam: "input" });
   const answers = { tools, parallel: request.parallel_tool_calls ?? true };

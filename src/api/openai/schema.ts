@@ -5,29 +5,27 @@ import * as v from "valibot";
 import { MAX_CHOICES } from "../generation-group.ts";
 import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
 import type { SamplingRequest } from "../sampling-defaults.ts";
+import { range, samplingValues, whole } from "../sampling-ranges.ts";
 
 const MAX_STOPS = 16;
 const MAX_STOP_LENGTH = 1024;
 export const MAX_TOP_LOGPROBS = 20;
 
-const range = (low: number, high: number) => v.pipe(v.number(), v.minValue(low), v.maxValue(high));
-const whole = (low: number, high = Number.MAX_SAFE_INTEGER) =>
-  v.pipe(v.number(), v.safeInteger(), v.minValue(low), v.maxValue(high));
 const label = v.optional(v.string());
 const stopString = v.pipe(v.string(), v.minLength(1), v.maxLength(MAX_STOP_LENGTH));
 
 /** Sampling, in both routes. top_k, min_p, repetition_penalty and xtc_* are extensions, named as in vLLM. */
 const samplingEntries = {
-  temperature: v.optional(range(0, 2)),
-  top_p: v.optional(range(0, 1)),
-  top_k: v.optional(whole(-1)),
-  min_p: v.optional(range(0, 1)),
-  frequency_penalty: v.optional(range(-2, 2)),
-  presence_penalty: v.optional(range(-2, 2)),
-  repetition_penalty: v.optional(v.pipe(v.number(), v.gtValue(0), v.maxValue(10))),
-  xtc_probability: v.optional(range(0, 1)),
-  xtc_threshold: v.optional(range(0, 1)),
-  seed: v.optional(v.pipe(v.number(), v.safeInteger())),
+  temperature: v.optional(samplingValues.temperature),
+  top_p: v.optional(samplingValues.top_p),
+  top_k: v.optional(samplingValues.top_k),
+  min_p: v.optional(samplingValues.min_p),
+  frequency_penalty: v.optional(samplingValues.frequency_penalty),
+  presence_penalty: v.optional(samplingValues.presence_penalty),
+  repetition_penalty: v.optional(samplingValues.repetition_penalty),
+  xtc_probability: v.optional(samplingValues.xtc_probability),
+  xtc_threshold: v.optional(samplingValues.xtc_threshold),
+  seed: v.optional(samplingValues.seed),
   logit_bias: v.optional(
     v.record(v.pipe(v.string(), v.regex(/^\d{1,9}$/, "Keys are token ids")), range(-100, 100)),
   ),

@@ -11,7 +11,7 @@ export const loginSchema = v.strictObject({ key: v.pipe(v.string(), v.minLength(
 
 export function loginRoute(keys: Keys, settings: ApiSettings) {
   return async (context: ApiContext): Promise<Response> => {
-    const body = await readJsonObject(context.req.raw, settings);
+    const body = await readJsonObject(context, settings);
     const { cookie, scope } = keys.login(parseParameters(loginSchema, {}, body).key);
     return answer({ key_required: keys.required, scope }, sessionCookie(cookie, settings.secure));
   };

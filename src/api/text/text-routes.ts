@@ -5,7 +5,7 @@ import * as v from "valibot";
 import { readJsonObject } from "../limits.ts";
 import type { LoadedModel } from "../model-directory.ts";
 import { offeredTools, toChatMessages } from "../openai/messages.ts";
-import { checkTokenIds, invalid } from "../openai/request-checks.ts";
+import { checkMessageCount, checkTokenIds, invalid } from "../openai/request-checks.ts";
 import { messageSchema, refuseUnbuiltMessages, refuseUnbuiltTools, toolsSchema } from "../openai/schema.ts";
 import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
@@ -45,7 +45,7 @@ function textRoute<Request extends { model: string }>(
 ) {
   return async (context: ApiContext): Promise<Response> => {
     const { signal } = context.req.raw;
-    const request = parse(await readJsonObject(context.req.raw, settings));
+    const request = parse(await readJsonObject(context, settings));
     context.env?.keepOpen?.();
     const found = await models.find(request.model, { signal });
     return Response.json(await answer(request, found, signal));
@@ -53,6 +53,7 @@ function textRoute<Request extends { model: string }>(
 }
 
 function render(request: ChatInput, found: LoadedModel, signal: AbortSignal) {
+  checkMessageCount(request.messages, found);
   const tools = offeredTools(request);
   const input = {
     messages: toChatMessages(request.messages),
