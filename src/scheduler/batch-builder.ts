@@ -1,7 +1,7 @@
 // Turns the scheduler's decisions (which sequence advances by how many tokens) into the rows of a step.
 
 import type { Sequence } from "./sequence.ts";
-import { type RowLogits, type Step, type StepRow, TOKEN_LAST } from "./step.ts";
+import { type PageCopy, type RowLogits, type Step, type StepRow, TOKEN_LAST } from "./step.ts";
 
 const LAST = Uint32Array.of(TOKEN_LAST);
 const NO_PAGES = new Uint32Array(0);
@@ -32,19 +32,21 @@ export interface PlannedStep {
   draftTokens: number;
 }
 
-/** Pages of all rows are held already. */
+/** Pages of all rows are held already; copies that they wait for go with the step. */
 export function buildStep(rows: PlannedRow[]): PlannedStep {
   let tokens = 0;
   let decodeRows = 0;
   let draftTokens = 0;
   const built: StepRow[] = [];
+  const copies: PageCopy[] = [];
   for (const row of rows) {
     tokens += row.count;
     draftTokens += row.drafts.length;
     if (row.sequence.remaining === 1) decodeRows++;
     built.push(buildRow(row));
+    copies.push(...row.sequence.pages.takeCopies());
   }
-  return { step: { rows: built, copies: [] }, rows, tokens, decodeRows, draftTokens };
+  return { step: { rows: built, copies }, rows, tokens, decodeRows, draftTokens };
 }
 
 function buildRow({ sequence, first, count, sample, drafts, promptLogits }: PlannedRow): StepRow {

@@ -7,6 +7,7 @@
 
 import { CaravanError } from "../errors.ts";
 import { broken, PagePool } from "./page-pool.ts";
+import type { PageCopy } from "./step.ts";
 
 /** Sizes of a model's cache, fixed at load. */
 export interface CacheGeometry {
@@ -81,6 +82,11 @@ export class PageTable {
       this.#pool.retain(page);
       this.#push(page);
     }
+  }
+
+  /** Adds a page that the caller has taken for this table. */
+  append(page: number): void {
+    this.#push(page);
   }
 
   /** Moves the base up to `position` (a multiple of the page size) and gives back the pages below it, except those from
@@ -166,6 +172,8 @@ export class SequencePages {
   readonly #pools: PagePools;
   /** Pages of finished chunks whose last step has not ended, by position: the prefix tree may want them then. */
   readonly #retired = new Map<number, number>();
+  /** Copies that the sequence's first step has to make; their sources have one more owner until then. */
+  #copies: PageCopy[] = [];
 
   constructor(pools: PagePools) {
     const { pageTokens } = pools.geometry;
@@ -210,6 +218,41 @@ export class SequencePages {
     this.chunked?.adopt(position - (position % chunk), chunked);
   }
 
+  /** Adds a new page to each table, to become a copy of a page that others hold or held. False = there are no pages left, and
+   * nothing has changed. */
+  adoptCopy(full: number | undefined, chunked: number | undefined): boolean {
+    const wanted = [
+      { pool: "full" as const, pages: this.#pools.full, table: this.full, from: full },
+      { pool: "chunked" as const, pages: this.#pools.chunked, table: this.chunked, from: chunked },
+    ];
+    const copies: PageCopy[] = [];
+    for (const { pool, pages, table, from } of wanted) {
+      if (table === undefined || from === undefined) continue;
+      // Held before a page is taken, which might be this one otherwise.
+      pages.retain(from);
+      const to = pages.take();
+      copies.push({ pool, from, to });
+    }
+    if (copies.some(({ to }) => to < 0)) {
+      for (const { pool, from, to } of copies) {
+        this.#pools[pool].release(from);
+        if (to >= 0) this.#pools[pool].release(to);
+      }
+      return false;
+    }
+    for (const { pool, to } of copies) this[pool]?.append(to);
+    this.#copies = copies;
+    return true;
+  }
+
+  /** The copies to be made by the step that is being built, once. Their sources may be handed out afterwards: to later steps. */
+  takeCopies(): PageCopy[] {
+    const copies = this.#copies;
+    this.#copies = [];
+    for (const { pool, from } of copies) this.#pools[pool].release(from);
+    return copies;
+  }
+
   /** How many of the `wanted` tokens from `position` on can be stored now. */
   fitting(position: number, wanted: number): number {
     const full = this.full === undefined ? wanted : this.full.reach - position;
@@ -224,6 +267,7 @@ export class SequencePages {
   }
 
   clear(): void {
+    this.takeCopies();
     this.full?.clear();
     this.chunked?.clear();
     this.releaseRetired(Number.POSITIVE_INFINITY);

@@ -1,6 +1,7 @@
 // Connects sequences with the prefix tree: a sequence that starts takes over the pages of the longest prefix that may be
 // resumed, and each page that a finished step has filled, of prompt or answer, becomes known to the tree. Pages are only
-// ever written behind a sequence's resume position, in pages of its own, so what is shared never changes.
+// ever written behind a sequence's resume position, in pages of its own, so what is shared never changes: a sequence that
+// resumes inside a page gets a copy of it.
 
 import type { PagePools } from "./pages.ts";
 import { PrefixTree } from "./prefix-tree.ts";
@@ -40,7 +41,9 @@ export class PrefixCache {
     if (this.#tree === undefined || sequence.promptLogprobs?.complete === false) return;
     const match = this.#tree.match(sequence.tokens(0, sequence.known - 1));
     sequence.pages.adopt(match.position, match.full, match.chunked);
-    sequence.resume(match.position, match.node);
+    const inside = this.#tree.inside(match.node, sequence.tokens(match.position, sequence.known - 1));
+    const copied = inside !== undefined && sequence.pages.adoptCopy(inside.full, inside.chunked);
+    sequence.resume(match.position + (copied ? inside.count : 0), match.node, match.position);
   }
 
   /** The opposite: the sequence would start at 0. */
@@ -83,6 +86,15 @@ export class PrefixCache {
       sequence.published = start + pageTokens;
     }
     sequence.pages.releaseRetired(sequence.published);
+  }
+
+  /** Offers the tree the page that a sequence leaves unfinished. */
+  ended(sequence: Sequence): void {
+    const { published, settled, node, pages } = sequence;
+    if (this.#tree === undefined || node?.attached !== true || settled <= published) return;
+    const tokens = sequence.tokens(published, settled);
+    if (tokens.length >= this.#pools.geometry.pageTokens) return;
+    this.#tree.add(node, tokens, pages.full?.pageAt(published), pages.chunkedPageAt(published));
   }
 
   /** Forgets everything (tests and measurements). */

@@ -5,6 +5,10 @@
 // chunked page of [floor(p/C)·C, p): a query at p reads nothing else. Chunked pages are lost one by one; losing a page
 // for full attention makes everything behind it useless, so the node goes with all that follow it.
 //
+// A sequence may also resume *inside* a page: the page's first tokens' keys do not depend on what follows them, so it gets
+// a copy of the page, which it then continues. Therefore the last, unfinished page of an ended sequence is remembered too,
+// as a node with fewer tokens that nothing can follow.
+//
 // Pages are evicted by their pools, longest idle first (page-pool.ts). Sequences give their pages back from the end, so
 // the end of a prefix is always idle for longer than what it builds on.
 
@@ -12,10 +16,13 @@ import type { PagePool } from "./page-pool.ts";
 import type { PagePools } from "./pages.ts";
 
 const NONE = -1;
+/** A page is copied for at least this part of its tokens: below, computing them costs as little. */
+const LEAST_SHARE = 8;
+const TOKEN_BYTES = 4;
 
 export class PrefixNode {
   readonly parent: PrefixNode | undefined;
-  /** The page's tokens as a string of bytes. */
+  /** The page's tokens as a string of bytes; fewer than a page's where a sequence ended. */
   readonly key: string;
   readonly children = new Map<string, PrefixNode>();
   full = NONE;
@@ -38,6 +45,13 @@ export interface PrefixMatch {
   chunked: number[];
   /** Node whose page ends at `position`. */
   node: PrefixNode;
+}
+
+/** Pages whose first `count` tokens are wanted. */
+export interface InsideMatch {
+  count: number;
+  full: number | undefined;
+  chunked: number | undefined;
 }
 
 export class PrefixTree {
@@ -89,8 +103,31 @@ export class PrefixTree {
     };
   }
 
-  /** Remembers that the page of `tokens` (as many as a page has) behind `parent`, which is attached, lies in these pages
-   * of the caller, which hold it completely. What is known already stays as it is. */
+  /** The page behind `node` that begins with most of `tokens`, which are fewer than a page has or differ from all pages that
+   * may be resumed behind. Undefined where copying is not worth it. Pages are not retained. */
+  inside(node: PrefixNode, tokens: Uint32Array): InsideMatch | undefined {
+    const { pageTokens } = this.#pools.geometry;
+    const hasFull = this.#pools.full.capacity > 0;
+    const hasChunked = this.#pools.chunked.capacity > 0;
+    const wanted = keyOf(tokens.subarray(0, pageTokens));
+    let most = Math.max(1, Math.floor(pageTokens / LEAST_SHARE)) - 1;
+    let best: InsideMatch | undefined;
+    for (const child of node.children.values()) {
+      if ((hasFull && child.full === NONE) || (hasChunked && child.chunked === NONE)) continue;
+      const count = commonTokens(wanted, child.key);
+      if (count <= most) continue;
+      most = count;
+      best = {
+        count,
+        full: hasFull ? child.full : undefined,
+        chunked: hasChunked ? child.chunked : undefined,
+      };
+    }
+    return best;
+  }
+
+  /** Remembers that the page of `tokens` (as many as a page has, or the fewer with which a sequence ends) behind `parent`,
+   * which is attached, lies in these pages of the caller. What is known already stays as it is. */
   add(
     parent: PrefixNode,
     tokens: Uint32Array,
@@ -185,4 +222,12 @@ function remember(pool: PagePool, owners: Map<number, PrefixNode>, page: number,
 /** One character a byte: exact, and hashed by the engine. */
 function keyOf(tokens: Uint32Array): string {
   return Buffer.from(tokens.buffer, tokens.byteOffset, tokens.byteLength).toString("latin1");
+}
+
+/** Whole tokens with which both keys begin. */
+function commonTokens(a: string, b: string): number {
+  const end = Math.min(a.length, b.length);
+  let at = 0;
+  while (at < end && a.charCodeAt(at) === b.charCodeAt(at)) at++;
+  return Math.floor(at / TOKEN_BYTES);
 }

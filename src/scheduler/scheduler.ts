@@ -465,6 +465,7 @@ export class Scheduler {
   }
 
   #finish(sequence: Sequence, reason: "stop" | "length" | "cancelled"): void {
+    if (sequence.state === "running") this.prefixes.ended(sequence);
     this.#end(sequence);
     const now = this.#options.now();
     const started = Number.isNaN(sequence.startedMs) ? now : sequence.startedMs;

@@ -109,12 +109,12 @@ export class Sequence {
     return this.total - this.computed;
   }
 
-  /** Everything below `position` is there, in pages that `node` ends; the rest is to be computed. */
-  resume(position: number, node: PrefixNode | undefined): void {
+  /** Everything below `position` is there; `node` ends the last page of it that the tree has, at `published`. */
+  resume(position: number, node: PrefixNode | undefined, published = position): void {
     this.computed = position;
     this.settled = position;
     this.drafting = 0;
-    this.published = position;
+    this.published = published;
     this.node = node;
     this.epoch++;
   }

@@ -97,20 +97,27 @@ describe.each(folders)("$name", ({ dir, name }) => {
         expect(got.tokens.length).toBe(24);
         return got.cached;
       };
+      // Inside a page too, where its copy saves enough (prefix-tree.ts).
+      const least = Math.max(1, Math.floor(pageTokens / 8));
       const whole = (tokens: number): number => tokens - (tokens % pageTokens);
+      const known = (tokens: number): number => (tokens % pageTokens >= least ? tokens : whole(tokens));
       // Fresh, which fills the cache; the same again; the same with a seed.
       const long = prompt(200, 3);
       expect(await check(request(long))).toBe(0);
-      expect(await check(request(long))).toBe(whole(199));
-      expect(await check(request(long, 0.9))).toBe(whole(199));
+      expect(await check(request(long))).toBe(known(199));
+      expect(await check(request(long, 0.9))).toBe(known(199));
       // Other ends, in the middle of chunks and behind their edges.
-      for (const shared of [65, 128, 135, 150])
-        expect(await check(request([...long.slice(0, shared), ...prompt(40, shared)]))).toBe(whole(shared));
+      for (const shared of [65, 128, 135, 150]) {
+        const other = request([...long.slice(0, shared), ...prompt(40, shared)]);
+        // The page to copy may have lost its chunked half to another prompt.
+        expect([known(shared), whole(shared)]).toContain(await check(other));
+      }
       // The next turn, a rewind to a prompt before it, and an edit of the first one.
       const { tokens } = await plain.ask(request(long));
       const next = [...long, ...tokens, ...prompt(30, 9)];
       expect(await check(request(next))).toBeGreaterThanOrEqual(whole(long.length));
-      expect(await check(request([...long, ...prompt(50, 11)]))).toBe(whole(long.length));
+      const rewound = await check(request([...long, ...prompt(50, 11)]));
+      expect([known(long.length), whole(long.length)]).toContain(rewound);
       expect(await check(request([...prompt(3, 99), ...long.slice(3)]))).toBe(0);
       // Pages for hardly more than one sequence: prefixes come and go.
       const scarce = place(await load(), true, 0.4);

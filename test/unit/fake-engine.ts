@@ -6,6 +6,7 @@ import type { Sampling } from "../../src/engine/protocol.ts";
 import type { CaravanError } from "../../src/errors.ts";
 import type { CacheGeometry } from "../../src/scheduler/pages.ts";
 import {
+  type PageCopy,
   type RowResult,
   type Step,
   type StepEngine,
@@ -28,6 +29,7 @@ export interface SeenStep {
 interface Queued {
   /** Rows with their own copies of everything, as cv_submit makes them. */
   rows: StepRow[];
+  copies: PageCopy[];
   resolve: (result: StepResult) => void;
   reject: (error: unknown) => void;
 }
@@ -50,6 +52,8 @@ export class FakeEngine implements StepEngine {
   dies = false;
   failed: CaravanError | undefined;
   mostInFlight = 0;
+  /** Pages copied so far. */
+  readonly copies = { full: 0, chunked: 0 };
   readonly #model: FakeModel;
   readonly #full: Int32Array;
   readonly #chunked: Int32Array;
@@ -98,7 +102,7 @@ export class FakeEngine implements StepEngine {
       history: row.history.slice(),
     }));
     return new Promise((resolve, reject) => {
-      this.#queue.push({ rows, resolve, reject });
+      this.#queue.push({ rows, copies: step.copies, resolve, reject });
       this.mostInFlight = Math.max(this.mostInFlight, this.#queue.length);
     });
   }
@@ -115,15 +119,21 @@ export class FakeEngine implements StepEngine {
       return true;
     }
     try {
-      next.resolve(this.#compute(next.rows));
+      next.resolve(this.#compute(next));
     } catch (error) {
       next.reject(error);
     }
     return true;
   }
 
-  /** Like the real engine: all rows store their new tokens, then all rows attend. */
-  #compute(rows: StepRow[]): StepResult {
+  /** Like the real engine: pages are copied, all rows store their new tokens, then all rows attend. */
+  #compute({ rows, copies }: Queued): StepResult {
+    const { pageTokens } = this.#model.geometry;
+    for (const { pool, from, to } of copies) {
+      this.copies[pool]++;
+      const memory = pool === "full" ? this.#full : this.#chunked;
+      memory.copyWithin(to * pageTokens, from * pageTokens, (from + 1) * pageTokens);
+    }
     const written = new Set<string>();
     for (const row of rows) this.#store(row, written);
     let tokens = 0;

@@ -73,23 +73,22 @@ const request = (tokens: number[], more: Partial<GenerateRequest> = {}): Generat
 const alone = (each: GenerateRequest, model = MODEL): number[] => generateAlone(model, each, 1000).tokens;
 
 describe("a prompt", () => {
-  test("is computed whole the first time, and all but its last page the second time", async () => {
+  test("is computed whole the first time, and all but its last token the second time", async () => {
     const { ask } = place();
     const each = request(range(42));
     expect(await ask(each)).toEqual([{ tokens: alone(each), cached: 0 }]);
-    expect(await ask(each)).toEqual([{ tokens: alone(each), cached: 40 }]);
+    expect(await ask(each)).toEqual([{ tokens: alone(each), cached: 41 }]);
     const edge = request(range(40));
     // One token is always left to compute.
-    expect(await ask(edge)).toEqual([{ tokens: alone(edge), cached: 36 }]);
+    expect(await ask(edge)).toEqual([{ tokens: alone(edge), cached: 39 }]);
   });
 
-  test("resumes at the last page that it shares, in the middle of a chunk and behind its edge", async () => {
+  test("resumes at the last token that it shares, in the middle of a chunk, behind its edge and inside a page", async () => {
     const { ask } = place();
     await ask(request(range(60)));
     for (const shared of [3, 4, 9, 16, 17, 31, 32, 50]) {
       const each = request([...range(shared), ...range(20, 5)]);
-      const cached = shared - (shared % 4);
-      expect(await ask(each)).toEqual([{ tokens: alone(each), cached }]);
+      expect(await ask(each)).toEqual([{ tokens: alone(each), cached: shared }]);
     }
   });
 
@@ -100,11 +99,21 @@ describe("a prompt", () => {
     const conversation = [...first.tokens, ...alone(first)];
     const second = request([...conversation, ...range(9, 3)], { max_tokens: 20 });
     // The last token of an answer is never fed: 22 of 23 tokens have keys.
-    expect(await ask(second)).toEqual([{ tokens: alone(second), cached: 20 }]);
+    expect(await ask(second)).toEqual([{ tokens: alone(second), cached: 22 }]);
     const other = request([...conversation, ...range(9, 4)], { max_tokens: 20 });
-    expect(await ask(other)).toEqual([{ tokens: alone(other), cached: 20 }]);
+    expect(await ask(other)).toEqual([{ tokens: alone(other), cached: 23 }]);
     const edited = request([...range(9), 1, 2, 3, ...range(30, 1)]);
-    expect(await ask(edited)).toEqual([{ tokens: alone(edited), cached: 8 }]);
+    expect(await ask(edited)).toEqual([{ tokens: alone(edited), cached: 9 }]);
+  });
+
+  test("resumes inside a page through a copy, and leaves what it copied as it was", async () => {
+    const { ask, engine } = place();
+    const first = request(range(42));
+    await ask(first);
+    const second = request([...range(38), ...range(6, 2)]);
+    expect(await ask(second)).toEqual([{ tokens: alone(second), cached: 38 }]);
+    expect(engine.copies).toEqual({ full: 1, chunked: 1 });
+    expect(await ask(first)).toEqual([{ tokens: alone(first), cached: 41 }]);
   });
 
   test("is not shared where that is switched off", async () => {
@@ -151,12 +160,13 @@ describe("pages that others need", () => {
     await ask(a);
     await ask(b);
     await ask(a);
-    // Each fills 6 pages and begins a seventh: c takes the 4 free ones and the end of b, which is the oldest now.
+    // Each fills 6 pages and begins a seventh, which is remembered too: c takes the 2 free ones and the end of b, which is the
+    // oldest now; what a then copies and grows by comes from b too.
     await ask(c);
-    expect(await ask(a)).toEqual([{ tokens: alone(a, model), cached: 20 }]);
+    expect(await ask(a)).toEqual([{ tokens: alone(a, model), cached: 21 }]);
     const [answer] = await ask(b);
     expect(answer?.tokens).toEqual(alone(b, model));
-    expect(answer?.cached).toBe(12);
+    expect(answer?.cached).toBe(4);
     expect(scheduler.preemptions).toBe(0);
   });
 
