@@ -207,7 +207,14 @@ async function loaded(
     plan,
     memoryPlan: memory,
     geometry: { pageTokens, chunk: config.chunk, fullPages, chunkPages },
-    limits: { maxRows: streams, maxTokens, maxLogits, slots: streams, vocab: config.vocabSize },
+    limits: {
+      maxRows: streams,
+      maxTokens,
+      maxLogits,
+      slots: streams,
+      vocab: config.vocabSize,
+      stages: ranks?.grid.pipeline ?? 1,
+    },
     contextTokens: memory.context,
     cacheKinds: [
       ...new Set<CacheKind>(config.layers.map((layer) => (layer.chunked ? "chunked" : "full"))),

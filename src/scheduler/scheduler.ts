@@ -7,6 +7,10 @@
 // in flight: a decode row then names "the token last sampled for this slot". If that token turns out to end the
 // sequence, the row's result is dropped. Freed pages may be reused by later steps at once, because steps are computed
 // in order (pages.ts).
+//
+// An engine that is a pipeline of n stages is kept busy by n steps that do not need each other's tokens: decode rows are
+// spread over as many steps, each sequence waiting for its own token only, and prompts go through in pieces that follow
+// each other.
 
 import { errorRecord } from "../engine/error-record.ts";
 import type { GenerateEvent, GenerateRequest } from "../engine/protocol.ts";
@@ -45,8 +49,14 @@ export interface SchedulerOptions {
 /** Prompt positions a step whose logits come back for prompt_logprobs: each costs a vocabulary of floats in JavaScript. */
 export const PROMPT_LOGITS_A_STEP = 8;
 
+/** Pieces of a prompt that a stage of a pipeline computes while another one computes the piece before it. */
+const PIECES_A_STAGE = 2;
+const SMALLEST_PIECE = 32;
+
 export class Scheduler {
   readonly contextTokens: number;
+  /** Stages of the engine's pipeline. */
+  readonly stages: number;
   readonly pools: PagePools;
   readonly prefixes: PrefixCache;
   readonly speculation: Speculation;
@@ -65,6 +75,7 @@ export class Scheduler {
   constructor(options: SchedulerOptions) {
     const { limits } = options;
     this.#options = options;
+    this.stages = limits.stages ?? 1;
     this.pools = new PagePools(options.geometry);
     this.prefixes = new PrefixCache(this.pools, options.prefixCache ?? true);
     this.contextTokens = Math.min(options.contextTokens, this.pools.longestSequence);
@@ -153,8 +164,8 @@ export class Scheduler {
    * tokens are not known; a sequence that needs them makes everybody wait for that step, so that it keeps its pace. */
   plan(ahead: boolean): PlannedStep | undefined {
     this.expire();
-    if (ahead && this.#running.some((s) => s.pending > 0 && this.#continues(s) && this.#waitsForToken(s)))
-      return undefined;
+    const waits = (s: Sequence) => s.pending > 0 && this.#continues(s) && this.#waitsForToken(s);
+    if (ahead && this.stages === 1 && this.#running.some(waits)) return undefined;
     this.#admit();
     for (const sequence of this.#running)
       sequence.pages.dropFinishedChunks(
@@ -311,7 +322,7 @@ export class Scheduler {
 
   /** One row for each running sequence that is one token short of sampling, with drafts where they pay. */
   #planDecode(rows: PlannedRow[]): void {
-    const open = this.#running.filter((s) => s.remaining === 1 && this.#continues(s));
+    const open = this.#openStreams();
     let spare = this.#spareForDrafts();
     for (const [i, sequence] of open.entries()) {
       if (sequence.state !== "running" || !this.#secure(sequence, 1, rows)) continue;
@@ -319,6 +330,15 @@ export class Scheduler {
       spare -= drafts.length;
       rows.push(planRow(sequence, 1 + drafts.length, true, false, drafts));
     }
+  }
+
+  /** Sequences that get a decode row. In a pipeline: of those whose token is known, so many that the others suffice for
+   * the steps of the other stages. */
+  #openStreams(): Sequence[] {
+    const streams = this.#running.filter((s) => s.remaining === 1 && this.#continues(s));
+    if (this.stages === 1) return streams;
+    const known = streams.filter((s) => s.pending === 0);
+    return known.slice(0, Math.ceil(streams.length / this.stages));
   }
 
   /** Tokens with logits that a step may carry beside a decode row of each running sequence. None beside prompts: those
@@ -351,7 +371,7 @@ export class Scheduler {
     );
     const decoding = rows.length;
     const wants = open.map((sequence) => sequence.remaining);
-    const shares = shareFairly(wants, this.#budget.promptTokens(decoding));
+    const shares = shareFairly(wants, Math.min(this.#budget.promptTokens(decoding), this.#largestPiece()));
     for (let i = 0; i < open.length; i++) {
       const sequence = open[i];
       if (sequence === undefined || sequence.state !== "running") continue;
@@ -367,6 +387,13 @@ export class Scheduler {
       if (promptLogits) logitsLeft -= count;
       rows.push(planRow(sequence, count, count === sequence.remaining, promptLogits));
     }
+  }
+
+  /** Most prompt tokens of a step, all sequences together. */
+  #largestPiece(): number {
+    const { maxTokens } = this.#options.limits;
+    if (this.stages === 1) return maxTokens;
+    return Math.max(SMALLEST_PIECE, Math.floor(maxTokens / (PIECES_A_STAGE * this.stages)));
   }
 
   /** Holds pages for the next `count` positions. When the pools are empty, the youngest sequence is put back, but none

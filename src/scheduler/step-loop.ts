@@ -7,8 +7,8 @@ import type { PlannedStep } from "./batch-builder.ts";
 import type { Scheduler } from "./scheduler.ts";
 import type { StepEngine, StepResult } from "./step.ts";
 
-/** A step with more tokens than this is not overlapped with the next one: the gap that overlapping hides (about 0.1 ms)
- * does not matter beside it, while requests that arrive meanwhile would wait for two steps. */
+/** A step with more tokens than this is not overlapped with the next one, unless the engine is a pipeline: the gap that
+ * overlapping hides (about 0.1 ms) does not matter beside it, while requests that arrive meanwhile would wait for two steps. */
 const OVERLAP_TOKENS = 64;
 
 /** Ticks of the timer that ends requests past their deadline while no step ends. */
@@ -17,7 +17,7 @@ const DEADLINE_TICK_MS = 50;
 export interface StepLoopOptions {
   scheduler: Scheduler;
   engine: StepEngine;
-  /** Steps in flight, at least 1; 2 hides the time between two decode steps. */
+  /** Steps in flight, at least 1; 2 hides the time between two decode steps. A pipeline has one more than stages. */
   depth: number;
   /** The engine takes no more steps; every request has got its error. Called once. */
   onFatal: (error: CaravanError) => void;
@@ -80,9 +80,11 @@ export class StepLoop {
 
   #pump(): void {
     const { scheduler, engine, depth } = this.#options;
-    while (this.#dead === undefined && this.#inFlight.length < depth) {
+    const { stages } = scheduler;
+    const most = stages > 1 ? Math.max(depth, stages + 1) : depth;
+    while (this.#dead === undefined && this.#inFlight.length < most) {
       const before = this.#inFlight.at(-1);
-      if (before !== undefined && before.tokens > OVERLAP_TOKENS) return;
+      if (before !== undefined && stages === 1 && before.tokens > OVERLAP_TOKENS) return;
       const planned = scheduler.plan(before !== undefined);
       if (planned === undefined) return;
       this.#inFlight.push(planned);

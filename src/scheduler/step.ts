@@ -90,4 +90,6 @@ export interface StepLimits {
   /** Sequence slots. */
   slots: number;
   vocab: number;
+  /** Stages of the engine's pipeline, which compute different steps at the same time; default 1. */
+  stages?: number;
 }

@@ -92,6 +92,54 @@ function expectAllPagesFree(r: Rig): void {
   expect(r.scheduler.waiting).toBe(0);
 }
 
+describe("a pipeline", () => {
+  const piped = (stages: number): FakeModel => ({
+    ...MODEL,
+    limits: { ...MODEL.limits, maxTokens: 256, stages },
+  });
+
+  test("has as many steps in flight as stages, each with its part of the streams and nobody's unknown token", async () => {
+    const r = rig({ model: piped(2) });
+    for (let i = 0; i < 4; i++) r.loop.add(request(`r${i}`, range(5, i), { max_tokens: 20 }));
+    await r.drain();
+    const decoding = r.engine.seen.filter(({ rows }) => rows.every(({ count }) => count === 1));
+    const steady = decoding.slice(2, -2);
+    expect(steady.length).toBeGreaterThan(30);
+    steady.forEach(({ rows }, i) => {
+      expect(rows.map(({ last }) => last)).toEqual([false, false]);
+      const before = steady[i - 1]?.rows.map(({ slot }) => slot) ?? [];
+      expect(rows.some(({ slot }) => before.includes(slot))).toBe(false);
+    });
+    expect(r.engine.mostInFlight).toBeGreaterThanOrEqual(2);
+    for (let i = 0; i < 4; i++)
+      expect(r.tokens(`r${i}`)).toEqual(
+        generateAlone(r.model, request(`r${i}`, range(5, i), { max_tokens: 20 }), 1000).tokens,
+      );
+  });
+
+  test("sends the pieces of one prompt behind each other, without waiting for the first to come out", async () => {
+    const r = rig({ model: piped(3) });
+    r.loop.add(request("long", range(150), { max_tokens: 2 }));
+    await r.drain();
+    const pieces = r.engine.seen.flatMap(({ rows }) => rows.filter(({ count }) => count > 1));
+    expect(pieces.map(({ count }) => count)).toEqual([42, 42, 42, 24]);
+    expect(r.engine.mostInFlight).toBe(4);
+    expect(r.tokens("long").length).toBe(2);
+  });
+
+  test("does not hold up others for one that needs its last token", async () => {
+    const r = rig({ model: piped(2) });
+    r.loop.add(
+      request("strict", range(5), { max_tokens: 20, sampling: { ...GREEDY, repetition_penalty: 1.3 } }),
+    );
+    r.loop.add(request("free", range(5, 1), { max_tokens: 20 }));
+    await r.drain();
+    expect([r.tokens("strict").length, r.tokens("free").length]).toEqual([20, 20]);
+    const alone = r.engine.seen.filter(({ rows }) => rows.length === 1);
+    expect(alone.length).toBeGreaterThan(30);
+  });
+});
+
 describe("any load", () => {
   const models = fc.record({
     pageTokens: fc.constantFrom(2, 4, 8),
@@ -100,6 +148,7 @@ describe("any load", () => {
     pools: fc.constantFrom(0, 1, 2, 4, 24),
     rows: fc.constantFrom(1, 2, 4, 6, 6),
     tokens: fc.integer({ min: 6, max: 40 }),
+    stages: fc.constantFrom(1, 1, 1, 2, 3),
   });
   const jobs = fc.array(
     fc.record({
@@ -152,6 +201,7 @@ describe("any load", () => {
               maxLogits: m.rows + (drafts?.logits ?? 0),
               slots: m.rows,
               vocab: 97,
+              stages: m.stages,
             },
           };
           // Guesses from the tokens that each request gets alone, so many in ten of them right.
