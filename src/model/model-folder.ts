@@ -5,6 +5,7 @@ import { closeSync, openSync, readdirSync, readFileSync, readSync, type Stats, s
 import { join } from "node:path";
 import * as v from "valibot";
 import { pathFault } from "./hub-cache.ts";
+import { MAX_HEADER_BYTES } from "./safetensors-header.ts";
 
 export interface FolderState {
   /** What keeps it from being used, as words for a person; empty: it is whole. */
@@ -20,11 +21,6 @@ export interface InspectOptions {
 
 const INDEX = "model.safetensors.index.json";
 const INDEX_SCHEMA = v.object({ weight_map: v.record(v.string(), v.string()) });
-const HEADER_SCHEMA = v.record(
-  v.string(),
-  v.looseObject({ data_offsets: v.optional(v.tuple([v.number(), v.number()])) }),
-);
-const MAX_HEADER_BYTES = 100 * 1024 * 1024;
 
 /** Looks through `folder`; one that is not there misses everything. Never throws. */
 export function inspectFolder(folder: string, options: InspectOptions = {}): FolderState {
@@ -37,19 +33,19 @@ export function inspectFolder(folder: string, options: InspectOptions = {}): Fol
   const missing: string[] = [];
   const needed = options.withoutTokenizer === true ? ["config.json"] : ["config.json", "tokenizer.json"];
   for (const name of needed) {
-    const fault = jsonFault(join(folder, name));
-    if (fault !== undefined) missing.push(`${name} (${fault})`);
+    const wrong = fault(join(folder, name), jsonFault);
+    if (wrong !== undefined) missing.push(`${name} (${wrong})`);
   }
   for (const shard of shardsOf(folder, names, missing)) {
-    const fault = shardFault(join(folder, shard));
-    if (fault !== undefined) missing.push(`${shard} (${fault})`);
+    const wrong = fault(join(folder, shard), shardFault);
+    if (wrong !== undefined) missing.push(`${shard} (${wrong})`);
   }
   const bytes = names.reduce((sum, name) => sum + (fileBytes(join(folder, name)) ?? 0), 0);
   return { missing, bytes };
 }
 
 /** Names of the weight files; what is wrong with the list of them goes to `missing`. */
-function shardsOf(folder: string, names: readonly string[], missing: string[]): string[] {
+function shardsOf(folder: string, names: readonly string[], missing: string[]): readonly string[] {
   const present = names.filter((name) => name.endsWith(".safetensors") && name.startsWith("model"));
   if (!names.includes(INDEX)) {
     // Numbered shards mean nothing without the index that tells how many there are.
@@ -57,13 +53,11 @@ function shardsOf(folder: string, names: readonly string[], missing: string[]): 
     if (present.length === 0) missing.push("model.safetensors (not there)");
     return present;
   }
-  const index = parseJson(join(folder, INDEX));
-  const parsed = v.safeParse(INDEX_SCHEMA, index);
-  if (!parsed.success) {
+  const shards = indexes.of(join(folder, INDEX), indexedShards) ?? undefined;
+  if (shards === undefined) {
     missing.push(`${INDEX} (not a safetensors index)`);
     return [];
   }
-  const shards = [...new Set(Object.values(parsed.output.weight_map))].sort();
   if (shards.length === 0) missing.push(`${INDEX} (names no shard)`);
   const bad = shards.find((name) => pathFault(name) !== undefined);
   if (bad === undefined) return shards;
@@ -92,29 +86,57 @@ function parseJson(path: string): unknown {
   }
 }
 
-/** Verdicts on JSON files by path, for as long as the file stays as it was: a node lists its models often, and a
- * tokenizer of 30 MB takes longer to read than a token to compute. */
-const jsonVerdicts = new Map<string, { mtimeMs: number; size: number; fault: string | undefined }>();
-const MOST_VERDICTS = 1000;
+const MOST_REMEMBERED = 4096;
+
+/** What was read out of files, by path, for as long as each stays as it was: a node lists its models often, and a
+ * tokenizer of 30 MB, or the header of a large shard, takes longer to read than a token to compute. */
+class FileMemory<T> {
+  readonly #known = new Map<string, { mtimeMs: number; size: number; inode: number; value: T }>();
+
+  /** `keep`: whether the value may be used again; what could not be read may be readable the next time. */
+  constructor(private readonly keep: (value: T) => boolean) {}
+
+  /** What `read` gives for the file; undefined when there is no file. */
+  of(path: string, read: (path: string, size: number) => T): T | undefined {
+    const stat = fileStat(path);
+    if (stat === undefined) return undefined;
+    const { mtimeMs, size, ino: inode } = stat;
+    const known = this.#known.get(path);
+    if (known?.mtimeMs === mtimeMs && known.size === size && known.inode === inode) return known.value;
+    const value = read(path, size);
+    if (this.#known.size >= MOST_REMEMBERED) this.#known.clear();
+    if (this.keep(value)) this.#known.set(path, { mtimeMs, size, inode, value });
+    return value;
+  }
+}
+
+const UNREADABLE = "unreadable";
+/** null: nothing is wrong with the file. */
+const faults = new FileMemory<string | null>((fault) => fault !== UNREADABLE);
+const indexes = new FileMemory<readonly string[] | null>((shards) => shards !== null);
+
+function fault(path: string, judge: (path: string, size: number) => string | undefined): string | undefined {
+  const found = faults.of(path, (file, size) => judge(file, size) ?? null);
+  return found === undefined ? "not there" : (found ?? undefined);
+}
+
+/** Shards that an index names, each once and in order; null for what is no index. */
+function indexedShards(path: string): string[] | null {
+  const parsed = v.safeParse(INDEX_SCHEMA, parseJson(path));
+  return parsed.success ? [...new Set(Object.values(parsed.output.weight_map))].sort() : null;
+}
 
 function jsonFault(path: string): string | undefined {
-  const stat = fileStat(path);
-  if (stat === undefined) return "not there";
-  const { mtimeMs, size } = stat;
-  const known = jsonVerdicts.get(path);
-  if (known !== undefined && known.mtimeMs === mtimeMs && known.size === size) return known.fault;
   const value = parseJson(path);
-  const object = typeof value === "object" && value !== null && !Array.isArray(value);
-  const fault = object ? undefined : "not a JSON object";
-  if (jsonVerdicts.size >= MOST_VERDICTS) jsonVerdicts.clear();
-  jsonVerdicts.set(path, { mtimeMs, size, fault });
-  return fault;
+  return isObject(value) ? undefined : "not a JSON object";
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /** Compares a shard's length with what its header says. */
-function shardFault(path: string): string | undefined {
-  const size = fileBytes(path);
-  if (size === undefined) return "not there";
+function shardFault(path: string, size: number): string | undefined {
   try {
     const file = openSync(path, "r");
     try {
@@ -125,15 +147,30 @@ function shardFault(path: string): string | undefined {
       if (8 + headerBytes > size) return "cut short";
       const header = Buffer.alloc(headerBytes);
       if (readSync(file, header, 0, headerBytes, 8) !== headerBytes) return "cut short";
-      const parsed = v.safeParse(HEADER_SCHEMA, JSON.parse(header.toString("utf8")));
-      if (!parsed.success) return "not a safetensors file";
-      let end = 0;
-      for (const entry of Object.values(parsed.output)) end = Math.max(end, entry.data_offsets?.[1] ?? 0);
+      const end = dataEnd(JSON.parse(header.toString("utf8")));
+      if (end === undefined) return "not a safetensors file";
       return 8 + headerBytes + end > size ? "cut short" : undefined;
     } finally {
       closeSync(file);
     }
   } catch (error) {
-    return error instanceof SyntaxError ? "not a safetensors file" : "unreadable";
+    return error instanceof SyntaxError ? "not a safetensors file" : UNREADABLE;
   }
+}
+
+/** Where the last tensor ends, in bytes behind the header; undefined for what is no header. Hundreds of thousands of
+ * entries must not take seconds: this looks at two numbers of each. */
+function dataEnd(header: unknown): number | undefined {
+  if (!isObject(header)) return undefined;
+  let end = 0;
+  for (const entry of Object.values(header)) {
+    if (!isObject(entry)) return undefined;
+    const offsets = entry.data_offsets;
+    if (offsets === undefined) continue;
+    if (!Array.isArray(offsets) || offsets.length !== 2) return undefined;
+    const [from, to]: unknown[] = offsets;
+    if (typeof from !== "number" || typeof to !== "number") return undefined;
+    end = Math.max(end, to);
+  }
+  return end;
 }

@@ -6,7 +6,9 @@ import {
   mkdirSync,
   mkdtempSync,
   readdirSync,
+  renameSync,
   rmSync,
+  statSync,
   symlinkSync,
   truncateSync,
   utimesSync,
@@ -213,6 +215,34 @@ describe("a folder is whole only when", () => {
     expect(faults()).toBe("model.safetensors (cut short)");
     write(path, "<!DOCTYPE html><html>");
     expect(faults()).toBe("model.safetensors (not a safetensors file)");
+  });
+
+  test("the header of a shard is read again only when the file changed", () => {
+    const folder = makeModel(join(root, "m"));
+    const shard = join(folder, "model.safetensors");
+    // A large header of nothing but names: reading it takes a while, which shows whether it is read.
+    const entries = Array.from({ length: 100_000 }, (_, n) => `"t${n}":{"data_offsets":[0,0]}`).join(",");
+    const header = new TextEncoder().encode(`{${entries}}`);
+    const file = new Uint8Array(8 + header.length);
+    new DataView(file.buffer).setBigUint64(0, BigInt(header.length), true);
+    file.set(header, 8);
+    writeFileSync(shard, file);
+    const timed = () => {
+      const start = performance.now();
+      expect(inspectFolder(folder).missing).toEqual([]);
+      return performance.now() - start;
+    };
+    const first = timed();
+    const later = Math.min(timed(), timed(), timed());
+    expect(later).toBeLessThan(first / 4);
+    // The same length and time, another file.
+    const { mtimeMs } = statSync(shard);
+    const broken = Uint8Array.from(file);
+    broken[8] = 0x5b;
+    writeFileSync(`${shard}.new`, broken);
+    renameSync(`${shard}.new`, shard);
+    utimesSync(shard, mtimeMs / 1000, mtimeMs / 1000);
+    expect(inspectFolder(folder).missing).toEqual(["model.safetensors (not a safetensors file)"]);
   });
 
   test("every shard of the index is there and whole", () => {
