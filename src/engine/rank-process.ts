@@ -1,7 +1,7 @@
 // One rank process seen from the process that started it: its address, then connecting, loading, and how it ended. Every
 // step rejects with the reason when the process fails or ends; nothing here retries.
 
-import { asCaravanError, CaravanError } from "../errors.ts";
+import { CaravanError } from "../errors.ts";
 import { isCompiled } from "./library.ts";
 import { LineSplitter } from "./line-splitter.ts";
 import type {
@@ -15,7 +15,6 @@ import type {
 
 /** Characters of the log that are kept for the message about a crash. */
 const LOG_TAIL = 2000;
-/** Time for the process to leave when it is asked to. */
 const CLOSE_LIMIT_MS = 3000;
 
 export interface RankReady {
@@ -32,6 +31,8 @@ export interface RankProcessOptions {
   onLog?: (text: string) => void;
   /** Bytes of weights in place while loading. */
   onLoading?: (bytes: number) => void;
+  /** Time for the process to leave when it is asked to; default 3 s. */
+  closeLimitMs?: number;
 }
 
 /** How to start a rank: this executable again, or from source Bun with the program's main file. */
@@ -110,7 +111,7 @@ export class RankProcess {
   async close(): Promise<void> {
     this.#leaving = true;
     this.#send({ type: "shutdown" });
-    const timer = setTimeout(() => this.#child.kill("SIGKILL"), CLOSE_LIMIT_MS);
+    const timer = setTimeout(() => this.#child.kill("SIGKILL"), this.#options.closeLimitMs ?? CLOSE_LIMIT_MS);
     await this.ended;
     clearTimeout(timer);
   }
@@ -164,7 +165,7 @@ export class RankProcess {
       for await (const chunk of this.#child.stdout)
         for (const line of lines.push(chunk)) this.#receive(JSON.parse(line));
     } catch (thrown) {
-      this.#lost(asCaravanError(thrown));
+      this.#lost(thrown, "sent something unreadable");
     }
   }
 
