@@ -13,6 +13,12 @@
 
 #include "../include/caravan.h"
 
+/* Memory that a device is to reach: whole tensors, cache pools. */
+typedef struct {
+    const void *memory;
+    size_t bytes;
+} cv_memory;
+
 /* A matrix (or `experts` of them) as the backend reads it. Rows are outputs, columns inputs. Borrowed: the mapping or the
  * copy belongs to the engine's weight store. */
 typedef struct cv_weight {

@@ -109,12 +109,14 @@ static int map_file(file *f, cv_err err) {
 }
 
 static void *new_copy(cv_weights *w, uint64_t bytes) {
-    if (bytes > SIZE_MAX - 4096) return NULL;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    if (bytes > SIZE_MAX - 2 * page) return NULL;
     void **list = realloc(w->copies, (w->n_copies + 1) * sizeof *list);
     if (!list) return NULL;
     w->copies = list;
     void *p = NULL;
-    if (posix_memalign(&p, 4096, (size_t)bytes + 64)) return NULL; /* kernels may read a vector past the end */
+    /* Pages of its own, as a GPU's buffers need. Kernels may read a vector past the end. */
+    if (posix_memalign(&p, page, ((size_t)bytes + 64 + page - 1) / page * page)) return NULL;
     w->copies[w->n_copies++] = p;
     w->copied_bytes += bytes;
     return p;
@@ -330,6 +332,35 @@ const cv_weight *cv_weights_matrix(const cv_weights *w, uint32_t slot, int32_t l
 const float *cv_weights_vector(const cv_weights *w, uint32_t slot, int32_t layer) {
     const tensor *t = find(w, slot, layer);
     return t ? t->vector : NULL;
+}
+
+/* Bytes from the first to the last of a strided part. */
+static size_t span(const cv_weight *m, size_t outer, size_t row_stride, size_t bytes) { return (m->experts - 1) * outer + (m->rows - 1) * row_stride + bytes; }
+
+static void add_extent(const void *p, size_t bytes, cv_memory *out, size_t room, size_t *n) {
+    if (!p) return;
+    if (*n < room) out[*n] = (cv_memory){p, bytes};
+    ++*n;
+}
+
+size_t cv_weights_extents(const cv_weights *w, cv_memory *out, size_t room) {
+    size_t n = 0;
+    for (size_t i = 0; i < w->n_tensors; i++) {
+        const cv_weight *m = &w->tensors[i].matrix;
+        if (w->tensors[i].vector) {
+            add_extent(w->tensors[i].vector, m->cols * sizeof(float), out, room, &n);
+            continue;
+        }
+        cv_plan_tensor t = {.format = m->format, .bits = m->bits, .group = m->group, .scale_type = m->scale_type, .cols = m->cols};
+        uint64_t bytes = 0;
+        if (!row_bytes(&t, &bytes)) continue;
+        size_t scales = m->group ? m->cols / m->group * scale_bytes(m->scale_type) : 0;
+        add_extent(m->data, span(m, m->expert_bytes, m->row_bytes, (size_t)bytes), out, room, &n);
+        add_extent(m->scales, span(m, m->expert_scale_bytes, m->scale_row_bytes, scales), out, room, &n);
+        add_extent(m->biases, span(m, m->expert_scale_bytes, m->scale_row_bytes, scales), out, room, &n);
+        add_extent(m->global_scale, m->experts * sizeof(float), out, room, &n);
+    }
+    return n;
 }
 
 uint64_t cv_weights_mapped_bytes(const cv_weights *w) { return w->mapped_bytes; }

@@ -25,6 +25,9 @@ const cv_weight *cv_weights_matrix(const cv_weights *w, uint32_t slot, int32_t l
 /* A vector as float32, NULL when the plan has none. */
 const float *cv_weights_vector(const cv_weights *w, uint32_t slot, int32_t layer);
 
+/* Where the tensors lie: as many extents as `room` allows, each a tensor's codes, scales, biases or a vector; returns how many there are. */
+size_t cv_weights_extents(const cv_weights *w, cv_memory *out, size_t room);
+
 uint64_t cv_weights_mapped_bytes(const cv_weights *w);
 uint64_t cv_weights_copied_bytes(const cv_weights *w);
 

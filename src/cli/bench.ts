@@ -139,9 +139,7 @@ export const bench: Command = {
 of all streams while all of them decode. Lists of lengths sweep: --prompt-tokens 128,4096,16384 shows reading by prompt
 length and answering by context.`,
   async run(args) {
-    if (args.choice("device", ["auto", "cpu", "metal"]) === "metal") {
-      throw new CaravanError("not_built_yet", "--device metal is not built yet");
-    }
+    const device = args.choice("device", ["auto", "cpu", "metal"]);
     const promptTokens = numbers(args, "prompt-tokens", [512]);
     const generate = numbers(args, "generate", [128]);
     const streams = numbers(args, "streams", [1, 8]);
@@ -170,6 +168,7 @@ length and answering by context.`,
         repeat,
         ...(threads === undefined ? {} : { threads }),
         ...(cpu === undefined ? {} : { cpu }),
+        ...(device === undefined ? {} : { device }),
         ...(scheduling === undefined ? {} : { scheduling }),
         ranks,
         ceiling: more,

@@ -4,6 +4,7 @@
 import { generate } from "../api/generation.ts";
 import type { ChatMessage } from "../api/model-directory.ts";
 import { resolveMaxTokens, resolveSampling, type SamplingRequest } from "../api/sampling-defaults.ts";
+import type { EngineStatus } from "../engine/protocol.ts";
 import type { InstalledModel } from "../model/store.ts";
 import { type OpenModel, openModel, type RunOptions } from "../node/open-model.ts";
 
@@ -45,12 +46,19 @@ export async function openHere(
   onProgress: (fraction: number, detail: string) => void,
 ): Promise<ChatSource> {
   const open = await openModel(model, { ...options, onProgress });
-  const { context, device, cpu, threads } = open.engine.status();
+  const status = open.engine.status();
   return {
-    about: `${model.name} on ${device ?? "cpu"}${cpu === undefined ? "" : ` (${cpu}, ${threads} threads)`}, context ${context} tokens`,
+    about: `${model.name} on ${place(status)}, context ${status.context} tokens`,
     answer: (messages, answerOptions) => answerHere(open, messages, answerOptions),
     close: () => open.close(),
   };
+}
+
+/** Where it runs; on a Mac also why not on its GPU. */
+function place({ device, device_reason, cpu, threads }: EngineStatus): string {
+  if (device === "metal") return device_reason ?? "the GPU";
+  if (process.platform === "darwin" && device_reason !== undefined) return device_reason;
+  return `${device ?? "cpu"}${cpu === undefined ? "" : ` (${cpu}, ${threads} threads)`}`;
 }
 
 async function* answerHere(

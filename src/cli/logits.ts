@@ -25,7 +25,7 @@ export const logits: Command = {
     prefill: { value: "N", help: "tokens that are the prompt; the others go one at a time (default all)" },
     piece: { value: "K", help: "most tokens of the prompt fed at once (default 512)" },
     compute: { value: "exact|fast", help: "float32, or what serving uses (default fast)" },
-    device: { value: "cpu|metal", help: "default cpu" },
+    device: { value: "DEVICE", help: "auto, cpu or metal (default cpu)" },
     threads: { value: "T", help: "compute threads (default: the machine's)" },
     cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
     "kv-bits": { value: "8|16", help: "bits of the cache (default: float32 if exact, else 16)" },
@@ -33,7 +33,7 @@ export const logits: Command = {
   },
   async run(args) {
     const compute = args.choice("compute", ["exact", "fast"]) ?? "fast";
-    const device = args.choice("device", ["cpu", "metal"]);
+    const device = args.choice("device", ["auto", "cpu", "metal"]);
     const ranks = rankOptions(args);
     const out = args.required("out");
     const tokensFile = args.required("tokens-file");

@@ -1,6 +1,5 @@
 // Options that `serve`, `run` and `bench` share: how a model is run on this machine.
 
-import { CaravanError } from "../errors.ts";
 import type { RunOptions } from "../node/open-model.ts";
 import type { LoadedSettings } from "../settings.ts";
 import type { Arguments, OptionSpec } from "./command.ts";
@@ -24,11 +23,7 @@ export const RUN_OPTIONS: Record<string, OptionSpec> = {
 };
 
 export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOptions {
-  if (args.choice("device", ["auto", "cpu", "metal"]) === "metal") {
-    throw new CaravanError("not_built_yet", "--device metal is not built yet", {
-      hint: "Leave it out: the model then runs on the CPU.",
-    });
-  }
+  const device = args.choice("device", ["auto", "cpu", "metal"]);
   const context = args.integer("context", 1, 2 ** 40) ?? (settings.context || undefined);
   const threads = args.integer("threads", 1, 256) ?? (settings.threads || undefined);
   const scheduling = args.choice("scheduling", ["sequential", "batched"]);
@@ -36,6 +31,7 @@ export function runOptions(args: Arguments, { settings }: LoadedSettings): RunOp
   const prefixCache = args.choice("prefix-cache", ["on", "off"]);
   const speculate = args.choice("speculate", ["on", "off"]);
   return {
+    ...(device === undefined ? {} : { device }),
     ...(speculate === undefined ? {} : { speculate: speculate === "on" }),
     ...(prefixCache === undefined ? {} : { prefixCache: prefixCache === "on" }),
     ...(kvBits === undefined ? {} : { kvBits: kvBits === "8" ? 8 : 16 }),

@@ -15,6 +15,7 @@ import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
 import { measureBandwidth, measureInt8 } from "./binding.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
 import type { RankOptions } from "./load-options.ts";
+import type { DeviceChoice } from "./metal-device.ts";
 import { RandomTokens } from "./random-tokens.ts";
 
 export interface BenchOptions {
@@ -26,7 +27,7 @@ export interface BenchOptions {
   streams: readonly number[];
   /** Trials of every setting behind the warm-up, at least 1. */
   repeat: number;
-  device?: "cpu" | "metal";
+  device?: DeviceChoice;
   compute?: "fast" | "exact";
   threads?: number;
   cpu?: string;

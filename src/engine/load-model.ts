@@ -15,9 +15,10 @@ import type { CacheGeometry } from "../scheduler/pages.ts";
 import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
 import { PROMPT_LOGITS_A_STEP } from "../scheduler/scheduler.ts";
 import type { StepLimits } from "../scheduler/step.ts";
-import { bestCpu, cpuName, type GroupPointer } from "./binding.ts";
+import { bestCpu, cpuName, type GroupPointer, performanceCores } from "./binding.ts";
 import type { LoadOptions } from "./load-options.ts";
 import { LocalRanks } from "./local-ranks.ts";
+import { type ChosenDevice, chooseDevice, type Device } from "./metal-device.ts";
 import { encodePlan } from "./plan-encoder.ts";
 import type { RankReady } from "./rank-process.ts";
 import { MOST_RANKS, type RankLoad, type RankMemory } from "./rank-protocol.ts";
@@ -32,7 +33,10 @@ const HEADERS_SHARE = 0.05;
 /** CV_CPU_* of caravan.h. */
 const CPU_LEVELS = [1, 2, 3, 4, 5, 16, 17, 18];
 /** The graph has one batched attention kernel that reads both kinds of pages. */
-const CPU_BACKEND: BackendCapabilities = { name: "cpu", batchedKinds: ["full", "chunked", "quantized"] };
+const BACKENDS: Record<Device, BackendCapabilities> = {
+  cpu: { name: "cpu", batchedKinds: ["full", "chunked", "quantized"] },
+  metal: { name: "metal", batchedKinds: ["full", "chunked"] },
+};
 
 export interface LoadedEngine {
   engine: NativeStepEngine;
@@ -46,7 +50,9 @@ export interface LoadedEngine {
   backend: BackendCapabilities;
   /** End-of-sequence tokens of the model. */
   stopTokens: readonly number[];
-  device: "cpu" | "metal";
+  device: Device;
+  /** Why this device, in a sentence. */
+  deviceReason: string;
   /** Of each rank. */
   threads: number;
   /** Name of the kernel set. */
@@ -105,6 +111,7 @@ interface Prepared {
   /** Of all ranks together. */
   memory: MemoryPlan;
   load: RankLoad;
+  chosen: ChosenDevice;
 }
 
 async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Promise<Prepared> {
@@ -124,15 +131,19 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
     );
   const shares = evenShares(plan, tensor, pipeline);
   const compute = options.compute ?? "fast";
-  const threads = Math.min(
-    options.threads ?? Math.max(1, Math.floor(availableParallelism() / shares.length)),
-    MOST_THREADS,
-  );
-  const kvType = options.kvBits === 8 ? "q8" : kvTypeOf(config, compute);
+  const cores = performanceCores() || availableParallelism();
+  const threads = Math.min(options.threads ?? Math.max(1, Math.floor(cores / shares.length)), MOST_THREADS);
+  const chosen = chooseDevice(options.device ?? "auto", {
+    config,
+    ranks: shares.length,
+    kvType: (bfloat) => (options.kvBits === 8 ? "q8" : kvTypeOf(config, compute, bfloat)),
+  });
+  const { device, kvType, metal } = chosen;
   const piece = options.piece?.(config.vocabSize) ?? 0;
   const rows = options.streams ?? MOST_STREAMS;
   const maxTokens = Math.max(options.piece === undefined ? STEP_TOKENS : 1, rows, piece);
   const maxLogits = options.piece === undefined ? rows + PROMPT_LOGITS_A_STEP : Math.max(rows, piece);
+  const machine = availableMemory();
   const memory = planMemory(
     shares.length === 1 ? plan : shares.map((_, rank) => shardPlan(plan, shares, rank)),
     {
@@ -142,7 +153,16 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
       threads,
       maxTokens,
       maxLogits,
-      available: availableMemory().available,
+      available: machine.available,
+      ...(metal === undefined
+        ? {}
+        : {
+            gpu: {
+              workingSet: metal.workingSet,
+              total: machine.total,
+              alone: process.platform === "darwin",
+            },
+          }),
     },
   );
   const { pageTokens, fullPages, chunkPages, streams } = memory;
@@ -162,10 +182,10 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
       checkRanks: options.checkRanks ?? false,
     },
     threads,
-    device: options.device ?? "cpu",
+    device,
     cpuLevel,
   };
-  return { config, plan, memory, load };
+  return { config, plan, memory, load, chosen };
 }
 
 /** Rank 0's engine. */
@@ -181,7 +201,7 @@ async function openEngine(
 }
 
 async function loaded(
-  { config, plan, memory, load }: Prepared,
+  { config, plan, memory, load, chosen }: Prepared,
   options: LoadModelOptions,
   engine: NativeStepEngine,
   ranks: LocalRanks | undefined,
@@ -220,9 +240,10 @@ async function loaded(
       ...new Set<CacheKind>(config.layers.map((layer) => (layer.chunked ? "chunked" : "full"))),
       ...(kvType === "q8" ? (["quantized"] as const) : []),
     ],
-    backend: CPU_BACKEND,
+    backend: BACKENDS[chosen.device],
     stopTokens: config.eosTokens,
-    device: options.device ?? "cpu",
+    device: chosen.device,
+    deviceReason: chosen.reason,
     threads: stats.threads,
     cpu: cpuName(stats.cpuLevel),
     memory: {
@@ -237,9 +258,9 @@ async function loaded(
 }
 
 /** The cache keeps what the model's makers computed with; `exact` keeps everything. */
-function kvTypeOf(config: ModelConfig, compute: "fast" | "exact"): KvType {
+function kvTypeOf(config: ModelConfig, compute: "fast" | "exact", bfloat: boolean): KvType {
   if (compute === "exact") return "f32";
-  return config.dtype === "bfloat16" ? "bf16" : "f16";
+  return config.dtype === "bfloat16" && bfloat ? "bf16" : "f16";
 }
 
 function cpuLevelOf(name: string): number {

@@ -17,7 +17,7 @@ export const LoadOptionsSchema = v.strictObject({
   /** Requests that may wait beside those that run. */
   maxQueue: v.exactOptional(v.pipe(v.number(), v.integer(), v.minValue(0))),
   threads: v.exactOptional(count(256)),
-  device: v.exactOptional(v.picklist(["cpu", "metal"])),
+  device: v.exactOptional(v.picklist(["auto", "cpu", "metal"])),
   compute: v.exactOptional(v.picklist(["fast", "exact"])),
   /** Kernel set to force, by name (see cv_cpu_name). */
   cpu: v.exactOptional(v.string()),

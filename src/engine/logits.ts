@@ -6,6 +6,7 @@ import { PagePools, SequencePages } from "../scheduler/pages.ts";
 import type { StepRow } from "../scheduler/step.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
 import type { RankOptions } from "./load-options.ts";
+import type { DeviceChoice } from "./metal-device.ts";
 import { GREEDY } from "./protocol.ts";
 
 export interface LogitsOptions {
@@ -17,7 +18,8 @@ export interface LogitsOptions {
   /** Most prompt tokens in one step. Default: 512, less where that many logits would not fit into 256 MB. */
   piece?: number;
   compute?: "exact" | "fast";
-  device?: "cpu" | "metal";
+  /** Default: the CPU, whose arithmetic is the reference. */
+  device?: DeviceChoice;
   /** Bits of the cache's elements. */
   kvBits?: 8 | 16;
   threads?: number;
@@ -51,7 +53,7 @@ export async function runLogits(options: LogitsOptions): Promise<Logits> {
     context: tokens.length,
     streams: 1,
     compute: options.compute ?? "fast",
-    ...(options.device === undefined ? {} : { device: options.device }),
+    device: options.device ?? "cpu",
     ...(options.kvBits === undefined ? {} : { kvBits: options.kvBits }),
     ...(options.threads === undefined ? {} : { threads: options.threads }),
     ...(options.cpu === undefined ? {} : { cpu: options.cpu }),

@@ -103,6 +103,8 @@ export interface EngineStatus {
   progress: number;
   policy?: { mode: "sequential" | "batched"; reason: string };
   device?: string;
+  /** Why this device, in a sentence. */
+  device_reason?: string;
   /** Of each rank. */
   threads?: number;
   cpu?: string;

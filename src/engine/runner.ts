@@ -171,13 +171,14 @@ class Runner {
 
   #status(): EngineStatus {
     const { full, chunked } = this.#scheduler.pools;
-    const { memory, cpu, device, threads, ranks } = this.#model;
+    const { memory, cpu, device, deviceReason, threads, ranks } = this.#model;
     return {
       model: this.#options.model,
       state: "ready",
       progress: 1,
       policy: this.#policy,
       device,
+      device_reason: deviceReason,
       threads,
       cpu,
       ...(ranks === undefined

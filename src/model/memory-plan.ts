@@ -4,6 +4,7 @@
 import { CaravanError } from "../errors.ts";
 import type { ModelConfig } from "./config.ts";
 import { type LoadPlan, placeOf, tensorMemory } from "./load-plan.ts";
+import { metalScratchBytes, raiseLimitCommand, usableOfWorkingSet } from "./metal-memory.ts";
 import { layersAt, type RankPlace, wholeModel } from "./rank-place.ts";
 import { SLOT } from "./tensor-names.ts";
 
@@ -21,6 +22,9 @@ export interface MemoryRequest {
   maxLogits: number;
   /** Bytes that may be used in all. */
   available: number;
+  /** Where the GPU computes: bytes that its commands may use, and the machine's memory. On Macs the GPU's limit is the only one
+   * (mapped weights count as free memory's cache); elsewhere `available` holds too. */
+  gpu?: { workingSet: number; total: number; alone: boolean };
 }
 
 export interface MemoryPlan {
@@ -129,7 +133,11 @@ export function scratchBytes(
 }
 
 /** Inner width of the widest MLP or expert of the plan's rank. */
-function widestMlp({ config, place, tensors }: Pick<LoadPlan, "config" | "place" | "tensors">): number {
+export function widestMlp({
+  config,
+  place,
+  tensors,
+}: Pick<LoadPlan, "config" | "place" | "tensors">): number {
   if (place === undefined) {
     const dense = config.layers.some((layer) => !layer.moe);
     return Math.max(dense ? config.intermediateSize : 0, config.experts > 0 ? config.expertSize : 0);
@@ -163,14 +171,14 @@ export function planMemory(ranks: LoadPlan | readonly LoadPlan[], request: Memor
     const { full, chunked } = pageBytes(config, request.kvType, pageTokens, placeOf(plan));
     bytes.full += full;
     bytes.chunked += chunked;
-    scratch += scratchBytes(plan, request);
+    scratch += request.gpu === undefined ? scratchBytes(plan, request) : metalScratchBytes(plan, request);
     for (const tensor of plan.tensors) {
       const { mapped, copied } = tensorMemory(tensor);
       weightsMapped += mapped;
       weightsCopied += copied;
     }
   }
-  const room = request.available * PLANNED_SHARE - weightsMapped - weightsCopied - scratch;
+  const room = usableBytes(request) - weightsMapped - weightsCopied - scratch;
   const cost = (context: number): number => {
     const { full, chunked } = pagesOf(config, context, pageTokens);
     return full * bytes.full + chunked * bytes.chunked;
@@ -209,6 +217,14 @@ export function planMemory(ranks: LoadPlan | readonly LoadPlan[], request: Memor
   };
 }
 
+/** Bytes that may be planned. */
+function usableBytes({ available, gpu }: MemoryRequest): number {
+  const machine = available * PLANNED_SHARE;
+  if (gpu === undefined) return machine;
+  const usable = usableOfWorkingSet(gpu.workingSet);
+  return gpu.alone ? usable : Math.min(usable, machine);
+}
+
 /** The most tokens, in whole pages, whose cache fits; 0 when not even one page does. */
 function largestContext(
   config: ModelConfig,
@@ -244,18 +260,22 @@ function tooLarge(
   kv: number,
 ): CaravanError {
   const gigabytes = (n: number) => `${(n / 1e9).toFixed(2)} GB`;
-  const usable = request.available * PLANNED_SHARE;
+  const usable = usableBytes(request);
   const needed = weights + scratch + kv;
+  const { gpu } = request;
+  const raise = gpu === undefined ? undefined : raiseLimitCommand(needed, gpu.total);
   return new CaravanError(
     "out_of_memory",
     `the model needs ${gigabytes(needed)} (weights ${gigabytes(weights)}, cache ${gigabytes(kv)}, scratch ${gigabytes(scratch)}), ` +
-      `${gigabytes(usable)} can be used: ${gigabytes(needed - usable)} too much`,
+      `${gigabytes(usable)} can be used${gpu === undefined ? "" : ` (the GPU's working set is ${gigabytes(gpu.workingSet)})`}: ${gigabytes(needed - usable)} too much`,
     {
       where: config.where,
-      hint:
+      hint: [
         weights + scratch < usable
           ? "Ask for a shorter context with --context."
           : "Use a smaller or more strongly quantized model.",
+        ...(raise === undefined ? [] : [`Or let the GPU use more memory until the next restart: ${raise}`]),
+      ].join("\n  "),
     },
   );
 }

@@ -246,12 +246,13 @@ function isIdle({ open }: Entry): boolean {
 }
 
 function logReady(log: Logger, model: InstalledModel, open: OpenModel, ms: number): void {
-  const { context, policy, device, cpu, threads, ranks } = open.engine.status();
+  const { context, policy, device, device_reason, cpu, threads, ranks } = open.engine.status();
   log.info("model ready", {
     model: model.name,
     seconds: Number((ms / 1000).toFixed(2)),
     context,
     device,
+    device_reason,
     cpu,
     threads,
     ...(ranks === undefined ? {} : { ranks: `${ranks.tensor} × ${ranks.pipeline} over ${ranks.transport}` }),

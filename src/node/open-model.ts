@@ -19,6 +19,8 @@ import type { InstalledModel } from "../model/store.ts";
 export interface RunOptions extends RankOptions {
   context?: number;
   threads?: number;
+  /** "auto" (also when absent): the GPU where there is one that can run the model. */
+  device?: "auto" | "cpu" | "metal";
   maxQueue?: number;
   /** "sequential" or "batched" instead of what the policy chooses. */
   scheduling?: "sequential" | "batched";

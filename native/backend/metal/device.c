@@ -176,6 +176,41 @@ int cv_metal_share(cv_metal_device *d, const void *p, size_t bytes, cv_err err) 
     return code;
 }
 
+static int by_address(const void *x, const void *y) {
+    uintptr_t a = (uintptr_t)((const cv_memory *)x)->memory, b = (uintptr_t)((const cv_memory *)y)->memory;
+    return a < b ? -1 : a > b;
+}
+
+int cv_metal_share_all(cv_metal_device *d, const cv_memory *pieces, size_t n, cv_err err) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    cv_memory *sorted = malloc((n ? n : 1) * sizeof *sorted);
+    if (!sorted) return cv_fail(err, CV_E_MEMORY, "no memory for the list of buffers");
+    memcpy(sorted, pieces, n * sizeof *sorted);
+    qsort(sorted, n, sizeof *sorted, by_address);
+    int code = CV_OK;
+    uintptr_t low = 0, high = 0;
+    for (size_t i = 0; !code && i <= n; i++) {
+        uintptr_t from = i < n ? (uintptr_t)sorted[i].memory / page * page : 0, to = i < n ? ((uintptr_t)sorted[i].memory + sorted[i].bytes + page - 1) / page * page : 0;
+        if (i < n && !sorted[i].bytes) continue;
+        if (i < n && high > low && from <= high && (to > high ? to : high) - low <= d->max_buffer) {
+            if (to > high) high = to;
+            continue;
+        }
+        if (high > low) code = cv_metal_share(d, (const void *)low, high - low, err);
+        low = from;
+        high = to;
+    }
+    free(sorted);
+    return code;
+}
+
+void cv_metal_make_resident(cv_metal_device *d) {
+    if (!d->residency || !d->residency_changed) return;
+    CV_SEND0(&d->objc, void, d->residency, commit);
+    CV_SEND0(&d->objc, void, d->residency, request_residency);
+    d->residency_changed = false;
+}
+
 /* ---- pipelines ---- */
 
 /* Without fast math: it lets the compiler sum in another order in each variant of a kernel, and then a row would have other bits
@@ -266,11 +301,7 @@ static void open_commands(cv_metal_device *d) {
 
 /* Memory is made resident before the first command that uses it. */
 static void commit(cv_metal_device *d) {
-    if (d->residency && d->residency_changed) {
-        CV_SEND0(&d->objc, void, d->residency, commit);
-        CV_SEND0(&d->objc, void, d->residency, request_residency);
-        d->residency_changed = false;
-    }
+    cv_metal_make_resident(d);
     CV_SEND0(&d->objc, void, d->encoder, end_encoding);
     CV_SEND0(&d->objc, void, d->commands[d->n_commands - 1], commit);
     d->encoder = NULL;

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "../../engine/error.h"
+#include "../backend.h"
 
 typedef struct cv_metal_device cv_metal_device;
 
@@ -26,6 +27,10 @@ void cv_metal_device_close(cv_metal_device *d);
 /* Memory that host and GPU share, zeroed. */
 int cv_metal_alloc(cv_metal_device *d, size_t bytes, void **out, cv_err err);
 void cv_metal_free(cv_metal_device *d, void *p);
+/* Lets commands use many pieces of memory, joined into as few buffers as the GPU's largest allows; none is cut. */
+int cv_metal_share_all(cv_metal_device *d, const cv_memory *pieces, size_t n, cv_err err);
+/* Asks the system to make all memory so far resident, where it has residency sets. */
+void cv_metal_make_resident(cv_metal_device *d);
 /* Lets commands use memory of the host, without copying: whole pages around it. */
 int cv_metal_share(cv_metal_device *d, const void *p, size_t bytes, cv_err err);
 

@@ -600,7 +600,7 @@ static int open_scratch(metal *m, cv_err err) {
     return grow_pages(m, FIRST_PAGES) ? cv_fail(err, CV_E_MEMORY, "no memory for page tables") : CV_OK;
 }
 
-int cv_backend_metal_open(const cv_shape *shape, const cv_metal_memory *shared, size_t n_shared, cv_backend **out, char *text, size_t text_size) {
+int cv_backend_metal_open(const cv_shape *shape, const cv_memory *shared, size_t n_shared, cv_backend **out, char *text, size_t text_size) {
     static const cv_backend_ops ops = {
         .name = "metal", .close = metal_close, .alloc = metal_alloc, .free = metal_free, .begin = metal_begin, .finish = metal_finish, .embed = metal_embed, .norm_qkv = metal_norm_qkv,
         .rope_store = metal_rope_store, .attention = metal_attention, .linear = metal_linear, .norm_mlp = metal_norm_mlp, .norm_route = metal_norm_route, .moe_up = metal_moe_up,
@@ -615,9 +615,9 @@ int cv_backend_metal_open(const cv_shape *shape, const cv_metal_memory *shared, 
     m->element = cv_kv_element_bytes(shape->kv_type);
     m->base = (cv_backend){.ops = &ops, .shape = shape, .act_bytes = sizeof(float)};
     code = cv_metal_device_open(&m->d, err);
-    for (size_t i = 0; !code && i < n_shared; i++)
-        if (shared[i].bytes) code = cv_metal_share(m->d, shared[i].memory, shared[i].bytes, err);
+    if (!code) code = cv_metal_share_all(m->d, shared, n_shared, err);
     if (!code) code = open_scratch(m, err);
+    if (!code) cv_metal_make_resident(m->d);
     if (code) {
         metal_close(&m->base);
         return code;

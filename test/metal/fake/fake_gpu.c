@@ -158,6 +158,23 @@ static size_t bytes_needed(const object *command_buffer) {
     return bytes;
 }
 
+/* With FAKEMETAL_RESIDENT: whether all memory that the commands use was requested before. A Mac brings the rest in by itself, one fault
+ * after another while the GPU waits, and near its limit that never ends. */
+static bool all_resident(const object *command_buffer, char *report) {
+    const command_list *list = command_buffer->extra;
+    const object *set = command_buffer->first->second;
+    for (int i = 0; i < list->n; i++)
+        for (int k = 0; k < MSL_BUFFERS; k++) {
+            const object *b = list->all[i].buffers[k];
+            bool found = !b;
+            for (int r = 0; set && !found && r < set->state; r++) found = ((object **)set->memory)[r] == b;
+            if (found) continue;
+            snprintf(report, REPORT, "buffer %d of dispatch %d is not resident", k, i);
+            return false;
+        }
+    return true;
+}
+
 /* ---- command buffers ---- */
 
 object *fake_error(const char *text) {
@@ -204,6 +221,7 @@ static void run_command_buffer(object *o) {
     bool ok = bytes <= limit;
     *report = 0;
     if (!ok) snprintf(report, REPORT, "Insufficient Memory: the commands need %zu bytes, the working set is %zu", bytes, limit);
+    if (ok && getenv("FAKEMETAL_RESIDENT")) ok = all_resident(o, report);
     __atomic_add_fetch(&fake_count.command_buffers, 1, __ATOMIC_SEQ_CST);
     for (int i = 0; ok && i < list->n; i++) ok = run_command(&list->all[i], report);
     write_log(o, !ok);

@@ -11,7 +11,7 @@
  *   MTLCommandBuffer         first: queue; second: error; extra: command_list; size: 1 while an encoder is open
  *   MTLComputeCommandEncoder first: command buffer; extra: command; state 1: ended
  *   MTLSharedEvent           size: value
- *   MTLResidencySet          memory, size: buffers
+ *   MTLResidencySet          memory, size: buffers; state: of the buffers, how many were requested (first ones)
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -232,11 +232,13 @@ static void residency_remove(object *o, SEL s, object *buffer) {
     object **list = o->memory;
     for (size_t i = 0; i < o->size; i++)
         if (list[i] == buffer) {
-            list[i] = list[--o->size];
+            if (i < (size_t)o->state) list[i] = list[--o->state], list[o->state] = list[--o->size];
+            else list[i] = list[--o->size];
             fake_release(buffer);
             return;
         }
 }
+static void residency_request(object *o, SEL s) { UNUSED(s); o->state = (int)o->size; }
 static void residency_nothing(object *o, SEL s) { UNUSED(o), UNUSED(s); }
 static void queue_add_residency(object *o, SEL s, object *set) {
     UNUSED(s);
@@ -402,7 +404,7 @@ const fake_method fake_methods[] = {
     METHOD("MTLResidencySet", "addAllocation:", residency_add),
     METHOD("MTLResidencySet", "removeAllocation:", residency_remove),
     METHOD("MTLResidencySet", "commit", residency_nothing),
-    METHOD("MTLResidencySet", "requestResidency", residency_nothing),
+    METHOD("MTLResidencySet", "requestResidency", residency_request),
     METHOD("MTLResidencySet", "endResidency", residency_nothing),
     METHOD("MTLCommandQueue", "addResidencySet:", queue_add_residency),
     METHOD("MTLCommandQueue", "commandBuffer", queue_command_buffer),

@@ -49,7 +49,7 @@ static void open_bench(bench *b, op_context *c, const attention_case *a) {
     size_t heads = a->n_kv * a->group;
     cv_shape s = {.hidden = 64, .head_dim = a->head_dim, .vocab = 16, .page_tokens = a->page_tokens, .chunk = a->chunk, .max_tokens = MOST_TOKENS, .max_logits = 1, .max_heads = heads, .max_kv_heads = a->n_kv,
                   .max_ff = 64, .kv_type = a->type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 16, .rope_interleaved = a->interleaved, .exact = a->type == CV_F32};
-    const cv_metal_memory shared = {gpu, pages * page * element};
+    const cv_memory shared = {gpu, pages * page * element};
     op_open(&b->w, c, &s, &shared, 1);
     if (!b->w.gpu) return;
     b->w.exact.kv_type = CV_F32;

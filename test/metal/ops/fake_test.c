@@ -1,5 +1,6 @@
 /* fake_test.c — the fake runtime itself: host mistakes end the process with a message; command buffers run by themselves from
  * commit on, wait for events, share words with the host, and fail as a GPU fails. */
+#include <dlfcn.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -9,6 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "../../../native/backend/metal/device.h"
+#include "../../../native/backend/metal/kernels/params.h"
 #include "../../../native/backend/metal/objc.h"
 #include "../../../native/test/check.h"
 
@@ -268,6 +271,49 @@ static void working_set(cv_checks *c, rig *r) {
     unsetenv("FAKEMETAL_WORKING_SET");
 }
 
+static void residency(cv_checks *c, rig *r) {
+    setenv("FAKEMETAL_RESIDENT", "1", 1);
+    encode_copy(r);
+    end(r);
+    commit(r);
+    wait_for(r);
+    cv_check(c, status(r) == 5 && strstr(error_text(r), "not resident"), "status %lu: %s", status(r), error_text(r));
+    unsetenv("FAKEMETAL_RESIDENT");
+}
+
+/* The host's own device: ten dispatches that say how much they compute, 10^11 multiply-adds each. */
+static void long_steps_are_cut(cv_checks *c, rig *r) {
+    enum { HIDDEN = 64 };
+    char text[256] = "";
+    cv_err err = {text, sizeof text};
+    cv_metal_device *d;
+    void *memory = NULL;
+    uint64_t (*count)(const char *);
+    for (size_t i = 0; i < 4 && !memory; i++) memory = r->o.libraries[i] ? dlsym(r->o.libraries[i], "fakemetal_count") : NULL;
+    *(void **)&count = memory;
+    int code = cv_metal_device_open(&d, err);
+    if (!code) code = cv_metal_alloc(d, 4096, &memory, err);
+    cv_check(c, !code && count, "%s", text);
+    if (code || !count) return;
+    uint64_t before = count("command_buffers"), waits = count("waits");
+    cv_metal_constants none;
+    memset(&none, 0, sizeof none);
+    const cv_norm_params params = {.n = 1, .hidden = HIDDEN, .eps = 1};
+    const size_t groups[3] = {1, 1, 1};
+    code = cv_metal_begin(d);
+    for (int i = 0; i < 10; i++) {
+        cv_metal_use(d, "rms_norm_f32", &none);
+        for (unsigned b = 0; b < 4; b++) cv_metal_bind(d, b, (char *)memory + 1024 * b, 1);
+        cv_metal_bytes(d, 4, &params, sizeof params);
+        cv_metal_dispatch(d, groups, 32, 1e11);
+    }
+    code = cv_metal_finish(d, err);
+    cv_check(c, !code, "%s", text);
+    uint64_t buffers = count("command_buffers") - before;
+    cv_check(c, buffers >= 5 && buffers <= 6 && count("waits") - waits == 1, "%llu command buffers, %llu waits", (unsigned long long)buffers, (unsigned long long)(count("waits") - waits));
+    cv_metal_device_close(d);
+}
+
 static void unmapped(cv_checks *c, rig *r) {
     void *p = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     r->buffers[0] = CV_SEND(&r->o, id, r->device, new_buffer_over, (void *, NSUInteger, NSUInteger, id), p, 4096ul, 0ul, (id)NULL);
@@ -293,6 +339,8 @@ static const struct {
     {"a bounded wait for a peer that never comes ends", bounded_spin_ends},
     {"an endless wait is stopped and reported", endless_spin_is_an_error},
     {"commands that exceed the working set fail", working_set},
+    {"commands on memory that was not made resident fail where that is asked for", residency},
+    {"a long step is several command buffers, and the host waits once", long_steps_are_cut},
     {"memory that was unmapped under a buffer is an error", unmapped},
 };
 

@@ -164,7 +164,7 @@ typedef struct {
     uint64_t positions[512];
 } op_world;
 
-static inline void op_open(op_world *w, op_context *c, const cv_shape *shape, const cv_metal_memory *shared, size_t n_shared) {
+static inline void op_open(op_world *w, op_context *c, const cv_shape *shape, const cv_memory *shared, size_t n_shared) {
     char err[512] = "";
     w->c = c;
     w->shape = *shape;
