@@ -137,14 +137,8 @@ export class RankProcess {
     }
   }
 
-  #lost(cause: unknown): void {
-    this.#failure ??= new CaravanError(
-      "engine_failed",
-      `the process of rank ${this.rank} takes no commands`,
-      {
-        cause,
-      },
-    );
+  #lost(cause: unknown, how = "takes no commands"): void {
+    this.#failure ??= new CaravanError("engine_failed", `the process of rank ${this.rank} ${how}`, { cause });
     this.#child.kill("SIGKILL");
   }
 
