@@ -21,7 +21,7 @@ const HOME = newCluster("home");
 function settingsOf(identity: Identity, cluster: HelloSettings["cluster"], version = "1.0"): HelloSettings {
   return {
     cluster,
-    node: { id: identity.id, name: `node ${identity.id.slice(0, 4)}`, version, incarnation: 1 },
+    node: { id: identity.id, name: `node ${identity.id.slice(0, 4)}`, version, incarnation: 1, port: 0 },
   };
 }
 
@@ -98,6 +98,7 @@ describe("members", () => {
       name: `node ${identity.id.slice(0, 4)}`,
       version: "1.0",
       incarnation: 1,
+      port: 0,
     });
     expect(there.purpose).toBe("control");
     channel.send({ hello: "world" });

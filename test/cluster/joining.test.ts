@@ -32,7 +32,7 @@ afterEach(async () => {
 });
 
 function settingsOf(identity: Identity, name: string, cluster?: ClusterCredentials): HelloSettings {
-  return { cluster, node: { id: identity.id, name, version: "1", incarnation: 1 } };
+  return { cluster, node: { id: identity.id, name, version: "1", incarnation: 1, port: 0 } };
 }
 
 async function member(cluster = HOME, limitMs?: number) {

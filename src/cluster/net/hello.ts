@@ -13,13 +13,14 @@ import type { Channel } from "./channel.ts";
 import { NameSchema, purposeKey } from "./cluster-file.ts";
 
 /** What a connection is for; one thing each, so that closing it ends exactly this. */
-export const PURPOSES = ["control", "call", "join", "probe", "file"] as const;
+export const PURPOSES = ["control", "call", "rank", "join", "probe", "file"] as const;
 export type Purpose = (typeof PURPOSES)[number];
 
 export interface HelloSettings {
   /** Name and secret; undefined: this node is in no cluster and can only ask to join one. */
   cluster: { name: string; secret: string } | undefined;
-  node: { id: NodeId; name: string; version: string; incarnation: number };
+  /** `port`: of its own control plane, 0 = none yet. */
+  node: { id: NodeId; name: string; version: string; incarnation: number; port: number };
 }
 
 export interface Peer {
@@ -27,6 +28,8 @@ export interface Peer {
   name: string;
   version: string;
   incarnation: number;
+  /** Where its control plane listens, at the address that it calls from; 0 = nowhere. */
+  port: number;
 }
 
 /** In every protocol version: nothing else is read of a node that speaks another one. */
@@ -41,7 +44,8 @@ const Hello = v.object({
   purpose: v.picklist(PURPOSES),
   cluster: v.pipe(v.string(), v.maxLength(64)),
   name: NameSchema,
-  incarnation: v.pipe(v.number(), v.integer(), v.minValue(0)),
+  incarnation: v.pipe(v.number(), v.safeInteger(), v.minValue(0)),
+  port: v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65535)),
   proof: v.pipe(v.string(), v.maxLength(64)),
 });
 
@@ -79,7 +83,7 @@ function isProof(given: string, wanted: string): boolean {
 }
 
 function words(settings: HelloSettings, purpose: Purpose, proof: string): object {
-  const { name, version, incarnation } = settings.node;
+  const { name, version, incarnation, port } = settings.node;
   return {
     caravan: CARAVAN_PROTOCOL,
     version,
@@ -87,6 +91,7 @@ function words(settings: HelloSettings, purpose: Purpose, proof: string): object
     cluster: settings.cluster?.name ?? "",
     name,
     incarnation,
+    port,
     proof,
   };
 }
@@ -127,7 +132,8 @@ export async function callerHello(
         throw new CaravanError("permission_denied", "the other node does not know this cluster's secret");
       channel.trust();
     }
-    return { id, name: peer.name, version: peer.version, incarnation: peer.incarnation };
+    const { name, version, incarnation, port } = peer;
+    return { id, name, version, incarnation, port };
   } catch (thrown) {
     channel.close();
     throw thrown;
@@ -165,7 +171,8 @@ export async function calleeHello(
     const value = await channel.readJson(HELLO_LIMIT_MS);
     const id = peerIdOf(channel.socket);
     const hello = read(value, settings, id);
-    const peer: Peer = { id, name: hello.name, version: hello.version, incarnation: hello.incarnation };
+    const { name, version, incarnation, port } = hello;
+    const peer: Peer = { id, name, version, incarnation, port };
     const { cluster } = settings;
     if (cluster === undefined) throw new CaravanError("permission_denied", "this node is in no cluster");
     if (hello.purpose === "join") {

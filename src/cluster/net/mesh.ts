@@ -1,0 +1,349 @@
+// The node's standing connections to all nodes of its cluster: it listens, dials whom it hears of, keeps one link to
+// each node, and hands over connections of other purposes. Who is a member of what view is decided elsewhere
+// (membership.ts); this says only whom it can talk to right now.
+
+import { hostname } from "node:os";
+import { asCaravanError, CaravanError } from "../../errors.ts";
+import type { Logger } from "../../log.ts";
+import { VERSION } from "../../version.ts";
+import type { NodeId } from "../types.ts";
+import { AddressBook, type Candidate } from "./address-book.ts";
+import type { Channel } from "./channel.ts";
+import type { ClusterCredentials } from "./cluster-file.ts";
+import { dial, joinAddress } from "./dial.ts";
+import { Discovery, type DiscoveryStatus } from "./discovery.ts";
+import type { HelloSettings, Peer, Purpose } from "./hello.ts";
+import type { Identity } from "./identity.ts";
+import { Link } from "./link.ts";
+import { type Listener, type ListenerCounters, listen } from "./listener.ts";
+
+const TURN_MS = 200;
+const CALL_LIMIT_MS = 3000;
+
+export interface MeshOptions {
+  identity: Identity;
+  incarnation: number;
+  /** Shown to people; default: this machine's name. */
+  name?: string;
+  /** Read anew when needed: its list of known nodes grows. */
+  cluster: () => ClusterCredentials;
+  /** Address to listen on; default: all. */
+  host?: string;
+  port: number;
+  /** host:port of nodes that multicast does not reach. */
+  peers: readonly string[];
+  /** false: no beacons. A number: another UDP port (tests). */
+  discovery?: boolean | number;
+  log: Logger;
+  /** A link to a node is there, or is gone and why. `goodbye`: the node said that it goes. */
+  onUp: (link: Link) => void;
+  onDown: (link: Link, why: CaravanError, goodbye: boolean) => void;
+  onSay: (from: NodeId, body: unknown) => void;
+  onCall: (from: NodeId, method: string, params: unknown) => Promise<unknown>;
+  /** A connection of a purpose other than "control"; it belongs to the callee. */
+  onChannel: (channel: Channel, peer: Peer, purpose: Purpose) => void;
+  silenceMs?: number;
+}
+
+/** Nodes that were heard but do not belong here, and why; for doctor. */
+export interface Stranger {
+  address: string;
+  name: string;
+  reason: string;
+}
+
+const MAX_STRANGERS = 64;
+
+export class Mesh {
+  readonly name: string;
+  readonly #options: MeshOptions;
+  readonly #book = new AddressBook();
+  readonly #links = new Map<NodeId, Link>();
+  readonly #strangers = new Map<string, Stranger>();
+  /** Connections of other purposes, by node. */
+  readonly #channels = new Map<NodeId, Set<Channel>>();
+  readonly #stop = new AbortController();
+  #listener: Listener | undefined;
+  #discovery: Discovery | undefined;
+  #timer: ReturnType<typeof setInterval> | undefined;
+
+  private constructor(options: MeshOptions) {
+    this.#options = options;
+    this.name = (options.name ?? hostname()).slice(0, 120) || "node";
+  }
+
+  /** Listens and begins to look for nodes. Rejects with invalid_argument when the port cannot be had. */
+  static async start(options: MeshOptions): Promise<Mesh> {
+    const mesh = new Mesh(options);
+    await mesh.#start();
+    return mesh;
+  }
+
+  get port(): number {
+    return this.#listener?.port ?? 0;
+  }
+
+  get links(): readonly Link[] {
+    return [...this.#links.values()];
+  }
+
+  get counters(): Readonly<ListenerCounters> | undefined {
+    return this.#listener?.counters;
+  }
+
+  get discovery(): DiscoveryStatus | undefined {
+    return this.#discovery?.status;
+  }
+
+  get strangers(): readonly Stranger[] {
+    return [...this.#strangers.values()];
+  }
+
+  /** Addresses that do not answer as they should. */
+  get problems(): { address: string; problem: string }[] {
+    return this.#book.problems();
+  }
+
+  linkTo(id: NodeId): Link | undefined {
+    return this.#links.get(id);
+  }
+
+  /** host:port at which the node's control plane was reached. */
+  addressesOf(id: NodeId): string[] {
+    return this.#book.addressesOf(id);
+  }
+
+  /** Sends to the node if there is a link to it. */
+  say(to: NodeId, body: unknown): void {
+    this.#links.get(to)?.say(body);
+  }
+
+  /** Rejects with cluster_degraded when there is no link. */
+  call(to: NodeId, method: string, params: unknown, limitMs = CALL_LIMIT_MS): Promise<unknown> {
+    const link = this.#links.get(to);
+    if (link === undefined) return Promise.reject(unreachable(to));
+    return link.call(method, params, limitMs);
+  }
+
+  /** Opens a connection of its own to a node. Rejects with cluster_degraded. */
+  async open(to: NodeId, purpose: Purpose, signal?: AbortSignal): Promise<Channel> {
+    const link = this.#links.get(to);
+    if (link === undefined) throw unreachable(to);
+    let last: unknown = unreachable(to);
+    for (const address of this.#book.addressesOf(to)) {
+      try {
+        const { channel } = await dial({
+          identity: this.#options.identity,
+          settings: this.#settings(),
+          address,
+          purpose,
+          expected: to,
+          ...(signal === undefined ? {} : { signal }),
+        });
+        this.#tie(to, channel);
+        return channel;
+      } catch (thrown) {
+        last = thrown;
+        if (signal?.aborted || link !== this.#links.get(to)) break;
+      }
+    }
+    throw last;
+  }
+
+  /** Tells every node that this one goes, and closes everything. */
+  async close(): Promise<void> {
+    this.#stop.abort();
+    clearInterval(this.#timer);
+    this.#discovery?.stop();
+    for (const link of this.#links.values()) link.goodbye();
+    const over = new CaravanError("shutting_down", "this node is shutting down");
+    for (const channels of this.#channels.values()) for (const channel of channels) channel.close(over);
+    await this.#listener?.close();
+  }
+
+  async #start(): Promise<void> {
+    const { identity, host, port, log, cluster, peers, discovery = true } = this.#options;
+    this.#listener = await listen({
+      identity,
+      settings: () => this.#settings(),
+      host: host ?? "::",
+      port,
+      log,
+      onPeer: (channel, peer, purpose) => this.#accept(channel, peer, purpose),
+    });
+    const now = performance.now();
+    for (const peer of peers) this.#book.learn(peer, undefined, true, now);
+    for (const { id, addresses } of cluster().nodes)
+      for (const address of addresses) this.#book.learn(address, id, true, now);
+    this.#timer = setInterval(() => this.#dialDue(), TURN_MS);
+    this.#dialDue();
+    if (discovery === false) return;
+    this.#discovery = new Discovery({
+      announce: () => {
+        const { name, secret } = cluster();
+        const { id } = identity;
+        const { incarnation } = this.#options;
+        const beacon = { cluster: name, id, name: this.name, version: VERSION, port: this.port, incarnation };
+        return { beacon, secret };
+      },
+      cluster,
+      onHeard: (heard, address) => {
+        if (heard.kind === "member") {
+          this.#book.learn(address, heard.beacon.id, false, performance.now());
+          this.#strangers.delete(address);
+        } else this.#noteStranger(heard, address);
+      },
+      log,
+      ...(typeof discovery === "number" ? { port: discovery } : {}),
+    });
+    await this.#discovery.start();
+  }
+
+  #settings(): HelloSettings {
+    const { name, secret } = this.#options.cluster();
+    const { identity, incarnation } = this.#options;
+    return {
+      cluster: { name, secret },
+      node: { id: identity.id, name: this.name, version: VERSION, incarnation, port: this.port },
+    };
+  }
+
+  #noteStranger(
+    heard: Parameters<ConstructorParameters<typeof Discovery>[0]["onHeard"]>[0],
+    address: string,
+  ) {
+    if (heard.kind === "member") return;
+    if (this.#strangers.size >= MAX_STRANGERS && !this.#strangers.has(address)) return;
+    const stranger =
+      heard.kind === "version"
+        ? {
+            name: "?",
+            reason: `speaks cluster protocol ${heard.protocol} (caravan ${heard.version}): install the same version on both`,
+          }
+        : heard.reason === "name"
+          ? { name: heard.beacon.name, reason: `belongs to the cluster "${heard.beacon.cluster}"` }
+          : {
+              name: heard.beacon.name,
+              reason: `has another secret although its cluster is called the same: \`caravan cluster leave\` and \`caravan join\` there`,
+            };
+    if (!this.#strangers.has(address))
+      this.#options.log.info("a node that is no member", { address, ...stranger });
+    this.#strangers.set(address, { address, ...stranger });
+  }
+
+  #dialDue(): void {
+    const due = this.#book.due(performance.now(), (id) => this.#links.has(id));
+    for (const candidate of due) {
+      if (candidate.id === this.#options.identity.id) continue;
+      candidate.dialling = true;
+      void this.#dial(candidate);
+    }
+  }
+
+  async #dial(candidate: Candidate): Promise<void> {
+    try {
+      const { channel, peer } = await dial({
+        identity: this.#options.identity,
+        settings: this.#settings(),
+        address: candidate.address,
+        purpose: "control",
+        ...(candidate.id === undefined ? {} : { expected: candidate.id }),
+        signal: this.#stop.signal,
+      });
+      this.#book.succeeded(candidate, peer.id);
+      this.#adopt(channel, peer, true);
+    } catch (thrown) {
+      if (this.#stop.signal.aborted) return;
+      const { message } = asCaravanError(thrown);
+      if (message !== candidate.problem)
+        this.#options.log.debug("cannot reach a node", { address: candidate.address, reason: message });
+      this.#book.failed(candidate, message, performance.now());
+    }
+  }
+
+  /** Heartbeats of the link notice a node that has stopped; other connections have none, and end with it. */
+  #tie(id: NodeId, channel: Channel): void {
+    const channels = this.#channels.get(id) ?? new Set();
+    this.#channels.set(id, channels.add(channel));
+    channel.closed.then(() => channels.delete(channel));
+  }
+
+  #accept(channel: Channel, peer: Peer, purpose: Purpose): void {
+    if (this.#stop.signal.aborted) {
+      channel.close();
+      return;
+    }
+    if (purpose !== "control") {
+      if (purpose !== "join") this.#tie(peer.id, channel);
+      this.#options.onChannel(channel, peer, purpose);
+      return;
+    }
+    const { remoteAddress } = channel.socket;
+    if (remoteAddress !== undefined && peer.port > 0) {
+      const address = joinAddress(remoteAddress.replace(/^::ffff:/, ""), peer.port);
+      this.#book.learn(address, peer.id, false, performance.now());
+    }
+    this.#adopt(channel, peer, false);
+  }
+
+  /** Of two links between the same nodes both ends keep the same one: that which the node with the lower id dialled. */
+  #adopt(channel: Channel, peer: Peer, dialled: boolean): void {
+    const before = this.#links.get(peer.id);
+    if (before?.channel.open && before.peer.incarnation === peer.incarnation && before.dialled !== dialled) {
+      const oursWins = this.#options.identity.id < peer.id;
+      if (before.dialled === oursWins) {
+        channel.finish();
+        return;
+      }
+    }
+    if (this.#stop.signal.aborted) {
+      channel.close();
+      return;
+    }
+    const link: Link = new Link({
+      channel,
+      peer,
+      dialled,
+      onSay: (body) => this.#options.onSay(peer.id, body),
+      onCall: (method, params) => this.#options.onCall(peer.id, method, params),
+      ...(this.#options.silenceMs === undefined ? {} : { silenceMs: this.#options.silenceMs }),
+    });
+    this.#links.set(peer.id, link);
+    const restarted = before !== undefined && before.peer.incarnation !== peer.incarnation;
+    before?.close(
+      new CaravanError(
+        "cluster_degraded",
+        restarted ? `${peer.name} was restarted` : "replaced by another link",
+      ),
+    );
+    link.ended.then((why) => this.#ended(link, why));
+    if (before === undefined || restarted) {
+      this.#options.log.info("node is there", { node: peer.name, id: peer.id.slice(0, 8) });
+    }
+    this.#options.onUp(link);
+  }
+
+  #ended(link: Link, why: CaravanError): void {
+    const { peer } = link;
+    // Replaced by a newer one: the node is still there, unless it was restarted in between.
+    const now = this.#links.get(peer.id);
+    if (now === link) this.#links.delete(peer.id);
+    else if (now === undefined || now.peer.incarnation === peer.incarnation) return;
+    for (const channel of this.#channels.get(peer.id) ?? []) channel.close(why);
+    if (this.#stop.signal.aborted) return;
+    if (now === link) {
+      this.#options.log.info("node is gone", {
+        node: peer.name,
+        id: peer.id.slice(0, 8),
+        reason: link.saidGoodbye ? "it said goodbye" : why.message,
+      });
+    }
+    this.#options.onDown(link, why, link.saidGoodbye);
+  }
+}
+
+function unreachable(id: NodeId): CaravanError {
+  return new CaravanError("cluster_degraded", `there is no connection to node ${id.slice(0, 8)}`, {
+    retryAfterSeconds: 2,
+  });
+}
