@@ -59,6 +59,7 @@ typedef struct {
 /* Shapes and constants fixed at load. */
 typedef struct {
     size_t hidden, head_dim, vocab, n_experts, experts_per_token, page_tokens, chunk;
+    size_t vocab_rows; /* of the head on this rank; vocab when it is whole */
     size_t max_tokens, max_logits;
     size_t max_heads, max_kv_heads, max_ff; /* widest layer; max_ff: widest of MLP, expert, shared expert */
     uint32_t kv_type;
@@ -68,6 +69,7 @@ typedef struct {
     uint32_t n_threads, cpu_level;
 } cv_shape;
 
+/* On a rank that has no part of the experts, or of the shared expert, its three are NULL; never all six. */
 typedef struct {
     const cv_weight *gate, *up, *down; /* experts */
     const cv_weight *shared_gate, *shared_up, *shared_down;
@@ -121,7 +123,7 @@ typedef struct {
     /* h += (or =) Σ down_e·act_e + shared_down·act_shared, experts in the order they were chosen, shared last. */
     int (*moe_down)(cv_backend *b, const cv_moe_weights *w, bool accumulate, void *h);
 
-    /* logits[i] = head·RMSNorm(h[rows[i]]), float32 [n_rows, vocab]. */
+    /* logits[i] = head·RMSNorm(h[rows[i]]), float32 [n_rows, vocab_rows]. */
     int (*head)(cv_backend *b, const void *h, const uint32_t *rows, size_t n_rows, const float *norm, const cv_weight *head, float *logits);
 } cv_backend_ops;
 

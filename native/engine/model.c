@@ -35,6 +35,8 @@ static int check_head(const void *plan, size_t size, cv_err err) {
     if (!between(p->n_threads, 1, 256) || !between(p->max_rows, 1, 4096) || !between(p->max_tokens, 1, 65536) || p->max_tokens < p->max_rows ||
         !between(p->max_logits, p->max_rows, 65536) || !between(p->n_slots, 1, 65536))
         return cv_fail(err, CV_E_PLAN, "limits out of range: %u threads, %u rows, %u tokens, %u logits, %u slots", p->n_threads, p->max_rows, p->max_tokens, p->max_logits, p->n_slots);
+    if (p->vocab_first > p->vocab || p->vocab_rows > p->vocab - p->vocab_first || (p->tensor_size <= 1 && p->vocab_rows && p->vocab_rows != p->vocab))
+        return cv_fail(err, CV_E_PLAN, "%u rows of the head from %u on: the vocabulary has %u", p->vocab_rows, p->vocab_first, p->vocab);
     if (!(p->norm_eps > 0) || !(p->qk_norm_eps > 0) || !isfinite(p->attn_scale)) return cv_fail(err, CV_E_PLAN, "norm or attention constants are not possible");
     return CV_OK;
 }
@@ -44,6 +46,7 @@ typedef struct {
     const cv_weights *w;
     int32_t layer;
     uint32_t index;
+    bool split; /* the plan is one of several tensor ranks' */
     cv_err err;
     int code; /* first failure; later look-ups are skipped */
 } lookup;
@@ -67,6 +70,16 @@ static const float *vector(lookup *l, uint32_t slot, const char *name, size_t n,
     return w ? cv_weights_vector(l->w, slot, l->layer) : NULL;
 }
 
+/* A matrix that a tensor rank may lack, when it has no part of it. */
+static const cv_weight *part(lookup *l, uint32_t slot, const char *name, size_t experts, size_t rows, size_t cols) {
+    return matrix(l, slot, name, experts, rows, cols, l->split);
+}
+
+/* Gate, up and down: all three or none. */
+static void check_whole(lookup *l, const cv_weight *gate, const cv_weight *up, const cv_weight *down, const char *name) {
+    if (!l->code && (!gate != !up || !gate != !down)) l->code = cv_fail(l->err, CV_E_PLAN, "layer %u: of %s gate, up and down a rank has all or none", l->index, name);
+}
+
 static void widen(size_t *most, const cv_weight *w) {
     if (w && w->rows > *most) *most = w->rows;
 }
@@ -74,7 +87,8 @@ static void widen(size_t *most, const cv_weight *w) {
 static int read_layer(lookup *l, const cv_plan_layer *p, cv_layer *out) {
     cv_shape *s = &l->m->shape;
     size_t h = s->hidden, d = s->head_dim;
-    if (!p->n_heads || !p->n_kv_heads || p->n_heads % p->n_kv_heads || p->n_heads / p->n_kv_heads > 32 || p->n_heads > 65536)
+    bool attends = p->n_heads || p->n_kv_heads || !l->split;
+    if (attends && (!p->n_heads || !p->n_kv_heads || p->n_heads % p->n_kv_heads || p->n_heads / p->n_kv_heads > 32 || p->n_heads > 65536))
         return cv_fail(l->err, CV_E_PLAN, "layer %u: %u heads over %u key-value heads", p->index, p->n_heads, p->n_kv_heads);
     if ((p->flags & CV_LAYER_CHUNKED) && !s->chunk) return cv_fail(l->err, CV_E_PLAN, "layer %u is chunked, but the plan has no chunk size", p->index);
     if ((p->flags & CV_LAYER_TEMPERATURE) && !(s->floor_scale > 0)) return cv_fail(l->err, CV_E_PLAN, "layer %u: floor_scale is not positive", p->index);
@@ -85,34 +99,41 @@ static int read_layer(lookup *l, const cv_plan_layer *p, cv_layer *out) {
     else l->m->has_full = true;
     out->attn_norm = vector(l, CV_T_ATTN_NORM, "input_layernorm", h, false);
     out->ffn_norm = vector(l, CV_T_FFN_NORM, "post_attention_layernorm", h, false);
-    out->q = matrix(l, CV_T_Q, "q_proj", 1, p->n_heads * d, h, false);
-    out->k = matrix(l, CV_T_K, "k_proj", 1, p->n_kv_heads * d, h, false);
-    out->v = matrix(l, CV_T_V, "v_proj", 1, p->n_kv_heads * d, h, false);
-    out->o = matrix(l, CV_T_O, "o_proj", 1, h, p->n_heads * d, false);
-    out->q_bias = vector(l, CV_T_Q_BIAS, "q_proj.bias", p->n_heads * d, true);
-    out->k_bias = vector(l, CV_T_K_BIAS, "k_proj.bias", p->n_kv_heads * d, true);
-    out->v_bias = vector(l, CV_T_V_BIAS, "v_proj.bias", p->n_kv_heads * d, true);
+    if (attends) {
+        out->q = matrix(l, CV_T_Q, "q_proj", 1, p->n_heads * d, h, false);
+        out->k = matrix(l, CV_T_K, "k_proj", 1, p->n_kv_heads * d, h, false);
+        out->v = matrix(l, CV_T_V, "v_proj", 1, p->n_kv_heads * d, h, false);
+        out->o = matrix(l, CV_T_O, "o_proj", 1, h, p->n_heads * d, false);
+        out->q_bias = vector(l, CV_T_Q_BIAS, "q_proj.bias", p->n_heads * d, true);
+        out->k_bias = vector(l, CV_T_K_BIAS, "k_proj.bias", p->n_kv_heads * d, true);
+        out->v_bias = vector(l, CV_T_V_BIAS, "v_proj.bias", p->n_kv_heads * d, true);
+    }
     out->o_bias = vector(l, CV_T_O_BIAS, "o_proj.bias", h, true);
     if (p->flags & CV_LAYER_MOE) {
         size_t e = s->n_experts;
         if (!e) return cv_fail(l->err, CV_E_PLAN, "layer %u has experts, but the plan counts none", p->index);
         cv_moe_weights *m = &out->moe;
         out->router = matrix(l, CV_T_ROUTER, "router", 1, e, h, false);
-        m->gate = matrix(l, CV_T_EXPERT_GATE, "experts.gate_proj", e, 0, h, false);
-        m->up = matrix(l, CV_T_EXPERT_UP, "experts.up_proj", e, m->gate ? m->gate->rows : 0, h, false);
-        m->down = matrix(l, CV_T_EXPERT_DOWN, "experts.down_proj", e, h, m->gate ? m->gate->rows : 0, false);
-        m->shared_gate = matrix(l, CV_T_SHARED_GATE, "shared_expert.gate_proj", 1, 0, h, false);
-        m->shared_up = matrix(l, CV_T_SHARED_UP, "shared_expert.up_proj", 1, m->shared_gate ? m->shared_gate->rows : 0, h, false);
-        m->shared_down = matrix(l, CV_T_SHARED_DOWN, "shared_expert.down_proj", 1, h, m->shared_gate ? m->shared_gate->rows : 0, false);
+        m->gate = part(l, CV_T_EXPERT_GATE, "experts.gate_proj", e, 0, h);
+        m->up = part(l, CV_T_EXPERT_UP, "experts.up_proj", e, m->gate ? m->gate->rows : 0, h);
+        m->down = part(l, CV_T_EXPERT_DOWN, "experts.down_proj", e, h, m->gate ? m->gate->rows : 0);
+        m->shared_gate = part(l, CV_T_SHARED_GATE, "shared_expert.gate_proj", 1, 0, h);
+        m->shared_up = part(l, CV_T_SHARED_UP, "shared_expert.up_proj", 1, m->shared_gate ? m->shared_gate->rows : 0, h);
+        m->shared_down = part(l, CV_T_SHARED_DOWN, "shared_expert.down_proj", 1, h, m->shared_gate ? m->shared_gate->rows : 0);
+        check_whole(l, m->gate, m->up, m->down, "experts'");
+        check_whole(l, m->shared_gate, m->shared_up, m->shared_down, "the shared expert's");
         widen(&s->max_ff, m->gate);
         widen(&s->max_ff, m->shared_gate);
     } else {
-        out->gate = matrix(l, CV_T_GATE, "gate_proj", 1, 0, h, false);
+        out->gate = part(l, CV_T_GATE, "gate_proj", 1, 0, h);
         size_t ff = out->gate ? out->gate->rows : 0;
-        out->up = matrix(l, CV_T_UP, "up_proj", 1, ff, h, false);
-        out->down = matrix(l, CV_T_DOWN, "down_proj", 1, h, ff, false);
-        out->gate_bias = vector(l, CV_T_GATE_BIAS, "gate_proj.bias", ff, true);
-        out->up_bias = vector(l, CV_T_UP_BIAS, "up_proj.bias", ff, true);
+        out->up = part(l, CV_T_UP, "up_proj", 1, ff, h);
+        out->down = part(l, CV_T_DOWN, "down_proj", 1, h, ff);
+        check_whole(l, out->gate, out->up, out->down, "the MLP's");
+        if (out->gate) {
+            out->gate_bias = vector(l, CV_T_GATE_BIAS, "gate_proj.bias", ff, true);
+            out->up_bias = vector(l, CV_T_UP_BIAS, "up_proj.bias", ff, true);
+        }
         out->down_bias = vector(l, CV_T_DOWN_BIAS, "down_proj.bias", h, true);
         widen(&s->max_ff, out->gate);
     }
@@ -124,10 +145,15 @@ static int read_layers(cv_model *m, const uint8_t *plan, const cv_plan *p, cv_er
     m->layers = calloc(p->n_layers, sizeof *m->layers);
     if (!m->layers) return cv_fail(err, CV_E_MEMORY, "no memory for the layer table");
     m->n_layers = p->n_layers;
-    lookup l = {.m = m, .w = m->weights, .layer = -1, .err = err};
-    m->embed = matrix(&l, CV_T_EMBED, "embed_tokens", 1, m->shape.vocab, m->shape.hidden, false);
-    m->head = matrix(&l, CV_T_HEAD, "lm_head", 1, m->shape.vocab, m->shape.hidden, false);
-    m->final_norm = vector(&l, CV_T_FINAL_NORM, "norm", m->shape.hidden, false);
+    lookup l = {.m = m, .w = m->weights, .layer = -1, .split = p->tensor_size > 1, .err = err};
+    if (!p->stage) m->embed = matrix(&l, CV_T_EMBED, "embed_tokens", 1, m->shape.vocab, m->shape.hidden, false);
+    if (p->stage + 1 >= p->n_stages) {
+        if (m->shape.vocab_rows) m->head = matrix(&l, CV_T_HEAD, "lm_head", 1, m->shape.vocab_rows, m->shape.hidden, false);
+        m->final_norm = vector(&l, CV_T_FINAL_NORM, "norm", m->shape.hidden, false);
+    }
+    /* Of several stages each has its own layers, but rank 0's tables must serve them all. */
+    m->has_full = p->n_stages > 1 && p->n_full_pages;
+    m->has_chunked = p->n_stages > 1 && p->n_chunk_pages && p->chunk;
     for (size_t i = 0; !l.code && i < p->n_layers; i++) {
         l.layer = (int32_t)i;
         l.index = records[i].index;
@@ -143,9 +169,9 @@ static int reserve_pool(cv_model *m, bool chunked, size_t n_pages, cv_err err) {
     size_t element = cv_kv_element_bytes(s->kv_type), head = s->page_tokens * cv_kv_token_elements(s->kv_type, s->head_dim), page = 0;
     for (size_t i = 0; i < m->n_layers; i++)
         if (((m->layers[i].flags & CV_LAYER_CHUNKED) != 0) == chunked) page += 2 * m->layers[i].n_kv_heads * head;
+    pool->n_pages = n_pages;
     if (!page) return CV_OK;
     if (!n_pages) return cv_fail(err, CV_E_PLAN, "no pages for the %s cache", chunked ? "chunked" : "full");
-    pool->n_pages = n_pages;
     pool->page_bytes = page * element;
     if (n_pages > SIZE_MAX / 2 / pool->page_bytes) return cv_fail(err, CV_E_PLAN, "%zu cache pages of %zu bytes are too many", n_pages, pool->page_bytes);
     pool->bytes = n_pages * pool->page_bytes;
@@ -170,9 +196,10 @@ int cv_model_open(const void *plan, size_t plan_size, cv_load_progress *progress
     cv_model *m = calloc(1, sizeof *m);
     if (!m) return cv_fail(err, CV_E_MEMORY, "no memory");
     m->shape = (cv_shape){.hidden = p->hidden, .head_dim = p->head_dim, .vocab = p->vocab, .n_experts = p->n_experts, .experts_per_token = p->experts_per_token,
-                          .page_tokens = p->page_tokens, .chunk = p->chunk, .max_tokens = p->max_tokens, .max_logits = p->max_logits, .kv_type = p->kv_type,
+                          .page_tokens = p->page_tokens, .chunk = p->chunk, .vocab_rows = p->vocab_rows || p->tensor_size > 1 || p->n_stages > 1 ? p->vocab_rows : p->vocab, .max_tokens = p->max_tokens, .max_logits = p->max_logits, .kv_type = p->kv_type,
                           .rope_interleaved = (p->flags & CV_MODEL_ROPE_INTERLEAVED) != 0, .exact = p->compute == CV_COMPUTE_EXACT, .norm_eps = p->norm_eps,
                           .qk_norm_eps = p->qk_norm_eps, .attn_scale = p->attn_scale, .floor_scale = p->floor_scale, .n_threads = p->n_threads, .cpu_level = p->cpu_level};
+    m->vocab_first = p->vocab_first;
     m->max_rows = p->max_rows;
     m->n_slots = p->n_slots;
     m->inv_freq = malloc(p->head_dim / 2 * sizeof(float));

@@ -7,8 +7,9 @@
 #ifndef CV_SAMPLER_H
 #define CV_SAMPLER_H
 
+#include <stddef.h>
+
 #include "../include/caravan.h"
-#include "error.h"
 
 /* Scratch of one sampling row. */
 typedef struct {
@@ -21,8 +22,8 @@ int cv_sampler_open(size_t vocab, cv_sampler_scratch *s);
 void cv_sampler_close(cv_sampler_scratch *s);
 
 /* logits [vocab], not changed. `step` is the base of the row's offsets (checked by step.c). position: of the token that
- * is drawn. Writes token, logprob and n_top <= row->n_top_logprobs alternatives to top. CV_E_STEP when no token can be
- * chosen (all masked, or the logits are not numbers). */
-int cv_sample(const void *step, const cv_step_row *row, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top, cv_err err);
+ * is drawn. Writes token, logprob and n_top <= row->n_top_logprobs alternatives to top. Returns CV_ROW_OK, or why there is no
+ * token (CV_ROW_NO_CHOICE, CV_ROW_NOT_A_NUMBER; *out is not changed then). */
+uint32_t cv_sample(const void *step, const cv_step_row *row, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top);
 
 #endif

@@ -12,7 +12,8 @@ int cv_step_open(const cv_model *m, cv_parsed_step *s) {
     s->token_seq = calloc(m->shape.max_tokens, sizeof *s->token_seq);
     s->logit_rows = calloc(m->shape.max_logits, sizeof *s->logit_rows);
     s->first_logit = calloc(m->max_rows + 1, sizeof *s->first_logit);
-    return s->seqs && s->tokens && s->positions && s->token_seq && s->logit_rows && s->first_logit ? CV_OK : CV_E_MEMORY;
+    s->no_token = calloc(m->max_rows, sizeof *s->no_token);
+    return s->no_token && s->seqs && s->tokens && s->positions && s->token_seq && s->logit_rows && s->first_logit ? CV_OK : CV_E_MEMORY;
 }
 
 void cv_step_close(cv_parsed_step *s) {
@@ -22,6 +23,7 @@ void cv_step_close(cv_parsed_step *s) {
     free(s->token_seq);
     free(s->logit_rows);
     free(s->first_logit);
+    free(s->no_token);
     *s = (cv_parsed_step){0};
 }
 
@@ -84,9 +86,16 @@ static int parse_row(const cv_model *m, const void *base, uint64_t total, const 
     if (!code) code = check_sampling(m, base, total, r, row, err);
     if (code) return code;
     const uint32_t *tokens = at(base, r->tokens_offset);
+    s->no_token[row] = false;
     for (size_t i = 0; i < r->n_tokens; i++) {
         uint32_t token = tokens[i];
-        if (token == CV_TOKEN_LAST && last) token = last[r->slot];
+        if (token == CV_TOKEN_LAST && last) {
+            token = last[row];
+            if (token == CV_TOKEN_LAST) {
+                s->no_token[row] = true;
+                token = 0;
+            }
+        }
         if (token >= m->shape.vocab && !(token == CV_TOKEN_LAST && !last)) return cv_fail(err, CV_E_ARGUMENT, "row %zu: token %u is not in the vocabulary of %zu", row, token, m->shape.vocab);
         s->tokens[first + i] = token;
         s->positions[first + i] = r->first_position + i;
@@ -105,7 +114,7 @@ static int parse_row(const cv_model *m, const void *base, uint64_t total, const 
 
 int cv_step_parse(const cv_model *m, const void *bytes, size_t size, const uint32_t *last, cv_parsed_step *s, cv_err err) {
     const cv_step *h = bytes;
-    if (!bytes || (uintptr_t)bytes % 8 || size < sizeof *h || h->magic != CV_STEP_MAGIC || h->version != CV_ABI_VERSION || h->total_size != size) return cv_fail(err, CV_E_ARGUMENT, "not a step descriptor");
+    if (!bytes || (uintptr_t)bytes % 8 || size % 8 || size < sizeof *h || h->magic != CV_STEP_MAGIC || h->version != CV_ABI_VERSION || h->total_size != size) return cv_fail(err, CV_E_ARGUMENT, "not a step descriptor");
     if (!h->n_rows || h->n_rows > m->max_rows) return cv_fail(err, CV_E_ARGUMENT, "%u rows, a step takes 1 to %zu", h->n_rows, m->max_rows);
     if (!inside(size, h->rows_offset, h->n_rows, sizeof(cv_step_row), 8) || !inside(size, h->copies_offset, h->n_copies, sizeof(cv_step_copy), 4)) return cv_fail(err, CV_E_ARGUMENT, "the step's tables are cut off");
     s->head = h;

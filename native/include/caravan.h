@@ -232,7 +232,7 @@ typedef struct { uint32_t pool, from, to, reserved; } cv_step_copy;
 
 typedef struct {
     uint32_t magic, version;
-    uint64_t total_size;
+    uint64_t total_size; /* a multiple of 8 */
     uint32_t n_rows, n_copies;
     uint64_t rows_offset;   /* cv_step_row[n_rows] */
     uint64_t copies_offset; /* cv_step_copy[n_copies] */

@@ -221,6 +221,37 @@ static void test_sample_all(cv_checks *c, const uint32_t *tokens) {
     tm_free(&m);
 }
 
+static void test_failing_rows(cv_checks *c, const uint32_t *tokens) {
+    tiny_model m;
+    char err[256] = "";
+    cv_engine *e = NULL;
+    const uint32_t bad = TM_VOCAB - 1, last = CV_TOKEN_LAST;
+    const float nan = __builtin_nanf("");
+    cv_case(c, "a row whose logits are not numbers fails alone, and so does the next one that needs its token");
+    bool made = tm_make(&m, CV_COMPUTE_FAST, 2);
+    FILE *f = fopen(m.path, "r+b"); /* the embedding comes first */
+    made = made && f && !fseek(f, (long)(bad * TM_HIDDEN * sizeof(float)), SEEK_SET) && fwrite(&nan, sizeof nan, 1, f) == 1;
+    cv_check(c, f && !fclose(f) && made && !cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err), "open: %s", err);
+    const uint32_t good[3] = {tokens[0] % bad, tokens[1] % bad, tokens[2] % bad};
+    tm_row alone = {.first = 0, .tokens = good, .n = 3, .seq = 2, .flags = CV_ROW_SAMPLE}, then = {.first = 3, .tokens = &last, .n = 1, .seq = 2, .flags = CV_ROW_SAMPLE};
+    uint32_t expected[2] = {0};
+    if (e && !run(e, tm_step(step, &alone, 1, NULL, 0), err)) expected[0] = row(0)->token;
+    if (e && !run(e, tm_step(step, &then, 1, NULL, 0), err)) expected[1] = row(0)->token;
+    for (uint32_t i = 0; e && i < 3; i++) { /* the second step, then the first one again: a slot recovers */
+        tm_row rows[2] = {{.first = i == 1 ? 3 : 0, .tokens = i == 1 ? &last : &bad, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE, .top_logprobs = 2}, i == 1 ? then : alone};
+        if (i == 2) rows[0].tokens = good;
+        rows[1].seq = 1;
+        int code = run(e, tm_step(step, rows, 2, NULL, 0), err);
+        if (!cv_check(c, !code, "step %u: %d %s", i, code, err)) break;
+        static const uint32_t status[3] = {CV_ROW_NOT_A_NUMBER, CV_ROW_NO_TOKEN, CV_ROW_OK};
+        cv_check(c, row(0)->status == status[i] && (i == 2) == (row(0)->token != CV_TOKEN_LAST) && (i == 2) == (row(0)->n_top == 2), "step %u: status %u, token %u", i, row(0)->status, row(0)->token);
+        cv_check(c, row(1)->status == CV_ROW_OK && row(1)->token == expected[i % 2], "step %u: the other row has status %u, token %u, not %u", i, row(1)->status, row(1)->token, expected[i % 2]);
+    }
+    cv_end_case(c);
+    cv_close(e);
+    tm_free(&m);
+}
+
 static void test_tickets(cv_checks *c, const uint32_t *tokens) {
     tiny_model m;
     char err[256] = "";
@@ -362,6 +393,7 @@ int main(void) {
     test_pieces_and_batches(&c, CV_COMPUTE_FAST, CV_Q8, 2, tokens);
     test_sampling(&c, tokens);
     test_sample_all(&c, tokens);
+    test_failing_rows(&c, tokens);
     test_tickets(&c, tokens);
     test_damaged_plans(&c, 3000);
     test_damaged_steps(&c, 3000, tokens);

@@ -28,7 +28,7 @@ const CODES: Record<number, ErrorCode> = {
   [-7]: "internal_error",
   [CV_E_ABORTED]: "engine_failed",
   [-10]: "engine_failed",
-  [CV_E_GROUP]: "engine_failed",
+  [CV_E_GROUP]: "cluster_degraded",
 };
 
 const {

@@ -1,8 +1,31 @@
 // What cv_collect wrote (cv_result in caravan.h) as objects. Copies everything: the bytes belong to the next result.
 
+import { CaravanError } from "../errors.ts";
 import type { RowResult, StepResult } from "../scheduler/step.ts";
 import { RESULT, RESULT_ROW, RESULT_TOP } from "./layout.ts";
 import type { TopLogprobs } from "./protocol.ts";
+
+const NOT_A_NUMBER = 1;
+const NO_CHOICE = 2;
+const NO_TOKEN = 3;
+
+/** CV_ROW_* of a row that failed alone. */
+function rowFailure(status: number): CaravanError {
+  switch (status) {
+    case NOT_A_NUMBER:
+      return new CaravanError("engine_failed", "the model's output for this request is not a number", {
+        hint: "its weights are damaged, or overflow with this prompt; other requests go on",
+      });
+    case NO_CHOICE:
+      return new CaravanError("invalid_argument", "no token may be chosen: all are masked or banned", {
+        hint: "ban fewer tokens with logit_bias",
+      });
+    case NO_TOKEN:
+      return new CaravanError("engine_failed", "the token before this one is missing, since its step failed");
+    default:
+      return new CaravanError("engine_failed", `a row ended with the unknown status ${status}`);
+  }
+}
 
 /** vocab: length of a row of logits. */
 export function decodeResult(bytes: Uint8Array, vocab: number): StepResult {
@@ -23,7 +46,9 @@ export function decodeResult(bytes: Uint8Array, vocab: number): StepResult {
     }
     const positions = view.getUint32(at + RESULT_ROW.n_logits, true);
     const logitsAt = bytes.byteOffset + u64(at + RESULT_ROW.logits_offset);
+    const status = view.getUint32(at + RESULT_ROW.status, true);
     rows.push({
+      ...(status === 0 ? {} : { failure: rowFailure(status) }),
       token: view.getUint32(at + RESULT_ROW.token, true),
       logprob: view.getFloat32(at + RESULT_ROW.logprob, true),
       top,

@@ -203,7 +203,8 @@ export class Scheduler {
       const row = planned.rows[i];
       const outcome = result.rows[i];
       if (row === undefined || outcome === undefined || row.sequence.state === "done") continue;
-      this.#accept(row, outcome);
+      if (outcome.failure === undefined) this.#accept(row, outcome);
+      else this.#failOne(row.sequence, outcome.failure);
     }
   }
 

@@ -54,6 +54,8 @@ export interface Step {
 }
 
 export interface RowResult {
+  /** Why this row has no token although the step was computed; the other rows are not concerned. */
+  failure?: CaravanError;
   /** Sampled token; TOKEN_LAST when none was asked for. */
   token: number;
   /** 0 unless asked for. */

@@ -3,7 +3,7 @@
 // 0..t), of what chunked attention sees (the chunk up to t) and of the sampling inputs.
 
 import type { Sampling } from "../../src/engine/protocol.ts";
-import type { CaravanError } from "../../src/errors.ts";
+import { CaravanError } from "../../src/errors.ts";
 import type { CacheGeometry } from "../../src/scheduler/pages.ts";
 import {
   type PageCopy,
@@ -48,6 +48,8 @@ export class FakeEngine implements StepEngine {
   computeNs: (tokens: number) => number = (tokens) => 1_000_000 + tokens * 10_000;
   /** Fails the step with this number (from 0) with this error. */
   failures = new Map<number, CaravanError>();
+  /** Rows that fail alone, with this error; their slots have no token then. */
+  failingRow: (row: StepRow) => CaravanError | undefined = () => undefined;
   /** A failing step also ends the engine. */
   dies = false;
   failed: CaravanError | undefined;
@@ -58,6 +60,8 @@ export class FakeEngine implements StepEngine {
   readonly #full: Int32Array;
   readonly #chunked: Int32Array;
   readonly #slots: Int32Array;
+  /** Slots whose last row failed. */
+  readonly #lost = new Set<number>();
   readonly #queue: Queued[] = [];
   #executed = 0;
 
@@ -140,9 +144,21 @@ export class FakeEngine implements StepEngine {
     const results: RowResult[] = [];
     for (const row of rows) {
       tokens += row.tokens.length;
-      results.push(this.#attend(row));
+      results.push(this.#fail(row) ?? this.#attend(row));
     }
     return { rows: results, computeNs: this.computeNs(tokens), queuedNs: 0 };
+  }
+
+  /** The result of a row that fails, or that needs the token of one that did. */
+  #fail(row: StepRow): RowResult | undefined {
+    const lost = row.tokens[0] === TOKEN_LAST && this.#lost.has(row.slot);
+    const failure = lost ? new CaravanError("engine_failed", "the token is missing") : this.failingRow(row);
+    if (failure === undefined) {
+      if (row.sample) this.#lost.delete(row.slot);
+      return undefined;
+    }
+    this.#lost.add(row.slot);
+    return { failure, token: TOKEN_LAST, logprob: 0, top: [], logits: undefined };
   }
 
   #store(row: StepRow, written: Set<string>): void {
@@ -152,7 +168,8 @@ export class FakeEngine implements StepEngine {
     for (let i = 0; i < row.tokens.length; i++) {
       const position = row.firstPosition + i;
       const given = row.tokens[i] ?? 0;
-      const token = given === TOKEN_LAST ? (this.#slots[row.slot] ?? -1) : given;
+      const last = this.#lost.has(row.slot) ? 0 : (this.#slots[row.slot] ?? -1);
+      const token = given === TOKEN_LAST ? last : given;
       if (token < 0) throw new Error("the slot has sampled nothing yet");
       const places: [string, Int32Array, Uint32Array, number][] = [];
       if (this.#full.length > 0) places.push(["full", this.#full, row.fullPages, position]);

@@ -258,6 +258,15 @@ describe("a result", () => {
     );
   });
 
+  test("has a failure for each row whose status says so, and none for the others", () => {
+    const row = { token: 1, logprob: 0, top: [], logits: undefined };
+    const bytes = resultBytes([row, row, row, row], vocab, 1, 1);
+    const view = new DataView(bytes.buffer);
+    for (const i of [1, 2, 3]) view.setUint32(RESULT.size + i * RESULT_ROW.size + RESULT_ROW.status, i, true);
+    const codes = decodeResult(bytes, vocab).rows.map(({ failure }) => failure?.code);
+    expect(codes).toEqual([undefined, "engine_failed", "invalid_argument", "engine_failed"]);
+  });
+
   test("keeps its logits when the bytes are used again", () => {
     const bytes = resultBytes(
       [{ token: 1, logprob: 0, top: [], logits: new Float32Array(5).fill(2) }],

@@ -597,6 +597,30 @@ describe("a failing engine", () => {
     expectAllPagesFree(r);
   });
 
+  test("takes only the request of a failed row with it, while the next step is in flight", async () => {
+    for (const position of [3, 7, 8]) {
+      const r = rig({ depth: 2 });
+      r.engine.failingRow = ({ slot, firstPosition, tokens }) =>
+        slot === 1 && firstPosition + tokens.length - 1 === position
+          ? new CaravanError("engine_failed", "not a number")
+          : undefined;
+      for (let i = 0; i < 3; i++) r.loop.add(request(`r${i}`, range(4, i)));
+      await r.drain();
+      r.engine.failingRow = () => undefined;
+      expect(r.ends("r1")).toMatchObject([
+        { type: "error", error: { code: "engine_failed", message: "not a number" } },
+      ]);
+      expect(r.tokens("r1").length).toBe(position - 3);
+      for (const i of [0, 2])
+        expect(r.tokens(`r${i}`)).toEqual(generateAlone(MODEL, request("", range(4, i)), 1000).tokens);
+      r.loop.add(request("next", range(4, 1)));
+      await r.drain();
+      expect(r.tokens("next")).toEqual(generateAlone(MODEL, request("", range(4, 1)), 1000).tokens);
+      expect(r.fatal).toEqual([]);
+      expectAllPagesFree(r);
+    }
+  });
+
   test("that is gone ends every request once, and those that come later", async () => {
     const r = rig();
     r.engine.dies = true;

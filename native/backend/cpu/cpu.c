@@ -192,7 +192,7 @@ static int cpu_head(cv_backend *b, const void *h, const uint32_t *rows, size_t n
     cv_cpu *c = self(b);
     const cv_shape *s = b->shape;
     cv_act_fill(c, h, s->hidden, n_rows, rows, norm, s->norm_eps, s->hidden, cv_needs_of(c, head));
-    c->jobs[0] = (cv_job){.w = {head}, .in = &c->in, .n = n_rows, .out = logits, .ldo = s->vocab};
+    c->jobs[0] = (cv_job){.w = {head}, .in = &c->in, .n = n_rows, .out = logits, .ldo = head->rows};
     cv_run_jobs(c, c->jobs, 1);
     return CV_OK;
 }

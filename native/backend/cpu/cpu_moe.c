@@ -83,6 +83,7 @@ int cv_cpu_norm_route(cv_backend *b, const void *h, const float *norm, const cv_
 
 typedef struct {
     cv_cpu *c;
+    bool experts, shared; /* this rank has a part of them */
     uint32_t expert_needs, shared_needs;
 } inputs;
 
@@ -93,13 +94,13 @@ static void fill_inputs(void *context, size_t t, size_t thread) {
     cv_cpu *c = in->c;
     size_t k = c->base.shape->experts_per_token, hidden = c->base.shape->hidden;
     const float *m = c->in.x + t * c->in.ldx;
-    for (size_t i = t * k; i < (t + 1) * k; i++) {
+    for (size_t i = t * k; in->experts && i < (t + 1) * k; i++) {
         size_t row = c->place_of[i];
         float *x = c->expert_in.x + row * c->expert_in.ldx, g = c->score_of[i];
         for (size_t j = 0; j < hidden; j++) x[j] = g * m[j];
         cv_act_store(c, &c->expert_in, row, 0, hidden, x, in->expert_needs);
     }
-    cv_act_store(c, &c->in, t, 0, hidden, m, in->shared_needs & ~(uint32_t)CV_NEED_FLOAT);
+    if (in->shared) cv_act_store(c, &c->in, t, 0, hidden, m, in->shared_needs & ~(uint32_t)CV_NEED_FLOAT);
 }
 
 static cv_job swiglu_job(const cv_cpu *c, const cv_weight *gate, const cv_weight *up, const cv_weight *down, const cv_act *in, cv_act *out, size_t n) {
@@ -110,12 +111,14 @@ int cv_cpu_moe_up(cv_backend *b, const cv_moe_weights *w) {
     cv_cpu *c = (cv_cpu *)b;
     const cv_shape *s = b->shape;
     size_t n = c->batch->n_tokens, n_jobs = 0;
-    inputs in = {c, cv_needs_of(c, w->gate) | cv_needs_of(c, w->up), cv_needs_of(c, w->shared_gate) | cv_needs_of(c, w->shared_up)};
+    inputs in = {.c = c, .experts = w->gate != NULL, .shared = w->shared_gate != NULL};
+    if (in.experts) in.expert_needs = cv_needs_of(c, w->gate) | cv_needs_of(c, w->up);
+    if (in.shared) in.shared_needs = cv_needs_of(c, w->shared_gate) | cv_needs_of(c, w->shared_up);
     cv_act_shape(&c->expert_in, s->hidden);
     cv_parallel(c, n, 4, fill_inputs, &in);
-    cv_act_shape(&c->expert_mid, w->gate->rows);
-    cv_act_shape(&c->mid, w->shared_gate->rows);
-    for (size_t e = 0; e < s->n_experts; e++) {
+    if (in.experts) cv_act_shape(&c->expert_mid, w->gate->rows);
+    if (in.shared) cv_act_shape(&c->mid, w->shared_gate->rows);
+    for (size_t e = 0; in.experts && e < s->n_experts; e++) {
         size_t first = c->expert_first[e], rows = c->expert_first[e + 1] - first;
         if (!rows) continue;
         cv_job *j = &c->jobs[n_jobs++];
@@ -123,7 +126,7 @@ int cv_cpu_moe_up(cv_backend *b, const cv_moe_weights *w) {
         j->expert = e;
         j->in_first = j->act_first = first;
     }
-    c->jobs[n_jobs++] = swiglu_job(c, w->shared_gate, w->shared_up, w->shared_down, &c->in, &c->mid, n);
+    if (in.shared) c->jobs[n_jobs++] = swiglu_job(c, w->shared_gate, w->shared_up, w->shared_down, &c->in, &c->mid, n);
     cv_run_jobs(c, c->jobs, n_jobs);
     return CV_OK;
 }
@@ -131,7 +134,7 @@ int cv_cpu_moe_up(cv_backend *b, const cv_moe_weights *w) {
 typedef struct {
     cv_cpu *c;
     float *h;
-    bool accumulate;
+    bool experts, shared, accumulate;
 } sum;
 
 static void sum_row(void *context, size_t t, size_t thread) {
@@ -139,9 +142,9 @@ static void sum_row(void *context, size_t t, size_t thread) {
     sum *s = context;
     cv_cpu *c = s->c;
     size_t k = c->base.shape->experts_per_token, hidden = c->base.shape->hidden;
-    float *total = c->expert_out + c->place_of[t * k] * hidden, *h = s->h + t * hidden;
-    for (size_t i = 1; i < k; i++) c->k->add(total, c->expert_out + c->place_of[t * k + i] * hidden, hidden);
-    c->k->add(total, c->shared_out + t * hidden, hidden);
+    float *shared = c->shared_out + t * hidden, *total = s->experts ? c->expert_out + c->place_of[t * k] * hidden : shared, *h = s->h + t * hidden;
+    for (size_t i = 1; s->experts && i < k; i++) c->k->add(total, c->expert_out + c->place_of[t * k + i] * hidden, hidden);
+    if (s->experts && s->shared) c->k->add(total, shared, hidden);
     if (s->accumulate) c->k->add(h, total, hidden);
     else memcpy(h, total, hidden * sizeof(float));
 }
@@ -150,13 +153,13 @@ int cv_cpu_moe_down(cv_backend *b, const cv_moe_weights *w, bool accumulate, voi
     cv_cpu *c = (cv_cpu *)b;
     const cv_shape *s = b->shape;
     size_t n = c->batch->n_tokens, n_jobs = 0;
-    for (size_t e = 0; e < s->n_experts; e++) {
+    for (size_t e = 0; w->down && e < s->n_experts; e++) {
         size_t first = c->expert_first[e], rows = c->expert_first[e + 1] - first;
         if (rows) c->jobs[n_jobs++] = (cv_job){.w = {w->down}, .expert = e, .in = &c->expert_mid, .in_first = first, .n = rows, .out = c->expert_out + first * s->hidden, .ldo = s->hidden};
     }
-    c->jobs[n_jobs++] = (cv_job){.w = {w->shared_down}, .in = &c->mid, .n = n, .out = c->shared_out, .ldo = s->hidden};
+    if (w->shared_down) c->jobs[n_jobs++] = (cv_job){.w = {w->shared_down}, .in = &c->mid, .n = n, .out = c->shared_out, .ldo = s->hidden};
     cv_run_jobs(c, c->jobs, n_jobs);
-    sum total = {c, h, accumulate};
+    sum total = {c, h, w->down != NULL, w->shared_down != NULL, accumulate};
     cv_parallel(c, n, 8, sum_row, &total);
     return CV_OK;
 }
