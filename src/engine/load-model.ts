@@ -16,18 +16,19 @@ import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
 import { PROMPT_LOGITS_A_STEP } from "../scheduler/scheduler.ts";
 import type { StepLimits } from "../scheduler/step.ts";
 import { bestCpu, cpuName, type GroupPointer, performanceCores } from "./binding.ts";
+import { STEP_TOKENS } from "./instance-sizes.ts";
 import type { LoadOptions } from "./load-options.ts";
 import { LocalRanks } from "./local-ranks.ts";
 import { type ChosenDevice, chooseDevice, type Device } from "./metal-device.ts";
 import { encodePlan } from "./plan-encoder.ts";
 import type { RankReady } from "./rank-process.ts";
 import { MOST_RANKS, type RankLoad, type RankMemory } from "./rank-protocol.ts";
+import type { Ranks } from "./ranks.ts";
+import type { RemoteRanks } from "./remote-ranks.ts";
 import { NativeStepEngine } from "./step-engine.ts";
 
 /** Most threads of cv_plan. */
 const MOST_THREADS = 256;
-/** New tokens a step: enough for matrix products at full speed, few enough to answer a cancel soon. */
-const STEP_TOKENS = 512;
 /** Share of the progress that reading config and headers stands for. */
 const HEADERS_SHARE = 0.05;
 /** CV_CPU_* of caravan.h. */
@@ -59,8 +60,8 @@ export interface LoadedEngine {
   cpu: string;
   /** Bytes, as the engines of all ranks count them. */
   memory: RankMemory;
-  /** The other ranks' processes; when one is lost, the engine takes no further steps. */
-  ranks?: LocalRanks;
+  /** The other ranks; when one is lost, the engine takes no further steps. */
+  ranks?: Ranks;
   close(): Promise<void>;
 }
 
@@ -73,8 +74,12 @@ export interface LoadModelOptions extends LoadOptions {
 export type LoadProgress = (progress: number, detail: string) => void;
 
 /** Throws bad_file, unsupported_model, out_of_memory, invalid_argument, engine_failed or not_built_yet, naming file or
- * option. On failure nothing is left running. */
-export async function loadModel(options: LoadModelOptions, onProgress?: LoadProgress): Promise<LoadedEngine> {
+ * option. On failure nothing that it started is left running. remote: the connected ranks of `options.instance`. */
+export async function loadModel(
+  options: LoadModelOptions,
+  onProgress?: LoadProgress,
+  remote?: RemoteRanks,
+): Promise<LoadedEngine> {
   const prepared = await prepare(options, onProgress);
   const { memory, load } = prepared;
   const weights = memory.weightsMapped + memory.weightsCopied;
@@ -85,6 +90,10 @@ export async function loadModel(options: LoadModelOptions, onProgress?: LoadProg
   if (load.shares.length === 1) {
     const engine = await openEngine(prepared, onBytes, null);
     return await loaded(prepared, options, engine, undefined, []);
+  }
+  if (remote !== undefined) {
+    const engine = await openEngine(prepared, onBytes, remote.group.pointer);
+    return await loaded(prepared, options, engine, remote, []);
   }
   const { tensor = 1, pipeline = 1, transport = "auto" } = options;
   const ranks = await LocalRanks.start({ tensor, pipeline, transport });
@@ -120,7 +129,7 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
   const config = readModelConfig(options.modelDir);
   onProgress?.(0.02, "reading the checkpoint's headers");
   const plan = makeLoadPlan(config, await openCheckpoint(options.modelDir));
-  const { tensor = 1, pipeline = 1 } = options;
+  const { instance, tensor = 1, pipeline = 1 } = options;
   if (tensor * pipeline > MOST_RANKS)
     throw new CaravanError(
       "invalid_argument",
@@ -129,10 +138,11 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
         param: "tensor",
       },
     );
-  const shares = evenShares(plan, tensor, pipeline);
+  const shares = instance?.shares ?? evenShares(plan, tensor, pipeline);
   const compute = options.compute ?? "fast";
   const cores = performanceCores() || availableParallelism();
-  const threads = Math.min(options.threads ?? Math.max(1, Math.floor(cores / shares.length)), MOST_THREADS);
+  const here = instance === undefined ? shares.length : 1;
+  const threads = Math.min(options.threads ?? Math.max(1, Math.floor(cores / here)), MOST_THREADS);
   const chosen = chooseDevice(options.device ?? "auto", {
     config,
     ranks: shares.length,
@@ -140,36 +150,34 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
   });
   const { device, kvType, metal } = chosen;
   const piece = options.piece?.(config.vocabSize) ?? 0;
-  const rows = options.streams ?? MOST_STREAMS;
+  const rows = instance?.sizes.maxRows ?? options.streams ?? MOST_STREAMS;
   const maxTokens = Math.max(options.piece === undefined ? STEP_TOKENS : 1, rows, piece);
   const maxLogits = options.piece === undefined ? rows + PROMPT_LOGITS_A_STEP : Math.max(rows, piece);
   const machine = availableMemory();
-  const memory = planMemory(
-    shares.length === 1 ? plan : shares.map((_, rank) => shardPlan(plan, shares, rank)),
-    {
-      ...(options.context === undefined ? {} : { context: options.context }),
-      ...(options.streams === undefined ? {} : { streams: options.streams }),
-      kvType,
-      threads,
-      maxTokens,
-      maxLogits,
-      available: machine.available,
-      ...(metal === undefined
-        ? {}
-        : {
-            gpu: {
-              workingSet: metal.workingSet,
-              total: machine.total,
-              alone: process.platform === "darwin",
-            },
-          }),
-    },
-  );
+  const ranksHere = shares.slice(0, here).map((_, rank) => shardPlan(plan, shares, rank));
+  const memory = planMemory(shares.length === 1 ? plan : ranksHere, {
+    ...(options.context === undefined ? {} : { context: options.context }),
+    ...(options.streams === undefined && instance === undefined ? {} : { streams: rows }),
+    kvType,
+    threads,
+    maxTokens,
+    maxLogits,
+    available: machine.available,
+    ...(metal === undefined
+      ? {}
+      : {
+          gpu: {
+            workingSet: metal.workingSet,
+            total: machine.total,
+            alone: process.platform === "darwin",
+          },
+        }),
+  });
   const { pageTokens, fullPages, chunkPages, streams } = memory;
   const load: RankLoad = {
     modelDir: options.modelDir,
     shares,
-    sizes: {
+    sizes: instance?.sizes ?? {
       compute,
       pageTokens,
       fullPages,
@@ -204,7 +212,7 @@ async function loaded(
   { config, plan, memory, load, chosen }: Prepared,
   options: LoadModelOptions,
   engine: NativeStepEngine,
-  ranks: LocalRanks | undefined,
+  ranks: Ranks | undefined,
   others: readonly RankReady[],
 ): Promise<LoadedEngine> {
   const stats = engine.stats();
@@ -216,8 +224,7 @@ async function loaded(
       hint: `its best is "${bestCpu().name}"`,
     });
   }
-  const { pageTokens, fullPages, chunkPages, kvType, maxTokens, maxLogits } = sizes;
-  const { streams } = memory;
+  const { pageTokens, fullPages, chunkPages, kvType, maxRows, maxTokens, maxLogits, slots } = sizes;
   const sum = (key: keyof RankMemory, own: number) =>
     others.reduce((total, other) => total + other.memory[key], own);
   ranks?.lost.then((why) => engine.abort(why));
@@ -228,10 +235,10 @@ async function loaded(
     memoryPlan: memory,
     geometry: { pageTokens, chunk: config.chunk, fullPages, chunkPages },
     limits: {
-      maxRows: streams,
+      maxRows,
       maxTokens,
       maxLogits,
-      slots: streams,
+      slots,
       vocab: config.vocabSize,
       stages: ranks?.grid.pipeline ?? 1,
     },

@@ -1,7 +1,7 @@
 // What a runner is told about the model to load: the first line on its stdin.
 
 import * as v from "valibot";
-import { MOST_RANKS, TRANSPORTS } from "./rank-protocol.ts";
+import { InstanceSchema, MOST_RANKS, TRANSPORTS } from "./rank-protocol.ts";
 
 const count = (high: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(high));
 
@@ -35,6 +35,8 @@ export const LoadOptionsSchema = v.strictObject({
   transport: v.exactOptional(v.picklist(TRANSPORTS)),
   /** Ranks of a stage compare checksums of their hidden states after every step (tests). */
   checkRanks: v.exactOptional(v.boolean()),
+  /** Rank 0 of ranks that nodes start, instead of ranks on this machine. `context` and what the sizes hold are the instance's. */
+  instance: v.exactOptional(InstanceSchema),
 });
 
 export type LoadOptions = v.InferOutput<typeof LoadOptionsSchema>;

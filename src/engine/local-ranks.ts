@@ -7,6 +7,7 @@ import { CaravanError } from "../errors.ts";
 import { RankGroup } from "./group.ts";
 import { RankProcess, type RankReady } from "./rank-process.ts";
 import type { Connection, GroupOptions, RankLoad, TransportChoice } from "./rank-protocol.ts";
+import type { Ranks } from "./ranks.ts";
 
 /** Processes start one after the other on a machine that is busy, each in well under a second. */
 const START_LIMIT_MS = 30_000;
@@ -23,8 +24,7 @@ export interface LocalRanksOptions {
   onLog?: (text: string) => void;
 }
 
-export class LocalRanks {
-  /** Resolves with the reason when a rank has failed or died; never when the ranks are closed. */
+export class LocalRanks implements Ranks {
   readonly lost: Promise<CaravanError>;
   #closed = false;
 
@@ -92,7 +92,6 @@ export class LocalRanks {
     }
   }
 
-  /** Bytes of weights that ranks > 0 have in place. */
   get loadedBytes(): number {
     return this.loading.reduce((sum, bytes) => sum + bytes, 0);
   }
@@ -102,8 +101,6 @@ export class LocalRanks {
     return Promise.all(this.processes.map((each) => each.load(load)));
   }
 
-  /** Ends rank 0's engine by `closeEngine`, behind which the other ranks leave in peace, then all processes and the group.
-   * Idempotent. */
   async close(closeEngine: () => Promise<void>): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;

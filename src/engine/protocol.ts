@@ -121,6 +121,8 @@ export interface EngineStatus {
   memory?: { weights_mapped: number; weights_copied: number; kv: number; scratch: number };
   /** Most memory that the runner's process had resident so far, mapped weights included. */
   peak_resident_bytes?: number;
+  /** Tensors of the checkpoint that the model's kind has no use for: how many, and the first names. */
+  unused_tensors?: { count: number; first: string[] };
   error?: ErrorRecord;
 }
 
@@ -143,11 +145,18 @@ export type RunnerCommand =
   | { type: "generate"; request: GenerateRequest }
   | { type: "cancel"; id: string }
   | { type: "status" }
+  /** To rank 0 of an instance, once, before it loads: the addresses of all its ranks (rank-protocol.ts). */
+  | { type: "connect"; addresses: string[]; timeout_ms: number }
+  /** A rank of the instance is gone. */
+  | { type: "lost"; error: ErrorRecord }
   | { type: "shutdown" };
 
 /** Lines from the runner. */
 export type RunnerMessage =
   | GenerateEvent
+  /** Of rank 0 of an instance, base64. */
+  | { type: "address"; address: string }
+  | { type: "connected"; transport: string; note: string; round_trip_us: number }
   | { type: "loading"; progress: number; detail: string }
   | { type: "ready"; status: EngineStatus }
   | { type: "status"; status: EngineStatus }

@@ -4,13 +4,15 @@
 import { CaravanError } from "../errors.ts";
 import { isCompiled } from "./library.ts";
 import { LineSplitter } from "./line-splitter.ts";
-import type {
-  Connection,
-  GroupOptions,
-  RankCommand,
-  RankLoad,
-  RankMemory,
-  RankMessage,
+import {
+  addressBytes,
+  addressText,
+  type Connection,
+  type GroupOptions,
+  type RankCommand,
+  type RankLoad,
+  type RankMemory,
+  type RankMessage,
 } from "./rank-protocol.ts";
 
 /** Characters of the log that are kept for the message about a crash. */
@@ -86,7 +88,7 @@ export class RankProcess {
   connect(addresses: readonly Uint8Array[], timeoutMs: number): Promise<Connection> {
     this.#send({
       type: "connect",
-      addresses: addresses.map((each) => Buffer.from(each).toString("base64")),
+      addresses: addresses.map(addressText),
       timeout_ms: timeoutMs,
     });
     return this.#connected.promise;
@@ -166,7 +168,7 @@ export class RankProcess {
   #receive(message: RankMessage): void {
     switch (message.type) {
       case "address":
-        this.#address.resolve(new Uint8Array(Buffer.from(message.address, "base64")));
+        this.#address.resolve(addressBytes(message.address));
         return;
       case "connected": {
         const { type: _, ...connection } = message;

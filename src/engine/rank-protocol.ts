@@ -57,11 +57,21 @@ export const EngineSizesSchema = v.strictObject({
 });
 export type EngineSizes = v.InferOutput<typeof EngineSizesSchema>;
 
+/** Every rank of the model, in order. */
+const SharesSchema = v.pipe(v.array(ShareSchema), v.minLength(1), v.maxLength(MOST_RANKS));
+
+/** What rank 0's process is told where nodes start the ranks, instead of how many to start itself. */
+export const InstanceSchema = v.strictObject({
+  group: GroupOptionsSchema,
+  shares: SharesSchema,
+  sizes: EngineSizesSchema,
+});
+export type Instance = v.InferOutput<typeof InstanceSchema>;
+
 export const RankLoadSchema = v.strictObject({
   /** Folder with config.json and safetensors files on the rank's machine. */
   modelDir: v.string(),
-  /** Every rank of the model, in order. */
-  shares: v.pipe(v.array(ShareSchema), v.minLength(1), v.maxLength(MOST_RANKS)),
+  shares: SharesSchema,
   sizes: EngineSizesSchema,
   threads: count(256),
   device: v.exactOptional(v.picklist(["cpu", "metal"])),
@@ -70,13 +80,15 @@ export const RankLoadSchema = v.strictObject({
 });
 export type RankLoad = v.InferOutput<typeof RankLoadSchema>;
 
+/** addresses: of all ranks, in order, as they came in their `address` messages. */
+export const ConnectSchema = v.strictObject({
+  type: v.literal("connect"),
+  addresses: v.pipe(v.array(v.pipe(v.string(), v.base64())), v.maxLength(MOST_RANKS)),
+  timeout_ms: count(600_000),
+});
+
 export const RankCommandSchema = v.variant("type", [
-  /** addresses: of all ranks, in order, as they came in their `address` messages. */
-  v.strictObject({
-    type: v.literal("connect"),
-    addresses: v.pipe(v.array(v.pipe(v.string(), v.base64())), v.maxLength(MOST_RANKS)),
-    timeout_ms: count(600_000),
-  }),
+  ConnectSchema,
   v.strictObject({ type: v.literal("load"), load: RankLoadSchema }),
   v.strictObject({ type: v.literal("status") }),
   v.strictObject({ type: v.literal("shutdown") }),
@@ -98,6 +110,14 @@ export interface Connection {
   note: string;
   /** Median round trip to the farthest rank, microseconds. */
   round_trip_us: number;
+}
+
+export function addressText(address: Uint8Array): string {
+  return Buffer.from(address).toString("base64");
+}
+
+export function addressBytes(text: string): Uint8Array {
+  return new Uint8Array(Buffer.from(text, "base64"));
 }
 
 export type RankMessage =

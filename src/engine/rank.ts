@@ -16,6 +16,8 @@ import { LineSplitter } from "./line-splitter.ts";
 import { MessageWriter } from "./message-writer.ts";
 import { encodePlan } from "./plan-encoder.ts";
 import {
+  addressBytes,
+  addressText,
   type GroupOptions,
   GroupOptionsSchema,
   type RankCommand,
@@ -100,14 +102,14 @@ class Rank {
 
   #open(options: GroupOptions): void {
     this.#group = RankGroup.open(options);
-    this.#say({ type: "address", address: Buffer.from(this.#group.address).toString("base64") });
+    this.#say({ type: "address", address: addressText(this.#group.address) });
   }
 
   async #obey(command: RankCommand): Promise<void> {
     if (this.#over || this.#group === undefined || this.#options === undefined) return;
     switch (command.type) {
       case "connect": {
-        const addresses = command.addresses.map((each) => new Uint8Array(Buffer.from(each, "base64")));
+        const addresses = command.addresses.map(addressBytes);
         const connection = await this.#group.connect(addresses, command.timeout_ms);
         this.#say({ type: "connected", ...connection });
         return;

@@ -7,6 +7,7 @@ import { errorRecord } from "./error-record.ts";
 import { EventStream } from "./event-stream.ts";
 import type { LoadOptions } from "./load-options.ts";
 import type { Engine, EngineStatus, GenerateEvent, GenerateRequest, RunnerMessage } from "./protocol.ts";
+import { addressBytes, addressText } from "./rank-protocol.ts";
 import { RunnerProcess, runnerCommand } from "./runner-process.ts";
 
 export interface RunnerClientOptions extends LoadOptions {
@@ -17,6 +18,11 @@ export interface RunnerClientOptions extends LoadOptions {
   command?: readonly string[];
   /** A runner that answers nothing for so long, while it has work, is killed. */
   hangLimitMs?: number;
+  /** Rank 0's address, where the load options name an instance; `connect` follows once all addresses are known. Such a runner
+   * is not started again: a new epoch needs new options. */
+  onAddress?: (address: Uint8Array) => void;
+  /** What the ranks of the instance chose to connect by. */
+  onConnected?: (connection: { transport: string; note: string; round_trip_us: number }) => void;
 }
 
 const POLL_MS = 500;
@@ -98,6 +104,16 @@ export class RunnerClient implements Engine {
     });
   }
 
+  /** Connects rank 0 of an instance to the others, which do so at the same time, and lets it load. */
+  connect(addresses: readonly Uint8Array[], timeoutMs: number): void {
+    this.#runner?.send({ type: "connect", addresses: addresses.map(addressText), timeout_ms: timeoutMs });
+  }
+
+  /** A rank of the instance is gone: rank 0 ends with that as its reason. */
+  lost(error: CaravanError): void {
+    this.#runner?.send({ type: "lost", error: errorRecord(error) });
+  }
+
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
@@ -113,7 +129,16 @@ export class RunnerClient implements Engine {
     const wait = this.#failedAtMs + pause - performance.now();
     if (this.#failures > 0 && wait > 0) await Bun.sleep(wait);
     if (this.#closed) throw closedError();
-    const { onProgress: _, onLog, command, hangLimitMs: __, ...load } = this.#options;
+    if (this.#options.instance !== undefined && this.#failures > 0) throw this.#fatal ?? goneError();
+    const {
+      onProgress: _,
+      onLog,
+      command,
+      hangLimitMs: __,
+      onAddress: ___,
+      onConnected: ____,
+      ...load
+    } = this.#options;
     this.#status = { model: this.model, state: "loading", progress: 0, running: 0, waiting: 0 };
     this.#fatal = undefined;
     return new Promise((resolve, reject) => {
@@ -147,6 +172,14 @@ export class RunnerClient implements Engine {
       case "status":
         this.#status = message.status;
         return;
+      case "address":
+        this.#options.onAddress?.(addressBytes(message.address));
+        return;
+      case "connected": {
+        const { type: _, ...connection } = message;
+        this.#options.onConnected?.(connection);
+        return;
+      }
       case "fatal":
         this.#fatal = CaravanError.fromJSON({ ...message.error });
         return;

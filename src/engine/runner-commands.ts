@@ -2,6 +2,7 @@
 // and sampling ranges by the scheduler.
 
 import * as v from "valibot";
+import { ConnectSchema } from "./rank-protocol.ts";
 
 const numbers = v.custom<number[]>(
   (value) => Array.isArray(value) && value.every((each) => typeof each === "number"),
@@ -39,5 +40,10 @@ export const RunnerCommandSchema = v.variant("type", [
   v.strictObject({ type: v.literal("generate"), request: RequestSchema }),
   v.strictObject({ type: v.literal("cancel"), id: v.string() }),
   v.strictObject({ type: v.literal("status") }),
+  ConnectSchema,
+  v.strictObject({
+    type: v.literal("lost"),
+    error: v.looseObject({ code: v.string(), message: v.string() }),
+  }),
   v.strictObject({ type: v.literal("shutdown") }),
 ]);

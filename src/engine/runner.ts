@@ -15,6 +15,8 @@ import { type LoadedEngine, loadModel } from "./load-model.ts";
 import { type LoadOptions, LoadOptionsSchema } from "./load-options.ts";
 import { MessageWriter } from "./message-writer.ts";
 import type { EngineStatus, RunnerCommand } from "./protocol.ts";
+import { addressBytes, addressText, type Instance } from "./rank-protocol.ts";
+import { RemoteRanks } from "./remote-ranks.ts";
 import { RunnerCommandSchema } from "./runner-commands.ts";
 
 /** Steps in flight: the next decode step is queued while one is computed. */
@@ -30,22 +32,52 @@ export async function runRunner(): Promise<number> {
   const writer = new MessageWriter(process.stdout);
   const lines = new LineSplitter();
   let runner: Runner | undefined;
+  let options: LoadOptions | undefined;
+  let remote: RemoteRanks | undefined;
   try {
     for await (const chunk of Bun.stdin.stream())
       for (const line of lines.push(chunk)) {
-        if (runner === undefined) {
-          runner = await Runner.load(parse(LoadOptionsSchema, line), writer);
+        if (options === undefined) {
+          options = parse(LoadOptionsSchema, line);
+          if (options.instance !== undefined) remote = listen(options.instance, writer);
+          else runner = await Runner.load(options, writer);
           continue;
         }
         const command = parse(RunnerCommandSchema, line);
         if (command.type === "shutdown") return await end(runner, writer, 0);
-        runner.obey(command);
+        if (command.type === "lost") remote?.report(CaravanError.fromJSON(command.error));
+        else if (runner !== undefined) runner.obey(command);
+        else if (remote !== undefined && command.type === "connect") {
+          await connect(remote, command, writer);
+          runner = await Runner.load(options, writer, remote);
+        }
       }
     return await end(runner, writer, 0);
   } catch (thrown) {
-    writer.add({ type: "fatal", error: errorRecord(thrown) });
+    const error = errorRecord(thrown);
+    remote?.group.abort(error.message);
+    writer.add({ type: "fatal", error });
     return await end(runner, writer, 1);
   }
+}
+
+/** Rank 0's end of the ranks that nodes start. */
+function listen({ group, shares }: Instance, writer: MessageWriter): RemoteRanks {
+  const pipeline = (shares.at(-1)?.stage ?? 0) + 1;
+  const remote = RemoteRanks.open(group, { tensor: shares.length / pipeline, pipeline });
+  writer.add({ type: "address", address: addressText(remote.group.address) });
+  writer.flush();
+  return remote;
+}
+
+async function connect(
+  remote: RemoteRanks,
+  { addresses, timeout_ms }: { addresses: string[]; timeout_ms: number },
+  writer: MessageWriter,
+): Promise<void> {
+  const connection = await remote.connect(addresses.map(addressBytes), timeout_ms);
+  writer.add({ type: "connected", ...connection });
+  writer.flush();
 }
 
 async function end(runner: Runner | undefined, writer: MessageWriter, code: number): Promise<number> {
@@ -108,11 +140,12 @@ class Runner {
     });
   }
 
-  static async load(options: LoadOptions, writer: MessageWriter): Promise<Runner> {
-    const model = await loadModel(options, (progress, detail) => {
+  static async load(options: LoadOptions, writer: MessageWriter, remote?: RemoteRanks): Promise<Runner> {
+    const onProgress = (progress: number, detail: string) => {
       writer.add({ type: "loading", progress, detail });
       writer.flush();
-    });
+    };
+    const model = await loadModel(options, onProgress, remote);
     const runner = new Runner(options, model, writer);
     writer.add({ type: "ready", status: runner.#status() });
     writer.flush();
@@ -131,6 +164,9 @@ class Runner {
         this.#writer.add({ type: "status", status: this.#status() });
         this.#writer.flush();
         return;
+      // Before the model is loaded, or for nobody here.
+      case "connect":
+      case "lost":
       case "shutdown":
         return;
     }
@@ -198,6 +234,13 @@ class Runner {
       },
       memory,
       peak_resident_bytes: peakResidentBytes(),
+      ...(this.#model.plan.unused.length === 0 ? {} : { unused_tensors: unusedTensors(this.#model) }),
     };
   }
+}
+
+const UNUSED_NAMED = 5;
+
+function unusedTensors({ plan }: LoadedEngine): NonNullable<EngineStatus["unused_tensors"]> {
+  return { count: plan.unused.length, first: plan.unused.slice(0, UNUSED_NAMED) };
 }

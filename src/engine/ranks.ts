@@ -1,0 +1,20 @@
+// The other ranks of a model, as the process of rank 0 holds them while its engine runs: processes of this machine
+// (local-ranks.ts) or of other nodes (remote-ranks.ts).
+
+import type { CaravanError } from "../errors.ts";
+import type { RankGroup } from "./group.ts";
+import type { Connection } from "./rank-protocol.ts";
+
+export interface Ranks {
+  readonly group: RankGroup;
+  readonly connection: Connection;
+  /** Ranks a stage, and stages. */
+  readonly grid: { tensor: number; pipeline: number };
+  /** Resolves with the reason when a rank has failed or died; never when the ranks are closed. */
+  readonly lost: Promise<CaravanError>;
+  /** Bytes of weights that ranks > 0 have in place, as far as this process hears of it. */
+  readonly loadedBytes: number;
+  /** Ends rank 0's engine by `closeEngine`, behind which the other ranks leave in peace, then the group and what this
+   * process has started. Idempotent. */
+  close(closeEngine: () => Promise<void>): Promise<void>;
+}
