@@ -6,6 +6,7 @@ import { doctor } from "./doctor.ts";
 import { importCommand } from "./import.ts";
 import { logits } from "./logits.ts";
 import { models } from "./models.ts";
+import { plan } from "./plan.ts";
 import { pull } from "./pull.ts";
 import { rank } from "./rank.ts";
 import { run } from "./run.ts";
@@ -20,6 +21,7 @@ export const commands: readonly Command[] = [
   pull,
   importCommand,
   models,
+  plan,
   bench,
   logits,
   tokenize,
@@ -30,6 +32,4 @@ export const commands: readonly Command[] = [
 ];
 
 /** Commands of which nothing is built, and what they will come with. */
-export const LATER_COMMANDS: Readonly<Record<string, string>> = {
-  plan: "the cluster",
-};
+export const LATER_COMMANDS: Readonly<Record<string, string>> = {};

@@ -1,0 +1,465 @@
+// Where a model could run: every shape of tensor × pipeline that the nodes allow, with bytes for each node and predicted
+// speed; which one is best, why, and where splitting costs more than it brings. Refuses with what is missing on which node. Pure.
+
+import { CaravanError } from "../errors.ts";
+import { type KvType, PLANNED_SHARE } from "../model/memory-plan.ts";
+import { type ModelProfile, type RankWork, rankWorks } from "./model-profile.ts";
+import { type Candidate, nodeGroups } from "./node-groups.ts";
+import { LinkTable, type NodeFigures, type Prediction, predict } from "./predict.ts";
+import { longestContext, type MemoryTerms, type RankMemory, rankMemory } from "./rank-memory.ts";
+import type { Share } from "./shard.ts";
+import type { Link, NodeId, NodeInfo, PlacementRequest, RankShare } from "./types.ts";
+import {
+  boundsByMemory,
+  type StageCosts,
+  sharesOf,
+  stageBounds,
+  stageCosts,
+  stageWeights,
+} from "./uneven-shares.ts";
+
+/** What a placement reads of a node. */
+export type PlacementNode = NodeFigures & Pick<NodeInfo, "memory">;
+
+export interface PlacementTerms {
+  asked: PlacementRequest;
+  kvType: KvType;
+  /** Compute threads of a node, for its scratch. */
+  threads: number;
+}
+
+export interface NodeBytes extends RankMemory {
+  node: NodeId;
+  rank: number;
+  total: number;
+  /** What may be planned on the node. */
+  usable: number;
+}
+
+export interface Placement {
+  tensor: number;
+  pipeline: number;
+  ranks: RankShare[];
+  /** By rank. */
+  bytes: NodeBytes[];
+  context: number;
+  streams: number;
+  /** The longest context for that many streams. */
+  longestContext: number;
+  predicted: Prediction;
+  warnings: string[];
+}
+
+/** A shape that no group of nodes can hold: the one that misses least. */
+export interface RefusedShape {
+  tensor: number;
+  pipeline: number;
+  bytes: NodeBytes[];
+  reason: string;
+}
+
+export interface PlacementPlan {
+  /** Fastest first. Never empty. */
+  placements: Placement[];
+  refused: RefusedShape[];
+  /** Of placements[0]: why it and not another. */
+  reason: string;
+  /** What the figures rest on where nothing was measured. */
+  assumptions: string[];
+}
+
+export const MOST_NODES = 16;
+/** Contexts that most conversations fit into. */
+const DEFAULT_CONTEXT = 8192;
+/** Tokens of a step at most, and rows of logits beside the streams' (engine/load-model.ts). */
+const STEP_TOKENS = 512;
+const PROMPT_LOGITS = 8;
+/** Cache position that speeds are predicted at. */
+const PREDICTED_POSITION = 512;
+/** A placement on more nodes must be this much faster to be preferred. */
+const WORTHWHILE = 1.03;
+
+/** Bytes of a node that may be planned. */
+export function usableBytes(node: Pick<NodeInfo, "memory">): number {
+  return Math.floor(node.memory.available * PLANNED_SHARE);
+}
+
+/**
+ * Throws out_of_memory with what is missing where, and invalid_argument for requests that no cluster can meet.
+ * nodes: 1 to 16. links: those that were measured.
+ */
+export function planPlacements(
+  profile: ModelProfile,
+  nodes: readonly PlacementNode[],
+  links: readonly Link[],
+  terms: PlacementTerms,
+): PlacementPlan {
+  return new Planner(profile, nodes, links, terms).plan();
+}
+
+interface Tried {
+  ranks: RankShare[];
+  bytes: NodeBytes[];
+  works: RankWork[];
+  nodes: PlacementNode[];
+  missing: number;
+}
+
+type Member = Candidate & { node: PlacementNode };
+
+class Planner {
+  readonly #members: Member[];
+  readonly #links: LinkTable;
+  readonly #memory: MemoryTerms;
+  readonly #costs: StageCosts;
+
+  constructor(
+    readonly profile: ModelProfile,
+    nodes: readonly PlacementNode[],
+    links: readonly Link[],
+    readonly terms: PlacementTerms,
+  ) {
+    const { asked } = terms;
+    const { config } = profile;
+    const wanted = asked.nodes === undefined ? nodes : nodes.filter(({ id }) => asked.nodes?.includes(id));
+    checkRequest(profile, wanted, terms);
+    const slowest = Math.min(...wanted.map(({ bandwidth }) => bandwidth).filter((b) => b > 0), 1e15);
+    this.#members = wanted.map((node) => ({
+      id: node.id,
+      usable: usableBytes(node),
+      speed: node.bandwidth > 0 ? node.bandwidth : slowest,
+      node,
+    }));
+    this.#links = new LinkTable(links);
+    const streams = asked.streams ?? 1;
+    this.#memory = {
+      context: asked.context ?? Math.min(DEFAULT_CONTEXT, config.contextLength),
+      streams,
+      kvType: terms.kvType,
+      threads: terms.threads,
+      maxTokens: Math.max(STEP_TOKENS, streams),
+      maxLogits: streams + PROMPT_LOGITS,
+    };
+    // One rank that had everything tells what each layer's cache and any rank's scratch are.
+    const whole = rankWorks(profile, sharesOf([0, config.layers.length], [[1]]))[0] as RankWork;
+    const all = rankMemory(profile, whole, this.#memory);
+    const chunked = config.layers.filter((layer) => layer.chunked).length;
+    const perLayer = cacheByKind(profile, whole, this.#memory, all.kv, chunked);
+    // What several ranks keep to exchange comes on top (scratchBytes).
+    const exchanged =
+      (2 * this.#memory.maxTokens * config.hiddenSize + this.#memory.maxLogits * config.vocabSize) * 4;
+    this.#costs = stageCosts(profile, perLayer, all.scratch + exchanged);
+  }
+
+  plan(): PlacementPlan {
+    const found: Placement[] = [];
+    const refused: RefusedShape[] = [];
+    const best = new Map<string, { tried: Tried; predicted: Prediction | undefined }>();
+    for (const group of nodeGroups(this.#members, this.#links))
+      for (const [tensor, pipeline] of shapes(group.length, this.terms.asked)) {
+        if (pipeline > this.profile.layers.length) continue;
+        const tried = this.#try(group, tensor, pipeline);
+        const predicted = tried.missing === 0 ? this.#predict(tried) : undefined;
+        const key = `${tensor}x${pipeline}`;
+        const known = best.get(key);
+        if (known === undefined || this.#isBetter({ tried, predicted }, known))
+          best.set(key, { tried, predicted });
+      }
+    for (const [key, { tried, predicted }] of best) {
+      const [tensor = 1, pipeline = 1] = key.split("x").map(Number);
+      if (predicted === undefined)
+        refused.push({ tensor, pipeline, bytes: tried.bytes, reason: this.#missing(tried) });
+      else found.push(this.#placement(tensor, pipeline, tried, predicted));
+    }
+    if (found.length === 0) throw this.#tooLarge(refused);
+    found.sort((a, b) => this.#speed(b) - this.#speed(a) || a.ranks.length - b.ranks.length);
+    const reason = this.#recommend(found);
+    for (const placement of found) placement.warnings = this.#warnings(placement, found);
+    return { placements: found, refused, reason, assumptions: this.#assumptions(found) };
+  }
+
+  /** The model on these nodes in this order: layers to stages, then shares within each. */
+  #try(group: readonly Member[], tensor: number, pipeline: number): Tried {
+    const stages = Array.from({ length: pipeline }, (_, s) => group.slice(s * tensor, (s + 1) * tensor));
+    const alone = this.#memory.streams === 1;
+    let usable = stages.map((stage) => stage.map((member) => member.usable));
+    let least: Tried | undefined;
+    // Whole layers, heads and groups may put a share above its node's memory: then the node is taken for a little smaller.
+    for (let attempt = 0; attempt < 4; attempt++) {
+      const strengths = stages.map((stage, s) =>
+        stage.map(({ speed }, r) => ({ speed, usable: usable[s]?.[r] ?? 0 })),
+      );
+      const bounds = stageBounds(this.#costs, strengths, alone) ?? boundsByMemory(this.#costs, strengths);
+      const weights = strengths.map((stage, s) =>
+        stageWeights(
+          this.#costs,
+          stage,
+          [bounds[s] ?? 0, bounds[s + 1] ?? 0],
+          { first: s === 0, last: s === pipeline - 1 },
+          attempt === 3 ? "memory" : "speed",
+        ),
+      );
+      const tried = this.#measure(group, sharesOf(bounds, weights));
+      if (least === undefined || tried.missing < least.missing) least = tried;
+      if (tried.missing === 0 || group.length === 1) break;
+      usable = usable.map((stage, s) =>
+        stage.map((bytes, r) => {
+          const over = tried.bytes[s * tensor + r];
+          return over === undefined ? bytes : bytes - 1.5 * Math.max(0, over.total - over.usable);
+        }),
+      );
+    }
+    return least as Tried;
+  }
+
+  #measure(group: readonly Member[], shares: readonly Share[]): Tried {
+    const works = rankWorks(this.profile, shares);
+    let missing = 0;
+    const bytes = works.map((work, rank): NodeBytes => {
+      const memory = rankMemory(this.profile, work, this.#memory);
+      const total = memory.weights + memory.kv + memory.scratch;
+      const usable = group[rank]?.usable ?? 0;
+      missing += Math.max(0, total - usable);
+      return { node: group[rank]?.id ?? "", rank, ...memory, total, usable };
+    });
+    const ranks = shares.map((share, rank): RankShare => ({ ...share, node: group[rank]?.id ?? "" }));
+    return { ranks, bytes, works, nodes: group.map(({ node }) => node), missing };
+  }
+
+  #predict({ works, nodes }: Tried): Prediction {
+    const placed = works.map((work, rank) => ({ work, node: nodes[rank] as PlacementNode }));
+    const { streams, kvType } = this.#memory;
+    const position = Math.min(PREDICTED_POSITION, this.#memory.context);
+    return predict(this.profile.config, placed, this.#links, {
+      streams,
+      kvType,
+      position,
+      piece: STEP_TOKENS,
+    });
+  }
+
+  #isBetter(
+    a: { tried: Tried; predicted: Prediction | undefined },
+    b: { tried: Tried; predicted: Prediction | undefined },
+  ): boolean {
+    if (a.predicted === undefined || b.predicted === undefined)
+      return a.predicted === undefined
+        ? b.predicted === undefined && a.tried.missing < b.tried.missing
+        : true;
+    return (a.predicted.decodeAll ?? 0) > (b.predicted.decodeAll ?? 0) * 1.0001;
+  }
+
+  #placement(tensor: number, pipeline: number, tried: Tried, predicted: Prediction): Placement {
+    const { context, streams, kvType } = this.#memory;
+    const rooms = tried.bytes.map(({ usable, weights, scratch }) => usable - weights - scratch);
+    return {
+      tensor,
+      pipeline,
+      ranks: tried.ranks,
+      bytes: tried.bytes,
+      context,
+      streams,
+      longestContext: longestContext(this.profile, tried.works, rooms, { streams, kvType }),
+      predicted,
+      warnings: [],
+    };
+  }
+
+  #speed({ predicted }: Placement): number {
+    return predicted.decodeAll ?? 0;
+  }
+
+  /** Puts the recommended placement first and says why. */
+  #recommend(found: Placement[]): string {
+    const fastest = found[0] as Placement;
+    const few = found
+      .filter((p) => this.#speed(p) * WORTHWHILE >= this.#speed(fastest))
+      .sort((a, b) => a.ranks.length - b.ranks.length || this.#speed(b) - this.#speed(a))[0] as Placement;
+    found.splice(found.indexOf(few), 1);
+    found.unshift(few);
+    const speed = few.predicted.decodeAll;
+    if (speed === null) {
+      return `${this.#name(few)} is the one with the fewest nodes; without the nodes' bandwidth no speed can be predicted`;
+    }
+    const single = found.find(({ ranks }) => ranks.length === 1);
+    if (few.ranks.length === 1) {
+      return found.length === 1
+        ? `${this.#name(few)} is the only possible placement: ${rate(speed)}`
+        : `${this.#name(few)} gives ${rate(speed)}; no placement on more nodes is more than ${Math.round((WORTHWHILE - 1) * 100)} % faster`;
+    }
+    if (single === undefined) {
+      return `no node alone has room for the model; ${this.#name(few)} is the fastest that fits: ${rate(speed)}`;
+    }
+    return `${this.#name(few)} gives ${rate(speed)}, ${(speed / this.#speed(single)).toFixed(2)} times ${this.#name(single)} (${rate(this.#speed(single))})`;
+  }
+
+  #warnings(placement: Placement, all: readonly Placement[]): string[] {
+    const out: string[] = [];
+    const speed = placement.predicted.decodeAll;
+    const fewer = all
+      .filter(({ ranks }) => ranks.length < placement.ranks.length)
+      .sort((a, b) => this.#speed(b) - this.#speed(a))[0];
+    if (speed !== null && fewer !== undefined && this.#speed(fewer) >= speed) {
+      const exchange = placement.predicted.exchangeMs;
+      const part = `${exchange.toFixed(1)} ms of each token go into the exchange between nodes`;
+      out.push(
+        `splitting loses: ${rate(speed)} on ${placement.ranks.length} nodes, ${rate(this.#speed(fewer))} with ${this.#name(fewer)}${exchange > 1 ? `; ${part}` : ""}`,
+      );
+    }
+    if (placement.pipeline > 1 && placement.streams < placement.pipeline)
+      out.push(
+        `${placement.streams === 1 ? "one stream keeps" : `${placement.streams} streams keep`} only ${placement.streams} of ${placement.pipeline} stages busy: a pipeline brings memory here, not speed`,
+      );
+    const idle = placement.bytes.filter(({ rank }) => placement.ranks[rank]?.weight === 0);
+    if (idle.length > 0)
+      out.push(`${idle.map(({ node }) => this.#nameOf(node)).join(", ")} would compute nothing of its stage`);
+    return out;
+  }
+
+  #assumptions(found: readonly Placement[]): string[] {
+    const out: string[] = [];
+    const names = (nodes: readonly PlacementNode[]) => nodes.map(({ name }) => name).join(", ");
+    const all = this.#members.map(({ node }) => node);
+    const unmeasured = all.filter(({ speed }) => speed === null);
+    const without = all.filter(({ bandwidth }) => bandwidth <= 0);
+    if (without.length > 0) out.push(`memory bandwidth of ${names(without)} is unknown`);
+    if (unmeasured.length > 0)
+      out.push(
+        `time of a layer beside reading was not measured on ${names(unmeasured)}: typical figures are used`,
+      );
+    const metal = unmeasured.filter(({ device }) => device === "metal");
+    if (metal.length > 0 && found.some(({ ranks }) => ranks.length > 1))
+      out.push(
+        `hand-over between GPU and network was not measured on ${names(metal)}: 180 µs is assumed, that of an ordinary event`,
+      );
+    const pairs = all.flatMap((a, i) =>
+      all.slice(i + 1).filter((b) => this.#links.measured(a.id, b.id) === undefined),
+    );
+    if (pairs.length > 0)
+      out.push(
+        `${pairs.length} ${pairs.length === 1 ? "link was" : "links were"} not measured: gigabit Ethernet is assumed`,
+      );
+    return out;
+  }
+
+  #missing({ bytes }: Pick<Tried, "bytes">): string {
+    return bytes
+      .filter(({ total, usable }) => total > usable)
+      .map(
+        ({ node, total, usable }) =>
+          `${this.#nameOf(node)} needs ${gigabytes(total)} and has ${gigabytes(usable)}: ${gigabytes(total - usable)} missing`,
+      )
+      .join("; ");
+  }
+
+  #tooLarge(refused: readonly RefusedShape[]): CaravanError {
+    const miss = (shape: RefusedShape) =>
+      shape.bytes.reduce((sum, { total, usable }) => sum + Math.max(0, total - usable), 0);
+    const closest = refused.toSorted((a, b) => miss(a) - miss(b) || a.bytes.length - b.bytes.length)[0];
+    if (closest === undefined)
+      return new CaravanError(
+        "invalid_argument",
+        "no group of these nodes has the shape that was asked for",
+        {
+          hint: "Ask for tensor × pipeline = the number of nodes, or leave both out.",
+        },
+      );
+    const needed = closest.bytes.reduce((sum, { total }) => sum + total, 0);
+    const usable = this.#members.reduce((sum, member) => sum + member.usable, 0);
+    const weights = closest.bytes.reduce((sum, each) => sum + each.weights + each.scratch, 0);
+    return new CaravanError(
+      "out_of_memory",
+      `the model does not fit: ${this.#name(closest)} comes closest with ${gigabytes(needed)} in all, ${gigabytes(usable)} can be used on ${this.#members.length === 1 ? "the node" : `all ${this.#members.length} nodes together`}; ${closest.reason}`,
+      {
+        where: this.profile.config.where,
+        hint:
+          weights <= usable
+            ? "Ask for a shorter context with --context, or fewer --streams."
+            : "Add a node, or use a more strongly quantized model.",
+      },
+    );
+  }
+
+  #nameOf(id: NodeId): string {
+    return this.#members.find((member) => member.id === id)?.node.name ?? id;
+  }
+
+  #name({ tensor, pipeline, bytes }: Pick<Placement, "tensor" | "pipeline" | "bytes">): string {
+    const only = bytes[0];
+    if (bytes.length === 1 && only !== undefined) return `${this.#nameOf(only.node)} alone`;
+    return shapeName(tensor, pipeline);
+  }
+}
+
+/** "tensor 2 × pipeline 2" */
+export function shapeName(tensor: number, pipeline: number): string {
+  if (tensor === 1 && pipeline === 1) return "one node";
+  if (pipeline === 1) return `tensor ${tensor}`;
+  return tensor === 1 ? `pipeline ${pipeline}` : `tensor ${tensor} × pipeline ${pipeline}`;
+}
+
+function shapes(count: number, asked: PlacementRequest): [tensor: number, pipeline: number][] {
+  const out: [number, number][] = [];
+  for (let pipeline = 1; pipeline <= count; pipeline++) {
+    if (count % pipeline !== 0) continue;
+    const tensor = count / pipeline;
+    if (asked.tensor !== undefined && asked.tensor !== tensor) continue;
+    if (asked.pipeline !== undefined && asked.pipeline !== pipeline) continue;
+    out.push([tensor, pipeline]);
+  }
+  return out;
+}
+
+function checkRequest(
+  profile: ModelProfile,
+  nodes: readonly PlacementNode[],
+  { asked }: PlacementTerms,
+): void {
+  const { config } = profile;
+  const wrong = (message: string, param: string) => new CaravanError("invalid_argument", message, { param });
+  if (nodes.length === 0) throw wrong("none of the nodes that were asked for is here", "nodes");
+  if (nodes.length > MOST_NODES)
+    throw wrong(`${nodes.length} nodes; a model is placed on at most ${MOST_NODES}`, "nodes");
+  if (new Set(nodes.map(({ id }) => id)).size < nodes.length)
+    throw wrong("two nodes have the same id", "nodes");
+  if (asked.context !== undefined && asked.context > config.contextLength)
+    throw wrong(
+      `a context of ${asked.context} tokens was asked for; the model's limit is ${config.contextLength}`,
+      "context",
+    );
+  if ((asked.tensor ?? 1) * (asked.pipeline ?? 1) > nodes.length)
+    throw wrong(
+      `tensor ${asked.tensor ?? 1} × pipeline ${asked.pipeline ?? 1} needs ${(asked.tensor ?? 1) * (asked.pipeline ?? 1)} nodes, there are ${nodes.length}`,
+      "tensor",
+    );
+  if ((asked.pipeline ?? 1) > config.layers.length)
+    throw wrong(`${config.layers.length} layers cannot be split into ${asked.pipeline} stages`, "pipeline");
+}
+
+/** Cache bytes of all streams in one layer of each kind. */
+function cacheByKind(
+  profile: ModelProfile,
+  whole: RankWork,
+  terms: MemoryTerms,
+  kv: number,
+  chunked: number,
+): { full: number; chunked: number } {
+  const full = profile.config.layers.length - chunked;
+  if (chunked === 0) return { full: kv / full, chunked: 0 };
+  if (full === 0) return { full: 0, chunked: kv / chunked };
+  // A first layer of each kind alone: the same terms, one layer.
+  const alone = (wanted: boolean) => {
+    const i = profile.config.layers.findIndex((layer) => layer.chunked === wanted);
+    const work = { ...whole, place: { ...whole.place, layers: [i, i + 1] as const } };
+    return rankMemory(profile, work, terms).kv;
+  };
+  return { full: alone(false), chunked: alone(true) };
+}
+
+export function gigabytes(bytes: number): string {
+  return `${(bytes / 1e9).toFixed(bytes < 1e9 ? 3 : 1)} GB`;
+}
+
+function rate(speed: number): string {
+  return `${speed.toFixed(speed < 10 ? 2 : 1)} tokens/s`;
+}
