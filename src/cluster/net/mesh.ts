@@ -163,13 +163,22 @@ export class Mesh {
 
   async #start(): Promise<void> {
     const { identity, host, port, log, cluster, peers, discovery = true } = this.#options;
-    this.#listener = await listen({
-      identity,
-      settings: () => this.#settings(),
-      host: host ?? "::",
-      port,
-      log,
-      onPeer: (channel, peer, purpose) => this.#accept(channel, peer, purpose),
+    const listenAt = (address: string) =>
+      listen({
+        identity,
+        settings: () => this.#settings(),
+        host: address,
+        port,
+        log,
+        onPeer: (channel, peer, purpose) => this.#accept(channel, peer, purpose),
+      });
+    this.#listener = await listenAt(host ?? "::").catch((thrown) => {
+      const cause = thrown instanceof Error ? thrown.cause : undefined;
+      const code = cause instanceof Error && "code" in cause ? cause.code : undefined;
+      // A system without IPv6.
+      if (host === undefined && (code === "EAFNOSUPPORT" || code === "EADDRNOTAVAIL"))
+        return listenAt("0.0.0.0");
+      throw thrown;
     });
     const now = performance.now();
     for (const peer of peers) this.#book.learn(peer, undefined, true, now);
