@@ -301,7 +301,7 @@ typedef struct {
     uint64_t epoch;        /* of the instance; a rank of another epoch is refused */
     uint8_t key[32];       /* session key from the control plane: MAC of every TCP frame */
     uint8_t instance[16];  /* id of the instance; the same on all ranks */
-    char host[256];        /* address or name under which the other ranks reach this one over TCP; "" = 127.0.0.1, loopback only */
+    char host[256];        /* numeric address under which the other ranks reach this one over TCP, IPv6 without scope; "" = 127.0.0.1, loopback only */
     char rdma_device[64];  /* "" = any that has a port that is up */
     uint32_t silence_ms;   /* a peer that sends nothing for this long while somebody waits is dead; 0 = 1000 */
     uint32_t max_message;  /* bytes of the largest message, 0 = 64 MiB */
@@ -315,7 +315,7 @@ typedef struct {
     uint64_t messages, message_bytes;          /* sent */
     uint64_t mac_ns;                           /* spent on MACs and checksums */
     uint32_t round_trip_us;                    /* median of the pings when connecting, to the farthest rank */
-    uint32_t reserved;
+    uint32_t strangers;                        /* connections turned away while connecting */
 } cv_group_stats_record;
 
 /* *address_size: in: room, out: bytes used (at most 4096). *out is owned by the caller until cv_group_close. */

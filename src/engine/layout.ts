@@ -172,6 +172,7 @@ export const GROUP_STATS = {
   message_bytes: 40,
   mac_ns: 48,
   round_trip_us: 56,
+  strangers: 60,
 } as const;
 
 /** C record name, TypeScript constant, and TypeScript's name for a field where it differs. */

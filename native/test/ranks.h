@@ -1,0 +1,146 @@
+/* ranks.h — a group of ranks as forked processes of one test: each opens its group, exchanges addresses through shared memory,
+ * connects, runs a body and reports. Every wait has a limit; what does not end is killed and reported. */
+#ifndef CV_TEST_RANKS_H
+#define CV_TEST_RANKS_H
+
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../transport/clock.h"
+#include "../transport/transport.h"
+
+#define RANKS_MOST 8
+
+typedef struct {
+    atomic_int ready; /* the address is there */
+    unsigned char address[4096];
+    uint64_t address_size;
+    /* report */
+    atomic_int ended;
+    int code;                  /* of opening, connecting or the body */
+    char text[512], note[512]; /* the group's first error; why a transport was not taken */
+    uint32_t transport;
+    uint64_t ended_ns;
+    uint64_t number; /* whatever the body wants to say */
+    char words[160];
+} rank_report;
+
+typedef struct {
+    uint32_t size, transport;
+    uint32_t silence_ms, connect_ms, limit_ms;
+    uint64_t epoch;
+    atomic_int go, count; /* for bodies */
+    atomic_uint_fast64_t stamp_ns;
+    pid_t pid[RANKS_MOST];
+    rank_report rank[RANKS_MOST];
+    cv_group_options change; /* rank `changed` uses these instead */
+    int changed;
+} rank_world;
+
+typedef int (*rank_body)(cv_group *g, uint32_t rank, rank_world *w);
+
+static inline rank_world *ranks_new(uint32_t size, uint32_t transport) {
+    rank_world *w = mmap(NULL, sizeof *w, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (w == MAP_FAILED) exit(3);
+    w->size = size;
+    w->transport = transport;
+    w->connect_ms = 10000;
+    w->limit_ms = 30000;
+    w->epoch = 1;
+    w->changed = -1;
+    return w;
+}
+
+static inline void ranks_free(rank_world *w) { munmap(w, sizeof *w); }
+
+static inline cv_group_options ranks_options(const rank_world *w, uint32_t rank) {
+    cv_group_options o = {.version = CV_ABI_VERSION, .rank = rank, .size = w->size, .transport = w->transport, .epoch = w->epoch, .silence_ms = w->silence_ms};
+    for (int i = 0; i < 32; i++) o.key[i] = (unsigned char)(i * 7 + 1);
+    for (int i = 0; i < 16; i++) o.instance[i] = (unsigned char)(i + 1);
+    return o;
+}
+
+/* Waits until a counter reaches `want`; false after limit_ms. */
+static inline bool ranks_await(atomic_int *what, int want, uint32_t limit_ms) {
+    for (uint64_t until = cv_now() + limit_ms * CV_MS; atomic_load(what) < want;) {
+        if (cv_now() > until) return false;
+        usleep(500);
+    }
+    return true;
+}
+
+static inline int ranks_connect(rank_world *w, uint32_t rank, cv_group **out, char *text, size_t text_size) {
+    cv_group_options o = w->changed == (int)rank ? w->change : ranks_options(w, rank);
+    rank_report *me = &w->rank[rank];
+    size_t size = sizeof me->address;
+    int code = cv_group_open(&o, sizeof o, me->address, &size, out, text, text_size);
+    if (code != CV_OK) return code;
+    me->address_size = size;
+    atomic_store(&me->ready, 1);
+    unsigned char *all = malloc(w->size * sizeof me->address);
+    uint64_t sizes[RANKS_MOST], used = 0;
+    for (uint32_t r = 0; r < w->size; r++) {
+        if (!ranks_await(&w->rank[r].ready, 1, w->connect_ms)) return CV_E_IO;
+        sizes[r] = w->rank[r].address_size;
+        memcpy(all + used, w->rank[r].address, sizes[r]);
+        used += sizes[r];
+    }
+    code = cv_group_connect(*out, all, sizes, w->connect_ms, me->note, sizeof me->note, text, text_size);
+    free(all);
+    return code;
+}
+
+static inline void ranks_child(rank_world *w, uint32_t rank, rank_body body) {
+    rank_report *me = &w->rank[rank];
+    cv_group *g = NULL;
+    me->code = ranks_connect(w, rank, &g, me->text, sizeof me->text);
+    if (me->code == CV_OK) {
+        cv_group_stats_record s;
+        cv_group_stats(g, &s, me->text, sizeof me->text);
+        me->transport = s.transport;
+        me->code = body(g, rank, w);
+        me->ended_ns = cv_now();
+        cv_group_error(g, me->text, sizeof me->text);
+    }
+    cv_group_close(g);
+    atomic_store(&me->ended, 1);
+}
+
+static inline void ranks_start(rank_world *w, rank_body body) {
+    fflush(stdout);
+    for (uint32_t r = 0; r < w->size; r++) {
+        w->pid[r] = fork();
+        if (w->pid[r] == 0) {
+            ranks_child(w, r, body);
+            _exit(0);
+        }
+    }
+}
+
+/* Waits for all ranks; false when one had to be killed (or died without a report: see rank[].ended). */
+static inline bool ranks_finish(rank_world *w) {
+    bool all = true;
+    uint64_t until = cv_now() + w->limit_ms * CV_MS;
+    for (uint32_t r = 0; r < w->size; r++) {
+        int status;
+        while (waitpid(w->pid[r], &status, WNOHANG) == 0) {
+            if (cv_now() > until) {
+                kill(w->pid[r], SIGKILL);
+                waitpid(w->pid[r], &status, 0);
+                all = false;
+                break;
+            }
+            usleep(1000);
+        }
+    }
+    return all;
+}
+
+#endif
