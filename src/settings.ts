@@ -13,6 +13,7 @@ const port = v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65535));
 const count = (least: number, most: number) =>
   v.pipe(v.number(), v.integer(), v.minValue(least), v.maxValue(most));
 const text = v.pipe(v.string(), v.minLength(1));
+const key = v.pipe(text, v.regex(/^[\x21-\x7e]+$/, "a key is printable ASCII without spaces"));
 
 /** The fields, by their names in the file. Their variables are CARAVAN_ and the name in capitals. */
 const FIELDS = {
@@ -21,9 +22,9 @@ const FIELDS = {
   /** 0 lets the system choose. */
   port,
   /** Accepted keys; none: no key is asked for. */
-  api_keys: v.array(v.pipe(text, v.regex(/^[\x21-\x7e]+$/, "a key is printable ASCII without spaces"))),
+  api_keys: v.array(key),
   /** Keys that may also administer: load, unload, delete and pull models, and join nodes. */
-  admin_keys: v.array(v.pipe(text, v.regex(/^[\x21-\x7e]+$/, "a key is printable ASCII without spaces"))),
+  admin_keys: v.array(key),
   /** PEM files of the certificate (with those above it) and its key; both or neither. */
   tls_cert: text,
   tls_key: text,
@@ -37,6 +38,8 @@ const FIELDS = {
   max_queue: count(0, 1_000_000),
   /** Longest life of a request in seconds, waiting included; 0: no limit. */
   request_seconds: count(0, 1_000_000),
+  /** A model that nobody has used for so many seconds is unloaded; 0: models stay until another needs their memory. */
+  keep_alive_seconds: count(0, 10_000_000),
   /** How long running requests may go on when the node is told to stop. */
   drain_seconds: count(0, 86_400),
   max_body_bytes: count(1024, 999_999_999),
@@ -55,7 +58,7 @@ const FILE_SCHEMA = v.strictObject({
     [K in keyof typeof FIELDS]: v.OptionalSchema<(typeof FIELDS)[K], undefined>;
   }),
   /** One key, for people who need only one. */
-  api_key: v.optional(text),
+  api_key: v.optional(key),
 });
 
 export type Settings = { [K in keyof typeof FIELDS]: v.InferOutput<(typeof FIELDS)[K]> };
@@ -92,6 +95,7 @@ const NUMBERS: readonly string[] = [
   "context",
   "max_queue",
   "request_seconds",
+  "keep_alive_seconds",
   "drain_seconds",
   "max_body_bytes",
   "max_total_body_bytes",
@@ -238,6 +242,7 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     context: 0,
     max_queue: 256,
     request_seconds: 0,
+    keep_alive_seconds: 0,
     drain_seconds: 30,
     max_body_bytes: 32 * 1024 * 1024,
     max_total_body_bytes: 256 * 1024 * 1024,

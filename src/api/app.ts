@@ -22,6 +22,7 @@ import { benchChatRoute } from "./ops/bench-chat.ts";
 import { healthRoute } from "./ops/health.ts";
 import { loginRoute, logoutRoute, whoRoute } from "./ops/login.ts";
 import { metricsRoute, ServingMetrics } from "./ops/metrics.ts";
+import { loadRoute, unloadRoute } from "./ops/models-admin.ts";
 import { readyRoute } from "./ops/ready.ts";
 import { TraceLog } from "./ops/request-trace.ts";
 import { listRequestsRoute, requestRoute } from "./ops/requests.ts";
@@ -38,10 +39,13 @@ export interface AppOptions {
   /** Shared with the server that drains it. */
   lifecycle?: Lifecycle;
   log?: Logger;
+  /** Shown by /health, so that tools on this machine know the node again. */
+  nodeId?: string;
 }
 
 /** The path that a supervisor asks without a key, also while the node is shutting down. */
 const HEALTH = "/health";
+const ADMIN = { scope: "administration" } as const;
 /** Where one gets what opens the rest. */
 const LOGIN = "/login";
 
@@ -62,12 +66,14 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   useChecks(app, deps, keys);
 
   for (const [path, serve] of Object.entries(PAGE_FILES)) route(app, path, { GET: serve });
-  route(app, HEALTH, { GET: healthRoute() });
+  route(app, HEALTH, { GET: healthRoute(options.nodeId) });
   route(app, LOGIN, { GET: whoRoute(keys), POST: loginRoute(keys, deps.settings) });
   route(app, "/logout", { POST: logoutRoute(keys, deps.settings) });
   route(app, "/ready", { GET: readyRoute(deps) });
   route(app, "/metrics", { GET: metricsRoute(deps) });
-  route(app, "/requests", { GET: listRequestsRoute(deps) }, { scope: "administration" });
+  route(app, "/requests", { GET: listRequestsRoute(deps) }, ADMIN);
+  route(app, "/models/load", { POST: loadRoute(deps) }, ADMIN);
+  route(app, "/models/unload", { POST: unloadRoute(deps) }, ADMIN);
   route(app, "/requests/:id", { GET: requestRoute(deps) });
   route(app, "/bench/chat/completions", { POST: benchChatRoute(deps) });
   route(app, "/v1/models", { GET: listModelsRoute(deps) });

@@ -155,4 +155,7 @@ export interface ModelDirectory {
   statuses(): EngineStatus[];
   /** Loads the model on demand. Rejects with model_not_found, model_loading (with progress), or why it cannot load. */
   find(name: string, options?: FindOptions): Promise<LoadedModel>;
+  /** Takes the model out of memory once its requests are over; false when it was not loaded. Rejects with
+   * model_not_found. */
+  unload(name: string): Promise<boolean>;
 }

@@ -2,22 +2,28 @@
 
 import { bench } from "./bench.ts";
 import type { Command } from "./command.ts";
+import { completion } from "./completion.ts";
+import { configCommand } from "./config.ts";
 import { doctor } from "./doctor.ts";
 import { importCommand } from "./import.ts";
 import { logits } from "./logits.ts";
 import { models } from "./models.ts";
 import { plan } from "./plan.ts";
+import { ps } from "./ps.ts";
 import { pull } from "./pull.ts";
 import { rank } from "./rank.ts";
 import { run } from "./run.ts";
 import { runner } from "./runner.ts";
 import { serve } from "./serve.ts";
+import { stop } from "./stop.ts";
 import { template } from "./template.ts";
 import { tokenize } from "./tokenize.ts";
 
 export const commands: readonly Command[] = [
   run,
   serve,
+  ps,
+  stop,
   pull,
   importCommand,
   models,
@@ -27,6 +33,8 @@ export const commands: readonly Command[] = [
   tokenize,
   template,
   doctor,
+  configCommand,
+  completion,
   runner,
   rank,
 ];

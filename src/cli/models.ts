@@ -4,24 +4,7 @@ import { openStore, removeModel, scanStore } from "../model/store.ts";
 import { loadSettings } from "../settings.ts";
 import type { Command } from "./command.ts";
 import { formatBytes } from "./progress.ts";
-
-function table(rows: readonly (readonly string[])[]): string {
-  const widths: number[] = [];
-  for (const row of rows) {
-    row.forEach((cell, i) => {
-      widths[i] = Math.max(widths[i] ?? 0, cell.length);
-    });
-  }
-  return rows
-    .map((row) =>
-      row
-        .map((cell, i) => cell.padEnd(widths[i] ?? 0))
-        .join("  ")
-        .trimEnd(),
-    )
-    .map((line) => `${line}\n`)
-    .join("");
-}
+import { table } from "./table.ts";
 
 export const models: Command = {
   name: "models",

@@ -6,6 +6,7 @@ import type { ChatMessage } from "../api/model-directory.ts";
 import { CaravanError } from "../errors.ts";
 import type { InstalledModel } from "../model/store.ts";
 import { folderAlias } from "../node/folder-alias.ts";
+import { askNode } from "../node/running-nodes.ts";
 import { type AnswerEvent, type AnswerOptions, type ChatSource, speed } from "./chat-source.ts";
 
 /** A node on this machine answers at once; somebody else's server need not be waited for. */
@@ -46,6 +47,8 @@ const CHUNK = v.union([
 
 export interface NodeAddress {
   url: string;
+  /** PEM file of its certificate. */
+  tls_cert?: string | undefined;
   apiKey: string | undefined;
 }
 
@@ -56,7 +59,6 @@ export async function findNode(
   model: InstalledModel,
   onNote: (text: string) => void,
 ): Promise<ChatSource | undefined> {
-  talkDirectly(new URL(address.url).hostname);
   const name = model.source === "folder" ? folderAlias(model.path) : model.name;
   let reply: Response;
   try {
@@ -80,15 +82,9 @@ export async function findNode(
   };
 }
 
-/** Bun's fetch goes through HTTP_PROXY to this machine too, unless NO_PROXY names it. */
-function talkDirectly(host: string): void {
-  const others = process.env.NO_PROXY ?? process.env.no_proxy;
-  process.env.NO_PROXY = [...(others === undefined || others === "" ? [] : [others]), host].join(",");
-}
-
 function ask(address: NodeAddress, path: string, init: RequestInit): Promise<Response> {
   const key = address.apiKey === undefined ? {} : { authorization: `Bearer ${address.apiKey}` };
-  return fetch(`${address.url}${path}`, { ...init, headers: { "content-type": "application/json", ...key } });
+  return askNode(address, path, { ...init, headers: { "content-type": "application/json", ...key } });
 }
 
 class NodeAnswer {

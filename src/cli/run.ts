@@ -5,12 +5,14 @@ import type { SamplingRequest } from "../api/sampling-defaults.ts";
 import { SAMPLING_RANGES } from "../api/sampling-ranges.ts";
 import { asCaravanError } from "../errors.ts";
 import { DEFAULT_MODEL } from "../model/card.ts";
+import type { InstalledModel } from "../model/store.ts";
 import type { RunOptions } from "../node/open-model.ts";
+import { runningNodes } from "../node/running-nodes.ts";
 import { type LoadedSettings, loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import { type AnswerStats, type ChatSource, openHere } from "./chat-source.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
-import { findNode } from "./node-chat.ts";
+import { findNode, type NodeAddress } from "./node-chat.ts";
 import { findOrPull } from "./offer-pull.ts";
 import { ProgressLine } from "./progress.ts";
 import { RUN_OPTIONS, runOptions } from "./run-options.ts";
@@ -69,15 +71,15 @@ A node that runs on this machine answers if it has the model, else the model is 
 async function openSource(
   args: Arguments,
   load: RunOptions,
-  { settings }: LoadedSettings,
+  loaded: LoadedSettings,
   progress: ProgressLine,
 ): Promise<ChatSource> {
   const model = await findOrPull(args.positionals[0] ?? DEFAULT_MODEL);
   const note = (text: string) => process.stderr.write(`caravan: ${text}\n`);
   if (!args.flag("here")) {
-    const url = `http://${dialable(settings.host)}:${settings.port}`;
-    const node = await findNode({ url, apiKey: settings.api_keys[0] ?? settings.admin_keys[0] }, model, note);
-    if (node !== undefined) {
+    const found = await findAnyNode(loaded, model, note);
+    if (found !== undefined) {
+      const { node, url } = found;
       const ignored = Object.keys(RUN_OPTIONS).filter((name) => args.text(name) !== undefined);
       if (ignored.length > 0) {
         note(
@@ -94,6 +96,27 @@ async function openSource(
   } finally {
     progress.clear();
   }
+}
+
+/** A node with the model: where the settings say, then wherever this user runs one, unless a port was asked for. */
+async function findAnyNode(
+  { settings, sources }: LoadedSettings,
+  model: InstalledModel,
+  note: (text: string) => void,
+): Promise<{ node: ChatSource; url: string } | undefined> {
+  const apiKey = settings.api_keys[0] ?? settings.admin_keys[0];
+  const named = `${settings.tls_cert === "" ? "http" : "https"}://${dialable(settings.host)}:${settings.port}`;
+  const tls_cert = settings.tls_cert === "" ? undefined : settings.tls_cert;
+  const places: NodeAddress[] = [{ url: named, apiKey, tls_cert }];
+  if (sources.port === "default") {
+    for (const { url, tls_cert } of await runningNodes())
+      if (url !== named) places.push({ url, apiKey, tls_cert });
+  }
+  for (const place of places) {
+    const node = await findNode(place, model, note);
+    if (node !== undefined) return { node, url: place.url };
+  }
+  return undefined;
 }
 
 /** An address to reach a node that listens at `host`. */

@@ -1,12 +1,15 @@
 // caravan serve: the node. Loads models on demand and answers the HTTP API until it is told to stop.
 
+import { resolve } from "node:path";
 import { createApp } from "../api/app.ts";
 import { Lifecycle } from "../api/lifecycle.ts";
 import { drainOnSignals, startServer } from "../api/server.ts";
 import { type ApiSettings, DEFAULT_SETTINGS } from "../api/settings.ts";
-import { createLogger } from "../log.ts";
+import { asCaravanError } from "../errors.ts";
+import { createLogger, type Logger } from "../log.ts";
 import { openStore } from "../model/store.ts";
 import { LoadedModels } from "../node/loaded-models.ts";
+import { announceNode, newNodeId } from "../node/running-nodes.ts";
 import { loadSettings, type Settings } from "../settings.ts";
 import type { Command } from "./command.ts";
 import { findModel } from "./model-argument.ts";
@@ -29,6 +32,22 @@ function apiSettings(settings: Settings): Partial<ApiSettings> {
   };
 }
 
+/** Lets other commands find this node; one that cannot write its folder serves all the same. */
+function announce(id: string, url: string, certificate: string, log: Logger): () => void {
+  try {
+    return announceNode({
+      pid: process.pid,
+      id,
+      url,
+      started: Math.floor(Date.now() / 1000),
+      ...(certificate === "" ? {} : { tls_cert: resolve(certificate) }),
+    });
+  } catch (thrown) {
+    log.warn("other commands will not find this node by themselves", { ...asCaravanError(thrown).toJSON() });
+    return () => undefined;
+  }
+}
+
 export const serve: Command = {
   name: "serve",
   summary: "start the node and its HTTP API (the default command)",
@@ -38,6 +57,10 @@ export const serve: Command = {
     host: { value: "ADDRESS", help: "address to listen on (default 127.0.0.1)" },
     port: { value: "PORT", help: "port to listen on, 0 for any (default 11711)" },
     ...RUN_OPTIONS,
+    "keep-alive": {
+      value: "SECONDS",
+      help: "unload a model that nobody has used for so long (default: never)",
+    },
     "tls-cert": { value: "FILE", help: "certificate in PEM form: serve HTTPS" },
     "tls-key": { value: "FILE", help: "its private key in PEM form" },
     "log-level": { value: "LEVEL", help: "debug, info, warn, error or silent" },
@@ -47,16 +70,18 @@ export const serve: Command = {
 Each setting can stand in caravan.toml or in a variable: CARAVAN_HOST, CARAVAN_PORT, CARAVAN_API_KEYS,
 CARAVAN_ADMIN_KEYS, CARAVAN_TLS_CERT, CARAVAN_TLS_KEY,
 CARAVAN_MODELS_DIR, CARAVAN_THREADS, CARAVAN_CONTEXT, CARAVAN_MAX_QUEUE, CARAVAN_REQUEST_SECONDS,
-CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_MAX_TOTAL_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
+CARAVAN_KEEP_ALIVE_SECONDS, CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_MAX_TOTAL_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
 CARAVAN_LOG_LEVEL, CARAVAN_LOG_FORMAT.
 SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
   outlivesOutput: true,
   async run(args) {
     const port = args.integer("port", 0, 65535);
+    const keepAlive = args.integer("keep-alive", 0, 10_000_000);
     const loaded = loadSettings({
       flags: {
         host: args.text("host"),
         ...(port === undefined ? {} : { port }),
+        ...(keepAlive === undefined ? {} : { keep_alive_seconds: keepAlive }),
         tls_cert: args.text("tls-cert"),
         tls_key: args.text("tls-key"),
         log_level: args.choice("log-level", ["debug", "info", "warn", "error", "silent"]),
@@ -72,10 +97,16 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       secrets: [...settings.api_keys, ...settings.admin_keys],
     });
     for (const warning of loaded.warnings) log.warn(warning);
-    const models = new LoadedModels({ store: () => openStore(settings.models_dir), run: options, log });
+    const models = new LoadedModels({
+      store: () => openStore(settings.models_dir),
+      run: options,
+      log,
+      ...(settings.keep_alive_seconds === 0 ? {} : { keepAliveMs: settings.keep_alive_seconds * 1000 }),
+    });
+    const nodeId = newNodeId();
     const lifecycle = new Lifecycle();
     const server = startServer({
-      app: createApp({ models, lifecycle, log, settings: apiSettings(settings) }),
+      app: createApp({ models, lifecycle, log, nodeId, settings: apiSettings(settings) }),
       lifecycle,
       host: settings.host,
       port: settings.port,
@@ -85,6 +116,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       log,
     });
     drainOnSignals(server);
+    const withdraw = announce(nodeId, server.url, settings.tls_cert, log);
     process.stdout.write(`caravan listens at ${server.url}\n`);
     try {
       if (first !== undefined) await Promise.race([models.load(first), server.stopped]);
@@ -93,6 +125,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       await server.drain();
       throw thrown;
     } finally {
+      withdraw();
       await models.close();
     }
     return 0;

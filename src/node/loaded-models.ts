@@ -15,6 +15,11 @@ const RETRY_AFTER_SECONDS = 5;
 
 /** A model that a request got less than this ago is not idle: the request may not have reached its engine yet. */
 const GRACE_MS = 1000;
+/** Between two looks at how long models have been idle. */
+const MOST_KEEP_ALIVE_PAUSE_MS = 5000;
+/** Running requests of a model that is being unloaded get so long. */
+const UNLOAD_LIMIT_MS = 60_000;
+const UNLOAD_POLL_MS = 20;
 
 export interface LoadedModelsOptions {
   store: () => ModelStore;
@@ -23,6 +28,8 @@ export interface LoadedModelsOptions {
   /** Replaced in tests. */
   open?: (model: InstalledModel, options: OpenOptions) => Promise<OpenModel>;
   loadWaitMs?: number;
+  /** A model that nobody has used for so long is unloaded; absent = none is. */
+  keepAliveMs?: number;
 }
 
 interface Entry {
@@ -45,8 +52,14 @@ export class LoadedModels implements ModelDirectory {
   /** One model loads at a time: each plans with the memory that the others left. */
   #turn: Promise<unknown> = Promise.resolve();
 
+  readonly #keepAlive: ReturnType<typeof setInterval> | undefined;
+
   constructor(options: LoadedModelsOptions) {
     this.#options = options;
+    const { keepAliveMs } = options;
+    if (keepAliveMs === undefined) return;
+    const pause = Math.min(MOST_KEEP_ALIVE_PAUSE_MS, keepAliveMs / 4);
+    this.#keepAlive = setInterval(() => this.#unloadUnused(keepAliveMs), pause);
   }
 
   list(): ModelInfo[] {
@@ -82,10 +95,7 @@ export class LoadedModels implements ModelDirectory {
   }
 
   async find(name: string, options: FindOptions = {}): Promise<LoadedModel> {
-    const known = [...this.#entries.values()].find(
-      (entry) => entry.model.name === name || entry.aliases.includes(name),
-    );
-    const entry = known ?? this.#open(resolveModel(this.#options.store(), name));
+    const entry = this.#known(name) ?? this.#open(resolveModel(this.#options.store(), name));
     entry.lastUsed = performance.now();
     return await this.#whenReady(entry, options.signal);
   }
@@ -168,6 +178,47 @@ export class LoadedModels implements ModelDirectory {
     }
   }
 
+  /**
+   * Takes the model out of memory: the next request loads it again. Requests that run may finish, up to a limit.
+   * False when it was not loaded. Throws model_not_found for a name that means nothing here.
+   */
+  async unload(name: string): Promise<boolean> {
+    const entry = this.#known(name);
+    if (entry === undefined) {
+      resolveModel(this.#options.store(), name);
+      return false;
+    }
+    const open = await entry.opening;
+    const deadline = performance.now() + UNLOAD_LIMIT_MS;
+    if (this.#entries.get(entry.model.path) !== entry) return false;
+    this.#entries.delete(entry.model.path);
+    this.#options.log.info("unloading model", { model: entry.model.name });
+    // A request that has the model may not have reached its engine yet.
+    await Bun.sleep(Math.max(0, entry.lastUsed + GRACE_MS - performance.now()));
+    while (!isIdle({ open }) && performance.now() < deadline) await Bun.sleep(UNLOAD_POLL_MS);
+    await open.close();
+    return true;
+  }
+
+  #known(name: string): Entry | undefined {
+    return [...this.#entries.values()].find(
+      (entry) => entry.model.name === name || entry.aliases.includes(name),
+    );
+  }
+
+  #unloadUnused(keepAliveMs: number): void {
+    const now = performance.now();
+    for (const entry of [...this.#entries.values()]) {
+      if (!isIdle(entry)) entry.lastUsed = now;
+      else if (now - entry.lastUsed >= Math.max(keepAliveMs, GRACE_MS)) {
+        const seconds = Math.round((now - entry.lastUsed) / 1000);
+        this.#options.log.info("unloading model that nobody uses", { model: entry.model.name, seconds });
+        this.#entries.delete(entry.model.path);
+        void entry.open?.close();
+      }
+    }
+  }
+
   /** The entry's model with a runner that runs: loaded, or started again after a crash. */
   async #whenReady(entry: Entry, signal: AbortSignal | undefined): Promise<OpenModel> {
     const { open } = entry;
@@ -208,6 +259,7 @@ export class LoadedModels implements ModelDirectory {
 
   /** Closes every model, those that are loading too. */
   async close(): Promise<void> {
+    clearInterval(this.#keepAlive);
     this.#stop.abort(shuttingDown());
     const entries = [...this.#entries.values()];
     this.#entries.clear();
@@ -239,14 +291,23 @@ function stateOf(
   return state === "loading" ? { state, progress } : { state: "available" };
 }
 
-function isIdle({ open }: Entry): boolean {
+function isIdle({ open }: Pick<Entry, "open">): boolean {
   if (open === undefined) return false;
   const { running, waiting, state } = open.engine.status();
   return running === 0 && waiting === 0 && state !== "loading";
 }
 
 function logReady(log: Logger, model: InstalledModel, open: OpenModel, ms: number): void {
-  const { context, policy, device, device_reason, cpu, threads, ranks } = open.engine.status();
+  const {
+    context,
+    policy,
+    device,
+    device_reason,
+    cpu,
+    threads,
+    ranks,
+    unused_tensors: unused,
+  } = open.engine.status();
   log.info("model ready", {
     model: model.name,
     seconds: Number((ms / 1000).toFixed(2)),
@@ -260,4 +321,13 @@ function logReady(log: Logger, model: InstalledModel, open: OpenModel, ms: numbe
     scheduling: policy?.mode,
     reason: policy?.reason,
   });
+  if (unused === undefined) return;
+  log.warn(
+    "the checkpoint has tensors that caravan does not use: the model may not be what its config says",
+    {
+      model: model.name,
+      count: unused.count,
+      first: unused.first,
+    },
+  );
 }

@@ -13,6 +13,8 @@ afterAll(() => place.remove());
 const COMMANDS = [
   "run",
   "serve",
+  "ps",
+  "stop",
   "pull",
   "import",
   "models",
@@ -22,6 +24,8 @@ const COMMANDS = [
   "tokenize",
   "template",
   "doctor",
+  "config",
+  "completion",
 ];
 
 describe.skipIf(!built)("the executable", () => {

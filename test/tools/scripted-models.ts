@@ -56,14 +56,24 @@ export function scriptedModels(script: Script, changes: Partial<LoadedModel> = {
     failures,
     list: () => [info],
     statuses: () => [{ ...engine.status(), model: MODEL }],
+    async unload(name) {
+      if (name !== MODEL && name !== "scripted") throw notFound(name);
+      const was = info.state === "ready";
+      info.state = "available";
+      return was;
+    },
     async find(name) {
       const failure = failures.shift();
       if (failure !== undefined) throw failure;
       if (name === MODEL || name === "scripted") return model;
-      throw new CaravanError("model_not_found", `There is no model ${JSON.stringify(name)} here.`, {
-        param: "model",
-        hint: `Run \`caravan pull ${name}\`.`,
-      });
+      throw notFound(name);
     },
   };
+}
+
+function notFound(name: string): CaravanError {
+  return new CaravanError("model_not_found", `There is no model ${JSON.stringify(name)} here.`, {
+    param: "model",
+    hint: `Run \`caravan pull ${name}\`.`,
+  });
 }

@@ -5,6 +5,7 @@ import { createApp } from "../../src/api/app.ts";
 import { ServingMetrics } from "../../src/api/ops/metrics.ts";
 import { Histogram } from "../../src/api/ops/prometheus.ts";
 import { TraceLog } from "../../src/api/ops/request-trace.ts";
+import { CaravanError } from "../../src/errors.ts";
 import { MODEL, sayScript, scriptedModels } from "../tools/scripted-models.ts";
 import { until } from "../tools/until.ts";
 
@@ -160,6 +161,47 @@ describe("request traces", () => {
     expect(log.list(10).map((trace) => trace.about.id)).toEqual(["running", "d", "c", "b"]);
     expect(log.get("running")).toBe(running);
   });
+});
+
+describe("loading and unloading", () => {
+  const post = (path: string, body: object, key = "admin"): [string, RequestInit] => [
+    path,
+    { method: "POST", body: JSON.stringify(body), headers: { authorization: `Bearer ${key}` } },
+  ];
+  const keyed = () => {
+    const models = scriptedModels(sayScript("hello"));
+    return { models, app: createApp({ models, settings: { apiKeys: ["user"], adminKeys: ["admin"] } }) };
+  };
+
+  test("take a key of administration, wait for the load, and name models that are not here", async () => {
+    const { app, models } = keyed();
+    expect((await app.request(...post("/models/load", { model: MODEL }, "user"))).status).toBe(403);
+    models.failures.push(new CaravanError("model_loading", "half-way", { retryAfterSeconds: 5 }));
+    const loaded = await app.request(...post("/models/load", { model: "scripted" }));
+    expect(await loaded.json()).toEqual({ model: MODEL, state: "ready", context_length: 4096 });
+    const unload = async () => (await app.request(...post("/models/unload", { model: MODEL }))).json();
+    expect(await unload()).toEqual({ model: MODEL, state: "available", was_loaded: true });
+    expect(await unload()).toEqual({ model: MODEL, state: "available", was_loaded: false });
+    expect((await app.request(...post("/models/unload", { model: "org/x" }))).status).toBe(404);
+    expect((await app.request(...post("/models/load", { model: "org/x" }))).status).toBe(404);
+  });
+
+  test("work as Ollama's clients unload: a keep_alive of 0 without a prompt", async () => {
+    const { app, models } = keyed();
+    const body = { model: MODEL, keep_alive: 0 };
+    expect((await app.request(...post("/api/generate", body, "user"))).status).toBe(403);
+    const reply = await app.request(...post("/api/generate", body));
+    expect(await reply.json()).toMatchObject({ done: true, done_reason: "unload" });
+    expect(models.info.state).toBe("available");
+    expect(await (await app.request(...post("/api/generate", { model: MODEL }))).json()).toMatchObject({
+      done_reason: "load",
+    });
+  });
+});
+
+test("health shows the node's id where it has one", async () => {
+  const app = createApp({ models: scriptedModels(sayScript("x")), nodeId: "0123456789abcdef" });
+  expect(await (await app.request("/health")).json()).toEqual({ status: "ok", node: "0123456789abcdef" });
 });
 
 describe("measured completions", () => {

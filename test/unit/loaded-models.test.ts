@@ -10,7 +10,7 @@ import { CaravanError } from "../../src/errors.ts";
 import { createLogger } from "../../src/log.ts";
 import { type InstalledModel, openStore } from "../../src/model/store.ts";
 import { folderAlias } from "../../src/node/folder-alias.ts";
-import { LoadedModels } from "../../src/node/loaded-models.ts";
+import { LoadedModels, type LoadedModelsOptions } from "../../src/node/loaded-models.ts";
 import type { OpenModel, OpenOptions } from "../../src/node/open-model.ts";
 import { sayScript, scriptedModels } from "../tools/scripted-models.ts";
 import { safetensors } from "../tools/tiny-model.ts";
@@ -88,9 +88,13 @@ class Machine {
   }
 }
 
-function modelsOn(machine: Machine, loadWaitMs = 5000): LoadedModels {
+function modelsOn(
+  machine: Machine,
+  loadWaitMs = 5000,
+  more: Partial<LoadedModelsOptions> = {},
+): LoadedModels {
   const store = () => openStore(join(root, "models"), { HOME: root });
-  return new LoadedModels({ store, run: {}, log, open: machine.open, loadWaitMs });
+  return new LoadedModels({ store, run: {}, log, open: machine.open, loadWaitMs, ...more });
 }
 
 function thrown(promise: Promise<unknown>): Promise<CaravanError> {
@@ -216,6 +220,63 @@ describe("when memory is short", () => {
     const machine = new Machine(0);
     expect((await thrown(modelsOn(machine).find("a"))).code).toBe("out_of_memory");
   });
+});
+
+describe("unloading by hand", () => {
+  test("closes a model once its requests are over; the next request loads it again", async () => {
+    const machine = new Machine(9);
+    const models = modelsOn(machine);
+    await models.find("a");
+    machine.status.set("a", { running: 1 });
+    const unloading = models.unload("a");
+    await until(() => models.list().find(({ id }) => id === "a")?.state === "available", "it is given up");
+    expect(machine.closed).toEqual([]);
+    machine.status.delete("a");
+    expect(await unloading).toBe(true);
+    expect(machine.closed).toEqual(["a"]);
+    expect((await models.find("a")).id).toBe("a");
+    expect(machine.opened).toEqual(["a", "a"]);
+  });
+
+  test("of a model that is not loaded does nothing, and of an unknown name is model_not_found", async () => {
+    const models = modelsOn(new Machine(9));
+    expect(await models.unload("b")).toBe(false);
+    expect((await thrown(models.unload("org/x"))).code).toBe("model_not_found");
+  });
+});
+
+describe("a keep-alive time", () => {
+  test("unloads what nobody uses, and nothing that is busy", async () => {
+    const machine = new Machine(9);
+    const models = modelsOn(machine, 5000, { keepAliveMs: 10 });
+    await models.find("a");
+    await models.find("b");
+    machine.status.set("b", { running: 1 });
+    await until(() => machine.closed.length > 0, "one is unloaded", 4000);
+    expect(machine.closed).toEqual(["a"]);
+    machine.status.delete("b");
+    await until(() => machine.closed.length > 1, "the other is idle and unloaded", 4000);
+    await models.close();
+  });
+});
+
+test("tensors that nothing uses are told in the log when the model is ready", async () => {
+  const machine = new Machine(9);
+  machine.status.set("a", { unused_tensors: { count: 7, first: ["model.surprise.weight"] } });
+  let lines = "";
+  const models = modelsOn(machine, 5000, {
+    log: createLogger({
+      write: (line) => {
+        lines += line;
+      },
+    }),
+  });
+  await models.find("a");
+  await models.find("b");
+  await until(() => lines.match(/model ready/g)?.length === 2, "both are ready");
+  expect(lines.match(/does not use/g)).toHaveLength(1);
+  expect(lines).toContain("model.surprise.weight");
+  expect(lines).toContain("count=7");
 });
 
 describe("closing", () => {

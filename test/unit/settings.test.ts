@@ -40,6 +40,7 @@ describe("settings", () => {
       context: 0,
       max_queue: 256,
       request_seconds: 0,
+      keep_alive_seconds: 0,
       drain_seconds: 30,
       max_body_bytes: 32 * 1024 * 1024,
       max_total_body_bytes: 256 * 1024 * 1024,

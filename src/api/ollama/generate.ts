@@ -1,5 +1,6 @@
 // POST /api/chat and /api/generate. Streams unless told not to, as Ollama does.
 
+import { requireScope } from "../auth.ts";
 import { readJsonObject } from "../limits.ts";
 import type { ChatMessage, ChatTool, ChatToolCall, LoadedModel } from "../model-directory.ts";
 import { encodePrompt } from "../openai/completions.ts";
@@ -74,16 +75,27 @@ export function ollamaGenerateRoute(deps: ApiDependencies) {
   };
 }
 
-/** A request without a prompt waits until the model is loaded. */
+/** A request without a prompt waits until the model is loaded; with keep_alive 0, until it is unloaded. */
 async function load(
   context: ApiContext,
   deps: ApiDependencies,
-  request: { model: string },
+  request: { model: string; keep_alive?: string | number | undefined },
   piece: PieceOf,
 ): Promise<Response> {
   context.env?.keepOpen?.();
+  if (isNow(request.keep_alive)) {
+    requireScope(context.get("scope"), "administration");
+    const name = modelName(request.model);
+    await deps.models.unload(name);
+    return Response.json({ ...loadedReply(name, piece), done_reason: "unload" });
+  }
   const model = await deps.models.find(modelName(request.model), { signal: context.req.raw.signal });
   return Response.json(loadedReply(model.id, piece));
+}
+
+/** A keep_alive of nothing: 0, "0", "0s". */
+function isNow(keepAlive: string | number | undefined): boolean {
+  return keepAlive === 0 || (typeof keepAlive === "string" && /^0+[a-z]*$/.test(keepAlive));
 }
 
 async function serve(

@@ -34,7 +34,7 @@ const commonEntries = {
   model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)),
   stream: v.optional(v.boolean()),
   options: v.optional(optionsSchema),
-  /** Accepted and without effect: how long a model stays loaded is the node's setting. */
+  /** How long a model stays loaded is the node's setting; only 0 in a request without a prompt has an effect. */
   keep_alive: v.optional(v.union([v.string(), v.number()])),
 };
 

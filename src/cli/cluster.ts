@@ -1,0 +1,193 @@
+// caravan cluster: makes a cluster, shows it, lets a new node in, leaves it. Files are this user's own; what only the
+// running node knows is asked of it.
+
+import { hostname } from "node:os";
+import * as v from "valibot";
+import { forgetCluster, loadCluster, newCluster, saveCluster } from "../cluster/net/cluster-file.ts";
+import { clusterFolder, loadIdentity } from "../cluster/net/identity.ts";
+import { parseCode } from "../cluster/net/join-code.ts";
+import { CaravanError } from "../errors.ts";
+import { askNode, type RunningNode, runningNodes } from "../node/running-nodes.ts";
+import { resolvePaths } from "../paths.ts";
+import { loadSettings } from "../settings.ts";
+import { type Arguments, type Command, usage } from "./command.ts";
+import { formatBytes } from "./progress.ts";
+
+const ACCEPT_LIMIT_MS = 15_000;
+const STATE_LIMIT_MS = 3000;
+
+const ErrorReply = v.object({ error: v.looseObject({ message: v.string() }) });
+const Accepted = v.object({ accepted: v.string() });
+const State = v.looseObject({
+  cluster: v.nullable(v.string()),
+  self: v.optional(v.looseObject({ id: v.string(), name: v.string() })),
+  nodes: v.optional(
+    v.array(
+      v.looseObject({
+        id: v.string(),
+        name: v.string(),
+        version: v.string(),
+        reachable: v.boolean(),
+        addresses: v.array(v.string()),
+        memory: v.optional(v.object({ total: v.number(), available: v.number() })),
+        round_trip_us: v.optional(v.number()),
+        bandwidth: v.optional(v.number()),
+      }),
+    ),
+  ),
+  join_requests: v.optional(
+    v.array(v.object({ name: v.string(), from: v.string(), waiting_seconds: v.number() })),
+  ),
+  strangers: v.optional(v.array(v.object({ address: v.string(), name: v.string(), reason: v.string() }))),
+  problems: v.optional(v.array(v.object({ address: v.string(), problem: v.string() }))),
+});
+
+function folder(): string {
+  return clusterFolder(resolvePaths().data);
+}
+
+/** The node of this user that runs on this machine. Throws when there is none. */
+async function runningNode(): Promise<RunningNode> {
+  const [node] = await runningNodes();
+  if (node !== undefined) return node;
+  throw new CaravanError("invalid_argument", "no node runs on this machine", {
+    hint: "Start one with `caravan serve`.",
+  });
+}
+
+async function ask<T>(
+  node: RunningNode,
+  path: string,
+  schema: v.GenericSchema<unknown, T>,
+  init: RequestInit,
+): Promise<T> {
+  const { admin_keys, api_keys } = loadSettings().settings;
+  const key = admin_keys[0] ?? api_keys[0];
+  const reply = await askNode(node, path, {
+    ...init,
+    headers: {
+      "content-type": "application/json",
+      ...(key === undefined ? {} : { authorization: `Bearer ${key}` }),
+    },
+  });
+  const value: unknown = await reply.json().catch(() => undefined);
+  if (!reply.ok) {
+    const said = v.safeParse(ErrorReply, value);
+    if (said.success) throw CaravanError.fromJSON(said.output.error);
+    throw new CaravanError("internal_error", `the node answers with status ${reply.status}`, {
+      where: node.url,
+    });
+  }
+  return v.parse(schema, value);
+}
+
+function create(name: string): number {
+  const existing = loadCluster(folder());
+  if (existing !== undefined) {
+    throw new CaravanError("invalid_argument", `this node is already in the cluster "${existing.name}"`, {
+      hint: "Leave it first with `caravan cluster leave`.",
+    });
+  }
+  loadIdentity(folder());
+  saveCluster(folder(), newCluster(name));
+  process.stdout.write(
+    `The cluster "${name}" is made, with this node as its first. On the next machine run\n\n  caravan join\n\nand type the code that it shows here:\n\n  caravan cluster accept CODE\n`,
+  );
+  return 0;
+}
+
+async function accept(code: string): Promise<number> {
+  parseCode(code);
+  const { accepted } = await ask(await runningNode(), "/cluster/accept", Accepted, {
+    method: "POST",
+    body: JSON.stringify({ code }),
+    signal: AbortSignal.timeout(ACCEPT_LIMIT_MS),
+  });
+  process.stdout.write(`${accepted} has joined the cluster.\n`);
+  return 0;
+}
+
+async function leave(): Promise<number> {
+  const cluster = loadCluster(folder());
+  if (cluster === undefined) {
+    throw new CaravanError("invalid_argument", "this node is in no cluster");
+  }
+  forgetCluster(folder());
+  process.stdout.write(
+    `Left the cluster "${cluster.name}". The other nodes still know its secret, and so may backups of this machine.\n`,
+  );
+  return 0;
+}
+
+async function status(json: boolean): Promise<number> {
+  const state = await ask(await runningNode(), "/cluster/state", State, {
+    signal: AbortSignal.timeout(STATE_LIMIT_MS),
+  });
+  process.stdout.write(json ? `${JSON.stringify(state)}\n` : describe(state));
+  return 0;
+}
+
+function describe(state: v.InferOutput<typeof State>): string {
+  if (state.cluster === null) return "This node is in no cluster. `caravan cluster create` makes one.\n";
+  const { nodes = [], join_requests: requests = [], strangers = [], problems = [] } = state;
+  const lines = [`cluster ${state.cluster}, ${nodes.length} node${nodes.length === 1 ? "" : "s"}`];
+  for (const node of nodes) {
+    const own = node.id === state.self?.id;
+    const memory =
+      node.memory === undefined
+        ? ""
+        : `  ${formatBytes(node.memory.available)} of ${formatBytes(node.memory.total)} free`;
+    const link =
+      node.round_trip_us === undefined
+        ? ""
+        : `  ${node.round_trip_us} µs${node.bandwidth ? `, ${formatBytes(node.bandwidth)}/s` : ""}`;
+    const reach = own ? "this node" : node.reachable ? "reachable" : "not reachable";
+    lines.push(
+      `  ${node.name}  ${node.id.slice(0, 8)}  caravan ${node.version}  ${reach}${memory}${link}  ${node.addresses[0] ?? ""}`,
+    );
+  }
+  for (const { name, from, waiting_seconds } of requests)
+    lines.push(`  ${name} at ${from} asks to join, since ${waiting_seconds} s: caravan cluster accept CODE`);
+  for (const { address, name, reason } of strangers)
+    lines.push(`  no member: ${name} at ${address}: ${reason}`);
+  for (const { address, problem } of problems) lines.push(`  no answer: ${address}: ${problem}`);
+  return `${lines.join("\n")}\n`;
+}
+
+/** A name that is good enough where nobody chooses one. */
+function defaultName(): string {
+  const plain = hostname()
+    .replace(/\..*$/, "")
+    .replaceAll(/[^A-Za-z0-9_-]/g, "-")
+    .slice(0, 40);
+  return /^[A-Za-z0-9]/.test(plain) ? plain : "caravan";
+}
+
+export const cluster: Command = {
+  name: "cluster",
+  summary: "make, show or leave a cluster, or let a node in",
+  positionals: "create [NAME] | status | accept CODE | leave",
+  count: [1, 2],
+  options: { json: { help: "print JSON (status)" } },
+  details: `create  makes a cluster with this node as its first
+status  shows the nodes, as the node that runs here sees them
+accept  lets the machine in that shows CODE (\`caravan join\` there)
+leave   forgets the cluster and its secret`,
+  async run(args: Arguments) {
+    const [action, value] = args.positionals;
+    if ((action === "status" || action === "leave") && value !== undefined)
+      throw usage(`\`caravan cluster ${action}\` takes nothing more`);
+    switch (action) {
+      case "create":
+        return create(value ?? defaultName());
+      case "status":
+        return await status(args.flag("json"));
+      case "leave":
+        return await leave();
+      case "accept":
+        return await accept(args.positional(1));
+      default:
+        throw usage("`caravan cluster` takes create, status, accept or leave");
+    }
+  },
+};
