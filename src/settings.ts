@@ -49,6 +49,16 @@ const FIELDS = {
   cors_origins: v.array(text),
   /** Further names that a Host header may carry. */
   allowed_hosts: v.array(text),
+  /** Port of the control plane between the nodes of a cluster, and of its beacons; used only in a cluster. 0: any. */
+  cluster_port: port,
+  /** Address that it listens on; "": all. */
+  cluster_host: v.string(),
+  /** HOST:PORT of nodes that multicast does not reach. */
+  peers: v.array(text),
+  /** UDP port of beacons; 0: none are sent or heard. */
+  discovery_port: port,
+  /** What other nodes show of this one; "": the machine's name. */
+  node_name: v.pipe(v.string(), v.maxLength(100)),
   log_level: v.picklist(LOG_LEVELS),
   log_format: v.picklist(LOG_FORMATS),
 } as const;
@@ -99,6 +109,8 @@ const NUMBERS: readonly string[] = [
   "drain_seconds",
   "max_body_bytes",
   "max_total_body_bytes",
+  "cluster_port",
+  "discovery_port",
 ] satisfies SettingName[];
 /** Comma-separated in variables. */
 const LISTS: readonly string[] = [
@@ -106,6 +118,7 @@ const LISTS: readonly string[] = [
   "admin_keys",
   "cors_origins",
   "allowed_hosts",
+  "peers",
 ] satisfies SettingName[];
 /** Variables that others read: paths.ts, and CARAVAN_CONFIG below. */
 const OTHER_VARIABLES = new Set([
@@ -248,6 +261,11 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     max_total_body_bytes: 256 * 1024 * 1024,
     cors_origins: [],
     allowed_hosts: [],
+    cluster_port: DEFAULT_PORT + 1,
+    cluster_host: "",
+    peers: [],
+    discovery_port: DEFAULT_PORT + 1,
+    node_name: "",
     log_level: "info",
     log_format: "text",
   };

@@ -8,6 +8,8 @@ import { createLogger, type Logger } from "../log.ts";
 import { countTokensRoute, messagesRoute } from "./anthropic/messages.ts";
 import { Keys } from "./auth.ts";
 import { BodyBudget } from "./body-budget.ts";
+import { clusterRoutes } from "./cluster/routes.ts";
+import type { ClusterService } from "./cluster/service.ts";
 import { ANTHROPIC, errorBodyOf, isAnthropic } from "./error-family.ts";
 import { errorResponse } from "./error-response.ts";
 import { Lifecycle } from "./lifecycle.ts";
@@ -39,6 +41,8 @@ export interface AppOptions {
   /** Shared with the server that drains it. */
   lifecycle?: Lifecycle;
   log?: Logger;
+  /** This node's part in a cluster; absent: none. */
+  cluster?: ClusterService;
   /** Shown by /health, so that tools on this machine know the node again. */
   nodeId?: string;
 }
@@ -92,6 +96,8 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, "/api/ps", { GET: psRoute(deps) });
   route(app, "/api/show", { POST: showRoute(deps) });
   route(app, "/api/version", { GET: versionRoute() });
+
+  clusterRoutes(app, options.cluster, deps.settings);
 
   app.notFound((context) =>
     errorResponse(

@@ -46,6 +46,11 @@ describe("settings", () => {
       max_total_body_bytes: 256 * 1024 * 1024,
       cors_origins: [],
       allowed_hosts: [],
+      cluster_port: DEFAULT_PORT + 1,
+      cluster_host: "",
+      peers: [],
+      discovery_port: DEFAULT_PORT + 1,
+      node_name: "",
       log_level: "info",
       log_format: "text",
     });
