@@ -9,18 +9,6 @@
 #include "../transport/transport.h"
 #include "error.h"
 
-/* The transports are not in this tree yet: without them no group can be made, and none of these is called. */
-#pragma weak cv_group_rank
-#pragma weak cv_group_size
-#pragma weak cv_all_reduce
-#pragma weak cv_all_gather
-#pragma weak cv_send
-#pragma weak cv_recv
-#pragma weak cv_send_any
-#pragma weak cv_recv_any
-#pragma weak cv_group_error
-#pragma weak cv_group_abort
-
 typedef struct {
     cv_group *group; /* borrowed; NULL: one rank, and nothing below is called */
     uint32_t rank, tensor_rank, tensor_size, stage, n_stages;

@@ -1,5 +1,5 @@
-/* tiny_model.h — a small random model with everything that Llama 4 has (a full and a chunked layer, one dense and one with
- * experts), as a load plan over a file in the temporary folder; and steps for it. For tests of the engine. */
+/* tiny_model.h — a small random model with everything that Llama 4 has (full and chunked layers, dense ones and ones with
+ * experts, in turn), as a load plan over a file in the temporary folder; and steps for it. For tests of the engine. */
 #ifndef CV_TINY_MODEL_H
 #define CV_TINY_MODEL_H
 
@@ -10,7 +10,7 @@
 #include "../include/caravan.h"
 #include "check.h"
 
-enum { TM_HIDDEN = 64, TM_HEADS = 4, TM_KV = 2, TM_D = 32, TM_FF = 128, TM_EXPERTS = 4, TM_VOCAB = 96, TM_CHUNK = 32, TM_PAGE = 16, TM_PAGES = 24 };
+enum { TM_HIDDEN = 64, TM_HEADS = 4, TM_KV = 2, TM_D = 32, TM_FF = 128, TM_EXPERTS = 4, TM_VOCAB = 96, TM_CHUNK = 32, TM_PAGE = 16, TM_PAGES = 24, TM_MOST_LAYERS = 8 };
 
 typedef struct {
     char path[64];
@@ -18,7 +18,7 @@ typedef struct {
     uint8_t *plan; /* 8-aligned */
     size_t plan_size;
     /* building */
-    cv_plan_tensor tensors[64];
+    cv_plan_tensor tensors[TM_MOST_LAYERS * 20];
     size_t n_tensors;
     float *data;
     size_t n_data;
@@ -41,24 +41,28 @@ static inline void tm_add(tiny_model *m, unsigned long long *seed, uint32_t slot
     m->n_data += n;
 }
 
-static inline bool tm_make(tiny_model *m, uint32_t compute, uint32_t threads) {
+/* biases: dense layers have additive vectors, too. */
+static inline bool tm_make_layers(tiny_model *m, uint32_t compute, uint32_t threads, uint32_t n_layers, bool biases) {
     *m = (tiny_model){0};
     unsigned long long seed = 42;
     float s = 0.2f;
     tm_add(m, &seed, CV_T_EMBED, -1, 1, TM_VOCAB, TM_HIDDEN, 0, 1);
     tm_add(m, &seed, CV_T_FINAL_NORM, -1, 1, 1, TM_HIDDEN, 1, 0.1f);
     tm_add(m, &seed, CV_T_HEAD, -1, 1, TM_VOCAB, TM_HIDDEN, 0, s);
-    for (int32_t i = 0; i < 2; i++) {
+    for (int32_t i = 0; i < (int32_t)n_layers; i++) {
         tm_add(m, &seed, CV_T_ATTN_NORM, i, 1, 1, TM_HIDDEN, 1, 0.1f);
         tm_add(m, &seed, CV_T_FFN_NORM, i, 1, 1, TM_HIDDEN, 1, 0.1f);
         tm_add(m, &seed, CV_T_Q, i, 1, TM_HEADS * TM_D, TM_HIDDEN, 0, s);
         tm_add(m, &seed, CV_T_K, i, 1, TM_KV * TM_D, TM_HIDDEN, 0, s);
         tm_add(m, &seed, CV_T_V, i, 1, TM_KV * TM_D, TM_HIDDEN, 0, s);
         tm_add(m, &seed, CV_T_O, i, 1, TM_HIDDEN, TM_HEADS * TM_D, 0, s);
-        if (i == 0) {
+        if (i % 2 == 0) {
             tm_add(m, &seed, CV_T_GATE, i, 1, TM_FF, TM_HIDDEN, 0, s);
             tm_add(m, &seed, CV_T_UP, i, 1, TM_FF, TM_HIDDEN, 0, s);
             tm_add(m, &seed, CV_T_DOWN, i, 1, TM_HIDDEN, TM_FF, 0, s);
+            static const uint32_t slots[] = {CV_T_Q_BIAS, CV_T_K_BIAS, CV_T_V_BIAS, CV_T_O_BIAS, CV_T_GATE_BIAS, CV_T_UP_BIAS, CV_T_DOWN_BIAS};
+            static const size_t sizes[] = {TM_HEADS * TM_D, TM_KV * TM_D, TM_KV * TM_D, TM_HIDDEN, TM_FF, TM_FF, TM_HIDDEN};
+            for (size_t b = 0; biases && b < 7; b++) tm_add(m, &seed, slots[b], i, 1, 1, sizes[b], 0, s);
             continue;
         }
         tm_add(m, &seed, CV_T_ROUTER, i, 1, TM_EXPERTS, TM_HIDDEN, 0, s);
@@ -74,24 +78,26 @@ static inline bool tm_make(tiny_model *m, uint32_t compute, uint32_t threads) {
     m->file_size = m->n_data * sizeof(float);
     if (fd < 0 || write(fd, m->data, m->file_size) != (ssize_t)m->file_size) return false;
     close(fd);
-    size_t at = sizeof(cv_plan), files = at, layers = files + sizeof(cv_plan_file), tensors = layers + 2 * sizeof(cv_plan_layer);
+    size_t at = sizeof(cv_plan), files = at, layers = files + sizeof(cv_plan_file), tensors = layers + n_layers * sizeof(cv_plan_layer);
     size_t freq = tensors + m->n_tensors * sizeof(cv_plan_tensor), path = freq + TM_D / 2 * sizeof(float), size = path + 64;
     m->plan = calloc(1, size);
     m->plan_size = size;
     cv_plan *p = (cv_plan *)(void *)m->plan;
-    *p = (cv_plan){.magic = CV_PLAN_MAGIC, .version = CV_ABI_VERSION, .total_size = size, .n_files = 1, .n_layers = 2, .n_tensors = (uint32_t)m->n_tensors, .flags = CV_MODEL_ROPE_INTERLEAVED,
+    *p = (cv_plan){.magic = CV_PLAN_MAGIC, .version = CV_ABI_VERSION, .total_size = size, .n_files = 1, .n_layers = n_layers, .n_tensors = (uint32_t)m->n_tensors, .flags = CV_MODEL_ROPE_INTERLEAVED,
                    .files_offset = files, .layers_offset = layers, .tensors_offset = tensors, .inv_freq_offset = freq, .hidden = TM_HIDDEN, .head_dim = TM_D, .vocab = TM_VOCAB, .n_experts = TM_EXPERTS,
                    .experts_per_token = 1, .chunk = TM_CHUNK, .page_tokens = TM_PAGE, .n_full_pages = TM_PAGES, .n_chunk_pages = TM_PAGES, .kv_type = CV_F32, .device = CV_DEVICE_CPU, .compute = compute,
                    .n_threads = threads, .max_rows = 4, .max_tokens = 64, .max_logits = 64, .n_slots = 4, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 8};
     *(cv_plan_file *)(void *)(m->plan + files) = (cv_plan_file){path, m->file_size};
     cv_plan_layer *l = (cv_plan_layer *)(void *)(m->plan + layers);
-    l[0] = (cv_plan_layer){0, CV_LAYER_TEMPERATURE, TM_HEADS, TM_KV};
-    l[1] = (cv_plan_layer){1, CV_LAYER_CHUNKED | CV_LAYER_ROPE | CV_LAYER_QK_NORM | CV_LAYER_MOE, TM_HEADS, TM_KV};
+    for (uint32_t i = 0; i < n_layers; i++)
+        l[i] = (cv_plan_layer){i, i % 2 ? CV_LAYER_CHUNKED | CV_LAYER_ROPE | CV_LAYER_QK_NORM | CV_LAYER_MOE : CV_LAYER_TEMPERATURE, TM_HEADS, TM_KV};
     memcpy(m->plan + tensors, m->tensors, m->n_tensors * sizeof(cv_plan_tensor));
     for (int i = 0; i < TM_D / 2; i++) ((float *)(void *)(m->plan + freq))[i] = 1.0f / (float)(1 << (2 * i));
     memcpy(m->plan + path, m->path, strlen(m->path) + 1);
     return true;
 }
+
+static inline bool tm_make(tiny_model *m, uint32_t compute, uint32_t threads) { return tm_make_layers(m, compute, threads, 2, false); }
 
 static inline void tm_free(tiny_model *m) {
     unlink(m->path);
