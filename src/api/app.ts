@@ -20,6 +20,7 @@ import { chatRoute } from "./openai/chat.ts";
 import { completionsRoute } from "./openai/completions.ts";
 import { listModelsRoute, retrieveModelRoute } from "./openai/models.ts";
 import { responsesRoute } from "./openai/responses.ts";
+import { openapiRoute } from "./openapi/document.ts";
 import { benchChatRoute } from "./ops/bench-chat.ts";
 import { healthRoute } from "./ops/health.ts";
 import { loginRoute, logoutRoute, whoRoute } from "./ops/login.ts";
@@ -74,6 +75,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, LOGIN, { GET: whoRoute(keys), POST: loginRoute(keys, deps.settings) });
   route(app, "/logout", { POST: logoutRoute(keys, deps.settings) });
   route(app, "/ready", { GET: readyRoute(deps) });
+  route(app, "/openapi.json", { GET: openapiRoute() });
   route(app, "/metrics", { GET: metricsRoute(deps) });
   route(app, "/requests", { GET: listRequestsRoute(deps) }, ADMIN);
   route(app, "/models/load", { POST: loadRoute(deps) }, ADMIN);

@@ -44,7 +44,7 @@ export function versionRoute() {
   return (): Response => Response.json({ version: VERSION });
 }
 
-const showSchema = v.pipe(
+export const showSchema = v.pipe(
   v.strictObject({
     model: v.optional(v.string()),
     /** The old name of `model`. */

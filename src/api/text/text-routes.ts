@@ -19,7 +19,7 @@ const chatEntries = {
 };
 const messages = v.pipe(v.array(messageSchema), v.minLength(1));
 
-const tokenizeSchema = v.strictObject({
+export const tokenizeSchema = v.strictObject({
   model,
   prompt: v.optional(v.string()),
   messages: v.optional(messages),
@@ -29,8 +29,8 @@ const tokenizeSchema = v.strictObject({
   /** For a prompt: names of control tokens become those tokens (default true, as in raw prompts). */
   parse_special: v.optional(v.boolean()),
 });
-const templateSchema = v.strictObject({ model, messages, ...chatEntries });
-const detokenizeSchema = v.strictObject({
+export const templateSchema = v.strictObject({ model, messages, ...chatEntries });
+export const detokenizeSchema = v.strictObject({
   model,
   tokens: v.array(v.pipe(v.number(), v.safeInteger(), v.minValue(0))),
 });
