@@ -11,5 +11,6 @@ export const rank: Command = {
   options: {},
   internal: true,
   outlivesOutput: true,
-  run: () => runRank(),
+  // The pipe that commands come through stays open until the parent closes it: that must not keep the process.
+  run: async () => process.exit(await runRank()),
 };

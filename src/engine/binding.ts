@@ -2,7 +2,7 @@
 // Nothing is interpreted here; load plans, steps and results are bytes (see layout.ts and its neighbours).
 
 import { dlopen, FFIType, type Pointer } from "bun:ffi";
-import { CaravanError, type ErrorCode } from "../errors.ts";
+import { CaravanError, type CaravanErrorOptions, type ErrorCode } from "../errors.ts";
 import { withLibrary } from "./library.ts";
 
 /** CV_ABI_VERSION that this program was written for. */
@@ -282,7 +282,8 @@ export class EngineHandle {
     }
     if (code === 0) return { state: "done", result: this.#result.subarray(0, this.#number()) };
     if (code === CV_E_AGAIN) return { state: "running" };
-    const error = nativeError(code, this.#error, "computing a step");
+    const again = code === CV_E_GROUP ? RANKS_START_AGAIN : {};
+    const error = nativeError(code, this.#error, "computing a step", again);
     return { state: "failed", error, over: code === CV_E_ABORTED || code === CV_E_GROUP };
   }
 
@@ -343,11 +344,23 @@ export class EngineHandle {
   }
 }
 
-export function nativeError(code: number, error: Uint8Array, doing: string): CaravanError {
+/** A group that has failed is made anew by the next request. */
+const RANKS_START_AGAIN = {
+  hint: "send the request again; the model's ranks are started again",
+  retryAfterSeconds: 2,
+};
+
+export function nativeError(
+  code: number,
+  error: Uint8Array,
+  doing: string,
+  options: CaravanErrorOptions = {},
+): CaravanError {
   const said = text(error);
   return new CaravanError(
     CODES[code] ?? "engine_failed",
     said === "" ? `error ${code} while ${doing}` : said,
+    options,
   );
 }
 

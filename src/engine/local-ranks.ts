@@ -77,11 +77,7 @@ export class LocalRanks implements Ranks {
         START_LIMIT_MS,
         `not all of ${size - 1} rank processes started`,
       );
-      const addresses = [group.address, ...others];
-      const [connection] = await Promise.all([
-        group.connect(addresses, CONNECT_LIMIT_MS),
-        ...processes.map((each) => each.connect(addresses, CONNECT_LIMIT_MS)),
-      ]);
+      const connection = await connectAll(group, processes, [group.address, ...others]);
       return new LocalRanks(group, connection, { tensor, pipeline }, processes, loading);
     } catch (thrown) {
       group?.abort("another rank could not connect");
@@ -108,6 +104,33 @@ export class LocalRanks implements Ranks {
     await Promise.all(this.processes.map((each) => each.close()));
     this.group.close();
   }
+}
+
+/** All at the same time. When several fail, a process that died is the cause, and rank 0's own words come before the others'. */
+async function connectAll(
+  group: RankGroup,
+  processes: readonly RankProcess[],
+  addresses: readonly Uint8Array[],
+): Promise<Connection> {
+  const [own, ...others] = await Promise.allSettled([
+    group.connect(addresses, CONNECT_LIMIT_MS),
+    ...processes.map(async (each) => {
+      try {
+        return await each.connect(addresses, CONNECT_LIMIT_MS);
+      } catch (thrown) {
+        group.abort(`rank ${each.rank} failed`);
+        throw thrown;
+      }
+    }),
+  ]);
+  const failures = others.flatMap((each) => (each.status === "rejected" ? [each.reason] : []));
+  const died = failures.find(
+    (reason) => reason instanceof CaravanError && reason.code === "cluster_degraded",
+  );
+  if (died !== undefined) throw died;
+  if (own.status === "rejected") throw own.reason;
+  if (failures.length > 0) throw failures[0];
+  return own.value;
 }
 
 async function within<T>(promise: Promise<T>, limitMs: number, late: string): Promise<T> {

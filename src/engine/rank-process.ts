@@ -208,7 +208,7 @@ export class RankProcess {
   }
 
   #gone(how: string): CaravanError {
-    return new CaravanError("engine_failed", `the process of rank ${this.rank} ${how}`, {
+    return new CaravanError("cluster_degraded", `the process of rank ${this.rank} ${how}`, {
       retryAfterSeconds: 2,
     });
   }
@@ -218,9 +218,9 @@ export class RankProcess {
     const how = signalCode === null ? `exit code ${code}` : `signal ${signalCode}`;
     const last = this.#logTail.trim().split("\n").at(-1) ?? "";
     return new CaravanError(
-      "engine_failed",
+      "cluster_degraded",
       `the process of rank ${this.rank} ended (${how})${last === "" ? "" : `: ${last}`}`,
-      { hint: "send the request again; the model is loaded again", retryAfterSeconds: 2 },
+      { hint: "send the request again; the model's ranks are started again", retryAfterSeconds: 2 },
     );
   }
 }

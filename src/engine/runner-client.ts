@@ -71,6 +71,9 @@ export class RunnerClient implements Engine {
   /** Starts the runner if it is not running. */
   ready(): Promise<void> {
     if (this.#closed) return Promise.reject(closedError());
+    // It has said that it is ending: only its successor can answer, once its memory is free.
+    if (this.#fatal !== undefined && this.#settleStart === undefined && this.#runner !== undefined)
+      return this.#runner.ended.then(() => this.ready());
     this.#starting ??= this.#start();
     return this.#starting;
   }

@@ -181,6 +181,8 @@ class Runner {
 
   /** Sends what the turn produced, and the counts of requests when they changed, but not for every short request. */
   #endTurn(): void {
+    // The requests' errors go out in one write with the last message: whoever reads them knows that this runner is ending.
+    if (this.#model.engine.failed !== undefined) return;
     const now = performance.now();
     const { running, waiting } = this.#scheduler;
     const changed = running !== this.#told.running || waiting !== this.#told.waiting;

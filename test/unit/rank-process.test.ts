@@ -89,7 +89,11 @@ describe("a rank process", () => {
     await rank.address;
     await rank.connect(addresses, 1000);
     const error = await rejection(rank.load(LOAD));
-    expect(error.message).toBe("the process of rank 1 ended (signal SIGKILL)");
+    expect(error).toMatchObject({
+      code: "cluster_degraded",
+      message: "the process of rank 1 ended (signal SIGKILL)",
+      retryAfterSeconds: 2,
+    });
     expect(await rank.ended).toBe(error);
   });
 
