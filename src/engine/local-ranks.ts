@@ -124,10 +124,8 @@ async function connectAll(
     }),
   ]);
   const failures = others.flatMap((each) => (each.status === "rejected" ? [each.reason] : []));
-  const died = failures.find(
-    (reason) => reason instanceof CaravanError && reason.code === "cluster_degraded",
-  );
-  if (died !== undefined) throw died;
+  const crash = others[processes.findIndex(({ crashed }) => crashed)];
+  if (crash?.status === "rejected") throw crash.reason;
   if (own.status === "rejected") throw own.reason;
   if (failures.length > 0) throw failures[0];
   return own.value;

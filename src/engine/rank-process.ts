@@ -58,6 +58,7 @@ export class RankProcess {
   #statuses: ((status: Extract<RankMessage, { type: "status" }>) => void)[] = [];
   #failure: CaravanError | undefined;
   #leaving = false;
+  #crashed = false;
   #logTail = "";
 
   /** Starts the process. Throws engine_failed when that is not possible. */
@@ -78,6 +79,11 @@ export class RankProcess {
     for (const { promise } of [this.#address, this.#connected, this.#ready]) promise.catch(() => undefined);
     this.#write(options.group);
     this.ended = this.#watch();
+  }
+
+  /** It ended without saying why. */
+  get crashed(): boolean {
+    return this.#crashed;
   }
 
   get pid(): number {
@@ -215,6 +221,7 @@ export class RankProcess {
 
   #crash(code: number): CaravanError {
     const { signalCode } = this.#child;
+    this.#crashed = true;
     const how = signalCode === null ? `exit code ${code}` : `signal ${signalCode}`;
     const last = this.#logTail.trim().split("\n").at(-1) ?? "";
     return new CaravanError(
