@@ -116,15 +116,17 @@ static inline void ranks_child(rank_world *w, uint32_t rank, rank_body body) {
 static inline void ranks_start(rank_world *w, rank_body body) {
     fflush(stdout);
     for (uint32_t r = 0; r < w->size; r++) {
-        w->pid[r] = fork();
-        if (w->pid[r] == 0) {
+        pid_t pid = fork();
+        if (pid < 0) exit(3);
+        if (pid == 0) {
             ranks_child(w, r, body);
-            _exit(0);
+            exit(0); /* not _exit: a sanitizer looks for leaks here */
         }
+        w->pid[r] = pid; /* by the parent alone: the memory is shared */
     }
 }
 
-/* Waits for all ranks; false when one had to be killed (or died without a report: see rank[].ended). */
+/* Waits for all ranks; false when one had to be killed for the time limit or ended badly by itself (a rank that a test killed did not). */
 static inline bool ranks_finish(rank_world *w) {
     bool all = true;
     uint64_t until = cv_now() + w->limit_ms * CV_MS;
@@ -132,13 +134,14 @@ static inline bool ranks_finish(rank_world *w) {
         int status;
         while (waitpid(w->pid[r], &status, WNOHANG) == 0) {
             if (cv_now() > until) {
+                all = false;
                 kill(w->pid[r], SIGKILL);
                 waitpid(w->pid[r], &status, 0);
-                all = false;
                 break;
             }
             usleep(1000);
         }
+        if (WIFEXITED(status) ? WEXITSTATUS(status) != 0 : WTERMSIG(status) != SIGKILL) all = false;
     }
     return all;
 }

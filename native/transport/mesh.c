@@ -45,7 +45,7 @@ typedef struct {
 } reply; /* 88 bytes */
 
 _Static_assert(sizeof(hello) == 112 && sizeof(reply) == 88, "handshake records have no padding");
-static const char HELLO_MAGIC[8] = "CVHELLO2", REPLY_MAGIC[8] = "CVREPLY2";
+static const char HELLO_MAGIC[8] = "CVHELO2", REPLY_MAGIC[8] = "CVREPL2";
 
 /* What keys and tags are derived from. */
 typedef struct {
