@@ -24,6 +24,18 @@ export function unsupported(param: string, feature: string): CaravanError {
   });
 }
 
+/** A JSON object with values of one kind. valibot's record alone takes lists, too, as objects with "0", "1" … */
+export function objectOf<Value extends v.GenericSchema>(
+  value: Value,
+  key: v.GenericSchema<string, string> = v.string(),
+) {
+  const isObject = (given: unknown): boolean =>
+    typeof given === "object" && given !== null && !Array.isArray(given);
+  return v.pipe(v.custom<Record<string, unknown>>(isObject, "Expected an object"), v.record(key, value));
+}
+/** Any JSON object. */
+export const anyObject = objectOf(v.unknown());
+
 /**
  * Validates the body against the schema after taking out nulls (null = absent, as in OpenAI's API) and harmless
  * values of unbuilt parameters. Throws unsupported_parameter, or invalid_argument with `param` set.

@@ -2,7 +2,7 @@
 // not built.
 
 import * as v from "valibot";
-import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import { anyObject, isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
 import { range, samplingValues, whole } from "../sampling-ranges.ts";
 
 const name = v.pipe(v.string(), v.regex(/^[\w.-]{1,64}$/, "Names are 1 to 64 letters, digits, _, - or ."));
@@ -20,7 +20,7 @@ const toolUseBlock = v.strictObject({
   type: v.literal("tool_use"),
   id,
   name,
-  input: v.record(v.string(), v.unknown()),
+  input: anyObject,
   cache_control: cacheControl,
   caller: v.nullish(v.strictObject({ type: v.literal("direct") })),
 });
@@ -48,7 +48,7 @@ const toolSchema = v.strictObject({
   type: v.nullish(v.literal("custom")),
   name,
   description: v.nullish(v.string()),
-  input_schema: v.record(v.string(), v.unknown()),
+  input_schema: anyObject,
   strict: v.nullish(v.literal(false)),
   cache_control: cacheControl,
 });

@@ -2,7 +2,7 @@
 
 import * as v from "valibot";
 import { CaravanError } from "../../errors.ts";
-import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import { anyObject, isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
 import type { SamplingRequest } from "../sampling-defaults.ts";
 import { samplingValues, whole } from "../sampling-ranges.ts";
 
@@ -44,7 +44,7 @@ const toolCall = v.strictObject({
   function: v.strictObject({
     index: v.nullish(v.number()),
     name: functionName,
-    arguments: v.record(v.string(), v.unknown()),
+    arguments: anyObject,
   }),
 });
 
@@ -69,7 +69,7 @@ const toolSchema = v.strictObject({
     name: functionName,
     type: v.nullish(v.string()),
     description: v.nullish(v.string()),
-    parameters: v.nullish(v.record(v.string(), v.unknown())),
+    parameters: v.nullish(anyObject),
   }),
 });
 

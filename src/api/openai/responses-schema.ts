@@ -2,7 +2,7 @@
 // requests, so whatever refers to an earlier one is refused.
 
 import * as v from "valibot";
-import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import { anyObject, isEmptyArray, isOneOf, objectOf, type Unbuilt, unsupported } from "../parameters.ts";
 import { samplingValues } from "../sampling-ranges.ts";
 import { functionName, MAX_TOOLS } from "./schema.ts";
 
@@ -44,7 +44,7 @@ const toolSchema = v.strictObject({
   type: v.literal("function"),
   name: functionName,
   description: v.nullish(v.string()),
-  parameters: v.nullish(v.record(v.string(), v.unknown())),
+  parameters: v.nullish(anyObject),
   strict: v.nullish(v.literal(false)),
 });
 
@@ -59,7 +59,7 @@ export const responsesSchema = v.strictObject({
   tool_choice: v.optional(v.picklist(["auto", "none"])),
   parallel_tool_calls: v.optional(v.boolean()),
   stream: v.optional(v.boolean()),
-  metadata: v.optional(v.record(v.string(), v.string())),
+  metadata: v.optional(objectOf(v.string())),
   user: label,
   safety_identifier: label,
   prompt_cache_key: label,

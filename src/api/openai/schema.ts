@@ -3,7 +3,7 @@
 
 import * as v from "valibot";
 import { MAX_CHOICES } from "../generation-group.ts";
-import { isEmptyArray, isOneOf, type Unbuilt, unsupported } from "../parameters.ts";
+import { anyObject, isEmptyArray, isOneOf, objectOf, type Unbuilt, unsupported } from "../parameters.ts";
 import type { SamplingRequest } from "../sampling-defaults.ts";
 import { range, samplingValues, whole } from "../sampling-ranges.ts";
 
@@ -27,7 +27,7 @@ const samplingEntries = {
   xtc_threshold: v.optional(samplingValues.xtc_threshold),
   seed: v.optional(samplingValues.seed),
   logit_bias: v.optional(
-    v.record(v.pipe(v.string(), v.regex(/^\d{1,9}$/, "Keys are token ids")), range(-100, 100)),
+    objectOf(range(-100, 100), v.pipe(v.string(), v.regex(/^\d{1,9}$/, "Keys are token ids"))),
   ),
 };
 
@@ -72,7 +72,7 @@ const toolSchema = v.strictObject({
   function: v.strictObject({
     name: functionName,
     description: v.nullish(v.string()),
-    parameters: v.nullish(v.record(v.string(), v.unknown())),
+    parameters: v.nullish(anyObject),
     strict: v.nullish(v.literal(false)),
   }),
 });
@@ -109,7 +109,7 @@ export const chatSchema = v.strictObject({
   tools: v.optional(toolsSchema),
   tool_choice: v.optional(v.picklist(["auto", "none"])),
   parallel_tool_calls: v.optional(v.boolean()),
-  metadata: v.optional(v.record(v.string(), v.string())),
+  metadata: v.optional(objectOf(v.string())),
   safety_identifier: label,
   prompt_cache_key: label,
 });

@@ -138,7 +138,7 @@ function describe(operation: Operation): JsonSchema {
         description: "Done.",
         content: {
           ...content,
-          ...(stream === undefined ? {} : { [stream]: { schema: { type: "string" } } }),
+          ...(stream === undefined ? {} : { [stream]: { schema: {} } }),
         },
       },
       default: {

@@ -35,7 +35,9 @@ function convert(part: Part): JsonSchema {
   const base = part.pipe?.[0] ?? part;
   const steps = part.pipe?.slice(1) ?? [];
   const schema = ofType(base);
-  for (const step of steps) Object.assign(schema, ofStep(step, schema));
+  for (const step of steps) {
+    Object.assign(schema, step.kind === "schema" ? convert(step) : ofStep(step, schema));
+  }
   return schema;
 }
 
