@@ -88,7 +88,7 @@ export interface ErrorRecord {
 }
 
 export type GenerateEvent =
-  /** Prompt tokens computed so far. */
+  /** Prompt tokens computed so far; 0 as soon as the request is accepted. */
   | { type: "progress"; id: string; done: number; total: number }
   | { type: "token"; id: string; token: number; end?: boolean; logprob?: number; top?: TopLogprobs }
   | { type: "prompt_logprobs"; id: string; logprobs: (number | null)[]; top: (TopLogprobs | null)[] }

@@ -156,6 +156,8 @@ class Runner {
     switch (command.type) {
       case "generate":
         this.#loop.add(command.request);
+        // Whether it was accepted must not wait for the end of a step.
+        this.#writer.flush();
         return;
       case "cancel":
         this.#loop.cancel(command.id);

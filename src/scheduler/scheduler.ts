@@ -124,6 +124,8 @@ export class Scheduler {
     this.#live.set(request.id, sequence);
     if (sequence.deadlineMs !== Number.POSITIVE_INFINITY) this.#withDeadline++;
     this.#waiting.add(sequence);
+    // Tells at once that the request was not refused: a reply can begin before the first token.
+    this.#options.emit({ type: "progress", id: request.id, done: 0, total: sequence.promptTokens });
   }
 
   /** Ends a request with finish "cancelled"; unknown ids are ignored (it may just have ended). */

@@ -459,7 +459,7 @@ describe("a batch", () => {
     r.loop.add(request("a", tokens, { max_tokens: 2, logprobs: 0, prompt_logprobs: true }));
     await r.drain();
     const progress = r.of("a").flatMap((event) => (event.type === "progress" ? [event.done] : []));
-    expect(progress).toEqual([8, 16, 24, 32, 40]);
+    expect(progress).toEqual([0, 8, 16, 24, 32, 40]);
     const event = r.of("a").find((each) => each.type === "prompt_logprobs");
     if (event?.type !== "prompt_logprobs") throw new Error("no prompt_logprobs event");
     const wanted = promptLogprobsAlone(MODEL, tokens);
