@@ -1,14 +1,22 @@
 /* pass.c — see pass.h. */
 #include "pass.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "../backend/metal/metal.h"
 
-static int open_backend(cv_model *m, uint32_t device, cv_backend **out, cv_err err) {
-    if (device != CV_DEVICE_METAL) return cv_backend_cpu_open(&m->shape, out, err.text, err.size);
-    const cv_metal_memory pools[2] = {{m->pools[0].memory, m->pools[0].bytes}, {m->pools[1].memory, m->pools[1].bytes}};
-    return cv_backend_metal_open(&m->shape, pools, 2, out, err.text, err.size);
+/* The GPU is told beforehand of all memory that it will read: weights and cache. */
+static int open_metal(cv_model *m, cv_backend **out, cv_err err) {
+    size_t n = cv_weights_extents(m->weights, NULL, 0);
+    cv_memory *all = malloc((n + 2) * sizeof *all);
+    if (!all) return cv_fail(err, CV_E_MEMORY, "no memory for the list of weights");
+    cv_weights_extents(m->weights, all, n);
+    for (size_t i = 0; i < 2; i++)
+        if (m->pools[i].memory) all[n++] = (cv_memory){m->pools[i].memory, m->pools[i].bytes};
+    int code = cv_backend_metal_open(&m->shape, all, n, out, err.text, err.size);
+    free(all);
+    return code;
 }
 
 int cv_pass_open(const void *plan, size_t plan_size, cv_group *group, cv_load_progress *progress, cv_pass *p, cv_err err) {
@@ -19,7 +27,7 @@ int cv_pass_open(const void *plan, size_t plan_size, cv_group *group, cv_load_pr
     /* The sums over ranks are made on the CPU between operations that a GPU only records. */
     if (!code && device == CV_DEVICE_METAL && (cv_place_splits(&p->place) || p->place.n_stages > 1))
         code = cv_fail(err, CV_E_UNSUPPORTED, "several ranks compute on the CPU only: Metal is not built for them yet");
-    if (!code) code = open_backend(p->model, device, &p->backend, err);
+    if (!code) code = device == CV_DEVICE_METAL ? open_metal(p->model, &p->backend, err) : cv_backend_cpu_open(&p->model->shape, &p->backend, err.text, err.size);
     if (!code) code = cv_graph_open(p->model, p->backend, &p->act, err);
     if (!code && (cv_step_open(p->model, &p->step) || cv_output_open(p->model, &p->output))) code = cv_fail(err, CV_E_MEMORY, "no memory for step tables");
     return code;
