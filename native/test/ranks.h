@@ -35,6 +35,7 @@ typedef struct {
 typedef struct {
     uint32_t size, transport;
     uint32_t silence_ms, connect_ms, limit_ms;
+    uint32_t hold_ms; /* the last rank opens this much later than the others */
     uint64_t epoch;
     atomic_int go, count; /* for bodies */
     atomic_uint_fast64_t stamp_ns;
@@ -80,6 +81,7 @@ static inline int ranks_connect(rank_world *w, uint32_t rank, cv_group **out, ch
     cv_group_options o = w->changed == (int)rank ? w->change : ranks_options(w, rank);
     rank_report *me = &w->rank[rank];
     size_t size = sizeof me->address;
+    if (w->hold_ms && rank == w->size - 1) usleep(w->hold_ms * 1000);
     int code = cv_group_open(&o, sizeof o, me->address, &size, out, text, text_size);
     if (code != CV_OK) return code;
     me->address_size = size;
