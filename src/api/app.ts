@@ -8,6 +8,7 @@ import { createLogger, type Logger } from "../log.ts";
 import { countTokensRoute, messagesRoute } from "./anthropic/messages.ts";
 import { Keys } from "./auth.ts";
 import { BodyBudget } from "./body-budget.ts";
+import { forwarding } from "./cluster/forwarding.ts";
 import { clusterRoutes } from "./cluster/routes.ts";
 import type { ClusterService } from "./cluster/service.ts";
 import { ANTHROPIC, errorBodyOf, isAnthropic } from "./error-family.ts";
@@ -69,6 +70,15 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   const keys = new Keys(deps.settings.apiKeys, deps.settings.adminKeys);
   const app = new Hono<ApiEnv>();
   useChecks(app, deps, keys);
+  if (options.cluster !== undefined)
+    app.use(
+      forwarding({
+        ...deps,
+        cluster: options.cluster,
+        limits: deps.settings,
+        maxConcurrentRequests: deps.settings.maxConcurrentRequests,
+      }),
+    );
 
   for (const [path, serve] of Object.entries(PAGE_FILES)) route(app, path, { GET: serve });
   route(app, HEALTH, { GET: healthRoute(options.nodeId) });
@@ -159,6 +169,12 @@ function useChecks(
   });
 
   app.use(async (context, next) => {
+    if (context.env?.fromMember === true) {
+      context.set("scope", "inference");
+      lifecycle.requireOpen();
+      await next();
+      return;
+    }
     const host = context.req.header("host") ?? hostOf(context.req.url);
     checkHost(host);
     const origin = checkOrigin(context.req.header("origin") ?? null, host);

@@ -22,7 +22,7 @@ function tooLarge(limit: number): CaravanError {
 
 /** Collects the body; stops reading at a limit. Throws request_too_large, queue_full (too much in all bodies together) or
  * invalid_argument (too slow, cut off). */
-async function readBody(
+export async function readBody(
   request: Request,
   limits: BodyLimits,
   lease: BodyLease | undefined,

@@ -11,6 +11,8 @@ export interface ApiEnv {
   Bindings: {
     /** Lifts the server's idle timeout from this connection; absent without a server (tests). */
     keepOpen?: () => void;
+    /** Another node of the cluster passed the request on; it has checked key, host and origin. */
+    fromMember?: boolean;
   };
   Variables: {
     requestId: string;
@@ -31,7 +33,7 @@ export type ApiContext = Context<ApiEnv>;
 export type Handler = (context: ApiContext) => Response | Promise<Response>;
 
 /** Methods of a path. GET serves HEAD too. */
-export type Methods = { GET?: Handler; POST?: Handler };
+export type Methods = { GET?: Handler; POST?: Handler; DELETE?: Handler };
 
 /** The value of Allow for these methods. */
 function allowHeader(methods: Methods): string {

@@ -1,11 +1,13 @@
 // All commands, in the order in which the overview lists them.
 
 import { bench } from "./bench.ts";
+import { cluster } from "./cluster.ts";
 import type { Command } from "./command.ts";
 import { completion } from "./completion.ts";
 import { configCommand } from "./config.ts";
 import { doctor } from "./doctor.ts";
 import { importCommand } from "./import.ts";
+import { join } from "./join.ts";
 import { logits } from "./logits.ts";
 import { models } from "./models.ts";
 import { plan } from "./plan.ts";
@@ -27,6 +29,8 @@ export const commands: readonly Command[] = [
   pull,
   importCommand,
   models,
+  cluster,
+  join,
   plan,
   bench,
   logits,
