@@ -110,8 +110,9 @@ verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal o
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
 	@zig=.tools/arm64/zig/ziglang/zig; if [ -x $$zig ]; then echo "== test/metal"; MSL_CLANG="$(CURDIR)/$$zig clang" $(BUN) test test/metal; else echo "skipped: test/metal (no clang 22)"; fi
 
-soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks
+soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks; 64 connections for 2 minutes: all answered or 429
 	$(BUN) test/soak/requests.ts $(SMOLLM2) 1000
+	$(BUN) test/soak/load.ts $(SMOLLM2) 120
 
 bench: dist/caravan $(SMOLLM2)/config.json ## speed of the default model on this machine
 	./dist/caravan bench $(SMOLLM2)
