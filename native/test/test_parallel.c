@@ -150,7 +150,7 @@ static void test_equality(cv_checks *c, const tiny_model *m, const uint32_t *tok
     char name[128], err[256] = "";
     snprintf(name, sizeof name, "tensor %u, pipeline %u over %s: logits, samples with all options, streams in flight are one rank's", tensor, stages, transport_name(transport));
     cv_case(c, name);
-    tr_ranks r;
+    tr_ranks r = {0};
     int code = tr_start(&r, m, tensor, stages, transport, NULL, err);
     if (!code) code = compute(r.engine, tokens, &many, err);
     cv_check(c, !code, "%d %s", code, err);
@@ -165,8 +165,8 @@ static void test_equality(cv_checks *c, const tiny_model *m, const uint32_t *tok
     cv_end_case(c);
 }
 
-/* Steps without an end until one fails; how long the failure took after `from`. */
-static int run_until_failure(tr_ranks *r, const uint32_t *tokens, uint32_t victim, bool *struck, double *seconds, char *err) {
+/* Steps without an end until one fails; the victim is struck by a signal among them. seconds: from there to the failure. */
+static int run_until_failure(tr_ranks *r, const uint32_t *tokens, uint32_t victim, int signal, bool *struck, double *seconds, char *err) {
     double start = now_s(), hit = 0;
     for (;;) {
         tm_row row = {.first = 0, .tokens = tokens, .n = 40, .seq = 0, .flags = CV_ROW_SAMPLE};
@@ -176,30 +176,53 @@ static int run_until_failure(tr_ranks *r, const uint32_t *tokens, uint32_t victi
         if (hit > 0 || now_s() - start < 0.05) continue;
         hit = now_s();
         *struck = true;
-        if (victim) kill(r->pids[victim], SIGKILL);
+        kill(r->pids[victim], signal);
     }
 }
 
-static void test_killed(cv_checks *c, const tiny_model *m, const uint32_t *tokens, uint32_t tensor, uint32_t stages, uint32_t victim, uint32_t transport) {
+static void test_struck(cv_checks *c, const tiny_model *m, const uint32_t *tokens, uint32_t tensor, uint32_t stages, uint32_t victim, int signal, uint32_t transport) {
     char name[128], err[256] = "", again[256] = "";
-    snprintf(name, sizeof name, "rank %u of tensor %u, pipeline %u is killed over %s: an error on all others within 3 s", victim, tensor, stages, transport_name(transport));
+    snprintf(name, sizeof name, "rank %u of tensor %u, pipeline %u is %s over %s: an error on all others within 3 s", victim, tensor, stages, signal == SIGKILL ? "killed" : "stopped", transport_name(transport));
     cv_case(c, name);
-    tr_ranks r;
+    tr_ranks r = {0};
     bool struck = false;
     double seconds = 0;
     uint64_t ticket;
     int code = tr_start(&r, m, tensor, stages, transport, NULL, err);
     if (cv_check(c, !code, "%d %s", code, err)) {
-        code = run_until_failure(&r, tokens, victim, &struck, &seconds, err);
+        code = run_until_failure(&r, tokens, victim, signal, &struck, &seconds, err);
         cv_check(c, struck && code == CV_E_GROUP && err[0], "%d %s", code, err);
         cv_check(c, seconds < 3, "after %.1f s", seconds);
         tm_row row = {.first = 0, .tokens = tokens, .n = 1, .seq = 0};
         code = cv_submit(r.engine, step, tm_step(step, &row, 1, NULL, 0), &ticket, again, sizeof again);
         cv_check(c, code == CV_E_GROUP && again[0], "a later step: %d %s", code, again);
     }
+    if (signal == SIGSTOP) kill(r.pids[victim], SIGCONT);
     cv_check(c, tr_end(&r), "a rank does not end");
     for (uint32_t i = 1; i < r.n; i++)
-        if (i != victim) cv_check(c, (r.board->code[i] == CV_E_GROUP || r.board->code[i] == CV_E_ABORTED) && r.board->text[i][0], "rank %u ended with %d %s", i, r.board->code[i], r.board->text[i]);
+        if (i != victim || signal == SIGSTOP) cv_check(c, (r.board->code[i] == CV_E_GROUP || r.board->code[i] == CV_E_ABORTED) && r.board->text[i][0], "rank %u ended with %d %s", i, r.board->code[i], r.board->text[i]);
+    tr_forget(&r);
+    cv_end_case(c);
+}
+
+static void test_stalled(cv_checks *c, const tiny_model *m, const uint32_t *tokens, uint32_t tensor, uint32_t stages, uint32_t victim, uint32_t transport) {
+    char name[160], err[256] = "", who[16];
+    snprintf(name, sizeof name, "rank %u of tensor %u, pipeline %u lives but computes nothing over %s: an error that names it after the step's time", victim, tensor, stages, transport_name(transport));
+    cv_case(c, name);
+    snprintf(who, sizeof who, "rank %u", victim);
+    tr_ranks r = {.stalled = victim};
+    int code = tr_start(&r, m, tensor, stages, transport, NULL, err);
+    if (cv_check(c, !code, "%d %s", code, err)) {
+        tm_row row = {.first = 0, .tokens = tokens, .n = 4, .seq = 0, .flags = CV_ROW_SAMPLE};
+        size_t size = tm_step(step, &row, 1, NULL, 0);
+        ((cv_step *)(void *)step)->timeout_ms = 300;
+        double start = now_s();
+        code = run(r.engine, size, err);
+        double seconds = now_s() - start;
+        cv_check(c, code == CV_E_GROUP && strstr(err, who), "%d %s", code, err);
+        cv_check(c, seconds > 0.25 && seconds < 3, "after %.2f s", seconds);
+    }
+    cv_check(c, tr_end(&r), "a rank does not end");
     tr_forget(&r);
     cv_end_case(c);
 }
@@ -208,7 +231,7 @@ static void test_abort(cv_checks *c, const tiny_model *m, const uint32_t *tokens
     char name[128], err[256] = "";
     snprintf(name, sizeof name, "rank 0 is told to stop among steps of tensor %u, pipeline %u over %s: all of them end, and all ranks", tensor, stages, transport_name(transport));
     cv_case(c, name);
-    tr_ranks r;
+    tr_ranks r = {0};
     uint64_t tickets[30];
     int code = tr_start(&r, m, tensor, stages, transport, NULL, err), failed = 0;
     if (cv_check(c, !code, "%d %s", code, err)) {
@@ -234,7 +257,7 @@ static void fewer_pages(uint32_t rank, cv_plan *plan) { plan->n_full_pages -= ra
 static void test_other_plan(cv_checks *c, const tiny_model *m, const uint32_t *tokens) {
     char err[256] = "";
     cv_case(c, "a rank whose plan is not of rank 0's model ends the group with an error that says so");
-    tr_ranks r;
+    tr_ranks r = {0};
     int code = tr_start(&r, m, 2, 1, CV_TRANSPORT_TCP, fewer_pages, err);
     if (cv_check(c, !code, "%d %s", code, err)) {
         tm_row row = {.first = 0, .tokens = tokens, .n = 4, .seq = 0, .flags = CV_ROW_SAMPLE};
@@ -268,7 +291,7 @@ static void test_broken_rank(cv_checks *c) {
     FILE *f = fopen(m.path, "r+b");
     made = made && f && !fseek(f, (long)((TM_VOCAB - 1) * TM_HIDDEN * sizeof(float)), SEEK_SET) && fwrite(&nan, sizeof nan, 1, f) == 1;
     cv_check(c, f && !fclose(f) && made, "no tiny model");
-    tr_ranks r;
+    tr_ranks r = {0};
     int code = tr_start(&r, &m, 2, 1, CV_TRANSPORT_TCP, broken_norm, err);
     for (int i = 0; i < 2 && cv_check(c, !code, "%d %s", code, err); i++) {
         tm_row in = {.first = 0, .tokens = &token, .n = 1, .seq = 0, .flags = CV_ROW_SAMPLE};
@@ -279,18 +302,6 @@ static void test_broken_rank(cv_checks *c) {
     tr_forget(&r);
     tm_free(&m);
     cv_end_case(c);
-}
-
-/* Whether this build has a transport at all. */
-static bool available(const tiny_model *m, uint32_t transport) {
-    char err[256] = "";
-    tr_ranks r;
-    int code = tr_start(&r, m, 2, 1, transport, NULL, err);
-    bool none = code && strstr(err, "this build has none");
-    if (none) printf("skipped: %s: %s\n", transport_name(transport), err);
-    tr_end(&r);
-    tr_forget(&r);
-    return !none;
 }
 
 int main(void) {
@@ -312,11 +323,13 @@ int main(void) {
     }
     static const uint32_t grids[][2] = {{2, 1}, {3, 1}, {4, 1}, {1, 2}, {1, 3}, {2, 2}};
     for (uint32_t transport = CV_TRANSPORT_SHM; transport <= CV_TRANSPORT_TCP; transport += CV_TRANSPORT_TCP - CV_TRANSPORT_SHM) {
-        if (!available(&m, transport)) continue;
         for (size_t i = 0; i < sizeof grids / sizeof grids[0]; i++) test_equality(&c, &m, tokens, &one, grids[i][0], grids[i][1], transport);
-        test_killed(&c, &m, tokens, 2, 1, 1, transport);
-        test_killed(&c, &m, tokens, 1, 3, 1, transport);
-        test_killed(&c, &m, tokens, 2, 2, 3, transport);
+        test_struck(&c, &m, tokens, 2, 1, 1, SIGKILL, transport);
+        test_struck(&c, &m, tokens, 1, 3, 1, SIGKILL, transport);
+        test_struck(&c, &m, tokens, 2, 2, 3, SIGKILL, transport);
+        test_struck(&c, &m, tokens, 2, 2, 2, SIGSTOP, transport);
+        test_stalled(&c, &m, tokens, 2, 1, 1, transport);
+        test_stalled(&c, &m, tokens, 1, 2, 1, transport);
         test_abort(&c, &m, tokens, 2, 1, transport);
         test_abort(&c, &m, tokens, 1, 2, transport);
     }

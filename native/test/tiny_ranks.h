@@ -104,7 +104,7 @@ static inline uint8_t *tr_plan(const tiny_model *m, uint32_t tensor_size, uint32
 
 /* What the processes share while they meet, and how each ended. */
 typedef struct {
-    atomic_uint ready, opened;
+    atomic_uint ready;
     uint64_t sizes[TR_MOST];
     uint8_t addresses[TR_MOST][4096];
     int code[TR_MOST];
@@ -113,6 +113,7 @@ typedef struct {
 } tr_board;
 
 typedef struct {
+    uint32_t stalled; /* set before tr_start: this rank connects, but computes nothing; 0 = none */
     uint32_t n, transport;
     tr_board *board;
     pid_t pids[TR_MOST];
@@ -152,8 +153,15 @@ static inline int tr_follow(tr_ranks *r, uint32_t rank, const uint8_t *plan, siz
     cv_engine *e = NULL;
     char *err = r->board->text[rank];
     int code = tr_join(r, rank, &group, err);
+    if (!code && rank == r->stalled) { /* until the others have given up */
+        cv_group_stats_record stats = {0};
+        for (int ms = 0; !stats.failed && ms < TR_WAIT_MS; ms++) {
+            usleep(1000);
+            cv_group_stats(group, &stats, err, 256);
+        }
+        code = CV_E_GROUP;
+    }
     if (!code) code = cv_open(plan, size, group, &e, err, 256);
-    atomic_fetch_add(&r->board->opened, 1);
     if (!code) {
         struct pollfd p = {cv_event_fd(e), POLLIN, 0};
         cv_stats_record stats;
@@ -178,9 +186,9 @@ static inline uint8_t *tr_altered_plan(const tiny_model *m, uint32_t tensor_size
     return plan;
 }
 
-/* Starts all ranks of a grid; the caller is rank 0. Before it no thread may run here (processes are forked). alter: NULL, or for every rank. */
+/* Starts all ranks of a grid; the caller is rank 0, *r zero but for `stalled`. Before it no thread may run here (processes are forked). alter: NULL, or for every rank. */
 static inline int tr_start(tr_ranks *r, const tiny_model *m, uint32_t tensor_size, uint32_t n_stages, uint32_t transport, tr_alter alter, char *err) {
-    *r = (tr_ranks){.n = tensor_size * n_stages, .transport = transport};
+    *r = (tr_ranks){.stalled = r->stalled, .n = tensor_size * n_stages, .transport = transport};
     r->board = mmap(NULL, sizeof *r->board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (r->board == MAP_FAILED) return CV_E_MEMORY;
     fflush(stdout);
