@@ -210,8 +210,8 @@ export class RunnerClient implements Engine {
     this.#status = { ...this.#status, state: "failed", running: 0, waiting: 0, error: errorRecord(error) };
     const settle = this.#settleStart;
     this.#settleStart = undefined;
-    // Requests that wait for the start end through its rejection.
-    if (settle === undefined) this.#endAll(error);
+    // Requests that wait for a start end through its rejection, or go to the next runner.
+    if (settle === undefined) this.#endAll(error, ({ sent }) => sent);
     else settle.reject(error);
   }
 
@@ -239,8 +239,8 @@ export class RunnerClient implements Engine {
     live.stream.push(last);
   }
 
-  #endAll(error: CaravanError): void {
-    for (const live of [...this.#live.values()])
+  #endAll(error: CaravanError, which: (live: Live) => boolean = () => true): void {
+    for (const live of [...this.#live.values()].filter(which))
       this.#end(live, { type: "error", id: live.request.id, error: errorRecord(error) });
   }
 
