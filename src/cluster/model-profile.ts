@@ -7,7 +7,7 @@ import { type LoadPlan, type PlannedTensor, tensorMemory } from "../model/load-p
 import type { RankPlace } from "../model/rank-place.ts";
 import { BIAS_OF, SLOT, type Slot } from "../model/tensor-names.ts";
 import { FLOAT_UNIT, HEAD_UNIT, headUnit, type Share } from "./shard.ts";
-import { shareBounds } from "./split.ts";
+import { commonMultiple, shareBounds } from "./split.ts";
 
 /** Something that tensor ranks divide: KV heads, inner columns of an MLP, rows of the head. */
 interface Divided {
@@ -31,14 +31,17 @@ interface LayerProfile {
   fixedMultiplyAdds: number;
   attention: Divided;
   mlps: Divided[];
-  /** The layer's o, whose groups say how heads may be divided. */
-  o: PlannedTensor[];
+  /** Fewest KV heads that its o may be divided by. */
+  headUnit: number;
   moe: boolean;
 }
 
 export interface ModelProfile {
   config: ModelConfig;
   layers: LayerProfile[];
+  /** Layers that are alike are one kind: its number by layer, and one of each. */
+  kindOf: number[];
+  kinds: LayerProfile[];
   embedding: number;
   finalNorm: number;
   head: Divided;
@@ -83,9 +86,19 @@ export function profileModel(plan: LoadPlan): ModelProfile {
   const widest = plan.tensors
     .filter(({ slot }) => slot === SLOT.gate || slot === SLOT.expertGate || slot === SLOT.sharedGate)
     .sort((a, b) => b.rows - a.rows)[0];
+  const layers = byLayer.map((tensors, i) => layerProfile(config, tensors, config.layers[i]?.moe === true));
+  const kinds = new Map<string, { number: number; layer: LayerProfile }>();
+  const kindOf = layers.map((layer) => {
+    const key = JSON.stringify(layer);
+    const known = kinds.get(key) ?? { number: kinds.size, layer };
+    kinds.set(key, known);
+    return known.number;
+  });
   return {
     config,
-    layers: byLayer.map((tensors, i) => layerProfile(config, tensors, config.layers[i]?.moe === true)),
+    layers,
+    kindOf,
+    kinds: [...kinds.values()].map(({ layer }) => layer),
     embedding,
     finalNorm,
     head: head ?? divided(config, [], [], 1, HEAD_UNIT),
@@ -111,7 +124,7 @@ function layerProfile(config: ModelConfig, tensors: readonly PlannedTensor[], mo
     fixedMultiplyAdds: sum(of([SLOT.router]).map(({ rows, cols }) => rows * cols)),
     attention: divided(config, of(ATTENTION), biases(ATTENTION), config.kvHeads, 1),
     mlps,
-    o: of([SLOT.o]),
+    headUnit: headUnit(config, of([SLOT.o])),
     moe,
   };
 }
@@ -162,14 +175,16 @@ function stageWorks(profile: ModelProfile, shares: readonly Share[], stages: num
   const [firstLayer, endLayer] = shares[0]?.layers ?? [0, 0];
   const stage = shares[0]?.stage ?? 0;
   const weights = shares.map(({ weight }) => weight);
-  const layers = profile.layers.slice(firstLayer, endLayer);
-  const unit = headUnit(
-    config,
-    layers.flatMap(({ o }) => o),
-  );
-  const known = new Map<string, number[]>();
+  const counts = new Array<number>(profile.kinds.length).fill(0);
+  for (const kind of profile.kindOf.slice(firstLayer, endLayer)) counts[kind] = (counts[kind] ?? 0) + 1;
+  const kinds = profile.kinds.flatMap((layer, kind) => {
+    const count = counts[kind] ?? 0;
+    return count === 0 ? [] : [{ layer, count }];
+  });
+  const unit = kinds.reduce((multiple, { layer }) => commonMultiple(multiple, layer.headUnit), 1);
+  const known = new Map<number, number[]>();
   const bounds = (count: number, step: number): number[] => {
-    const key = `${count}/${step}`;
+    const key = count * 65536 + step;
     const found = known.get(key) ?? shareBounds(count, step, weights);
     known.set(key, found);
     return found;
@@ -199,20 +214,20 @@ function stageWorks(profile: ModelProfile, shares: readonly Share[], stages: num
       headMultiplyAdds: 0,
       widest: 0,
     };
-    for (const layer of layers) {
-      work.read += layer.fixed + (r === 0 ? layer.once : 0);
-      work.multiplyAdds += layer.fixedMultiplyAdds;
-      add(work, layer.attention, kvHeads);
+    for (const { layer, count } of kinds) {
+      work.read += count * (layer.fixed + (r === 0 ? layer.once : 0));
+      work.multiplyAdds += count * layer.fixedMultiplyAdds;
+      add(work, layer.attention, kvHeads, count);
       for (const mlp of layer.mlps) {
         const columns = width(bounds(mlp.count, mlp.unit), r);
         work.widest = Math.max(work.widest, columns);
-        add(work, mlp, columns);
+        add(work, mlp, columns, count);
       }
     }
     if (last) {
       work.read += profile.finalNorm;
       const before = work.multiplyAdds;
-      add(work, profile.head, rows);
+      add(work, profile.head, rows, 1);
       work.headMultiplyAdds = work.multiplyAdds - before;
       work.multiplyAdds = before;
     }
@@ -225,9 +240,10 @@ function width(bounds: readonly number[], r: number): number {
   return (bounds[r + 1] ?? 0) - (bounds[r] ?? 0);
 }
 
-function add(work: RankWork, part: Divided, share: number): void {
+/** A share of `times` things that are alike. */
+function add(work: RankWork, part: Divided, share: number, times: number): void {
   if (share === 0) return;
   const fraction = share / part.count;
-  work[part.expert ? "readExperts" : "read"] += part.bytes * fraction + part.any;
-  work.multiplyAdds += part.multiplyAdds * fraction;
+  work[part.expert ? "readExperts" : "read"] += times * (part.bytes * fraction + part.any);
+  work.multiplyAdds += times * part.multiplyAdds * fraction;
 }

@@ -16,8 +16,13 @@ function distance(links: LinkTable, a: NodeId, b: NodeId): number {
   return exchangeUs(link, 2, 20480) + exchangeUs(link, 2, 1 << 20) / 64;
 }
 
-/** Ordered groups of nodes of every size, without doubles. Deterministic: ties go by id. */
-export function nodeGroups<T extends Candidate>(nodes: readonly T[], links: LinkTable): T[][] {
+/** Ordered groups of nodes of every size, without doubles. first: only groups that begin with this node. Deterministic: ties
+ * go by id. */
+export function nodeGroups<T extends Candidate>(
+  nodes: readonly T[],
+  links: LinkTable,
+  first?: NodeId,
+): T[][] {
   const byId = nodes.toSorted((a, b) => (a.id < b.id ? -1 : 1));
   const orders = [
     byId.toSorted((a, b) => b.speed - a.speed || b.usable - a.usable),
@@ -34,21 +39,33 @@ export function nodeGroups<T extends Candidate>(nodes: readonly T[], links: Link
   const groups: T[][] = [];
   for (let size = 1; size <= nodes.length; size++)
     for (const order of orders) {
-      const group = order.slice(0, size);
+      const group = groupOf(order, size, first);
+      if (group === undefined) continue;
       const key = group
         .map(({ id }) => id)
         .sort()
         .join(" ");
       if (seen.has(key)) continue;
       seen.add(key);
-      groups.push(chained(group, links));
+      groups.push(chained(group, links, first));
     }
   return groups;
 }
 
+/** The first `size` nodes of the order, `first` among them. */
+function groupOf<T extends Candidate>(order: readonly T[], size: number, first?: NodeId): T[] | undefined {
+  if (first === undefined) return order.slice(0, size);
+  const owner = order.find(({ id }) => id === first);
+  if (owner === undefined) return undefined;
+  return [owner, ...order.filter((node) => node !== owner).slice(0, size - 1)];
+}
+
 /** The same nodes so that each one's nearest unused neighbour follows it. The strongest comes first: it owns the instance. */
-function chained<T extends Candidate>(group: readonly T[], links: LinkTable): T[] {
-  const left = group.toSorted((a, b) => b.speed - a.speed || b.usable - a.usable || (a.id < b.id ? -1 : 1));
+function chained<T extends Candidate>(group: readonly T[], links: LinkTable, first?: NodeId): T[] {
+  const isFirst = ({ id }: T) => (id === first ? 0 : 1);
+  const left = group.toSorted(
+    (a, b) => isFirst(a) - isFirst(b) || b.speed - a.speed || b.usable - a.usable || (a.id < b.id ? -1 : 1),
+  );
   const out: T[] = [];
   let at = left.shift();
   while (at !== undefined) {

@@ -26,6 +26,8 @@ export interface PlacementTerms {
   kvType: KvType;
   /** Compute threads of a node, for its scratch. */
   threads: number;
+  /** Rank 0 must be this node's: it owns the instance already. */
+  first?: NodeId;
 }
 
 export interface NodeBytes extends RankMemory {
@@ -155,7 +157,7 @@ class Planner {
     const found: Placement[] = [];
     const refused: RefusedShape[] = [];
     const best = new Map<string, { tried: Tried; predicted: Prediction | undefined }>();
-    for (const group of nodeGroups(this.#members, this.#links))
+    for (const group of nodeGroups(this.#members, this.#links, this.terms.first))
       for (const [tensor, pipeline] of shapes(group.length, this.terms.asked)) {
         if (pipeline > this.profile.layers.length) continue;
         const tried = this.#try(group, tensor, pipeline);

@@ -5,7 +5,6 @@
 import type { ModelConfig } from "../model/config.ts";
 import type { KvType } from "../model/memory-plan.ts";
 import { pageBytes } from "../model/memory-plan.ts";
-import { layersAt } from "../model/rank-place.ts";
 import type { RankWork } from "./model-profile.ts";
 import type { Link, NodeId, NodeInfo, NodeSpeed } from "./types.ts";
 
@@ -50,25 +49,32 @@ export type LinkFigures = Pick<Link, "kind" | "latencyUs" | "bandwidth">;
 
 /** Links by their ends. The worse direction counts for both; of several cables between two nodes the best. */
 export class LinkTable {
-  readonly #links = new Map<string, LinkFigures>();
+  readonly #links = new Map<NodeId, Map<NodeId, LinkFigures>>();
 
   constructor(links: readonly Link[]) {
-    const directed = new Map<string, LinkFigures>();
-    for (const link of links) {
-      const key = `${link.from} ${link.to}`;
-      const known = directed.get(key);
+    for (const { from, to, kind, latencyUs, bandwidth } of links) {
+      const link = { kind, latencyUs, bandwidth };
+      const known = this.#links.get(from)?.get(to);
       if (known === undefined || exchangeUs(link, 2, 16384) < exchangeUs(known, 2, 16384))
-        directed.set(key, link);
+        this.#set(from, to, link);
     }
-    for (const [key, link] of directed) {
-      const back = directed.get(key.split(" ").reverse().join(" "));
-      this.#links.set(key, back === undefined ? link : worse(link, back));
-    }
+    for (const [from, ends] of this.#links)
+      for (const [to, link] of ends) {
+        const back = this.#links.get(to)?.get(from);
+        const both = back === undefined ? link : worse(link, back);
+        this.#set(from, to, both);
+        this.#set(to, from, both);
+      }
+  }
+
+  #set(from: NodeId, to: NodeId, link: LinkFigures): void {
+    const ends = this.#links.get(from) ?? new Map<NodeId, LinkFigures>();
+    this.#links.set(from, ends.set(to, link));
   }
 
   /** undefined where none was measured. */
   measured(a: NodeId, b: NodeId): LinkFigures | undefined {
-    return this.#links.get(`${a} ${b}`) ?? this.#links.get(`${b} ${a}`);
+    return this.#links.get(a)?.get(b);
   }
 
   between(a: NodeId, b: NodeId): LinkFigures {
@@ -223,10 +229,11 @@ export function speedOf(node: Pick<NodeFigures, "device" | "speed">): NodeSpeed 
 
 function overheadUs(config: ModelConfig, node: NodeFigures, { place }: RankWork): number {
   const speed = speedOf(node);
-  return layersAt(config, place).reduce(
-    (total, { moe }) => total + (moe ? speed.moeLayerUs : speed.denseLayerUs),
-    speed.stepUs,
-  );
+  const [first, end] = place.layers;
+  let total = speed.stepUs;
+  for (let i = first; i < end; i++)
+    total += config.layers[i]?.moe === true ? speed.moeLayerUs : speed.denseLayerUs;
+  return total;
 }
 
 /** Two all-reduces a layer in the stage, and its hidden states to the next stage. Sums and states are float32. */

@@ -99,6 +99,8 @@ export interface InstanceSpec {
   pipeline: number;
   /** By rank. ranks[0].node owns the instance. */
   ranks: RankShare[];
+  /** By rank: what it takes of its node's memory by plan. */
+  bytes: number[];
   context: number;
   streams: number;
   transport: "auto" | "shm" | "rdma" | "tcp";
@@ -117,6 +119,12 @@ export interface InstanceState {
   /** Why it failed, or what is missing; a sentence. */
   reason: string;
   outstandingTokens: number;
+  /** Nodes that it ran on and lost; when they are back it may move to them again. */
+  lost: NodeId[];
+  /** Idle instances whose memory it waits for: their owners stop them. */
+  unload: string[];
+  /** When its last request ended, by the owner's clock: the one that was used longest ago is unloaded first. */
+  usedAt: number;
 }
 
 /** Written by the node that computes the rank. */
@@ -137,8 +145,10 @@ export interface RankState {
   bytes: number;
 }
 
+/** Ids are never used again, so whatever epoch somebody else may have brought it to, it is to stop. */
 export interface EndedInstance {
   id: string;
+  /** When it was stopped, for people. */
   epoch: number;
 }
 

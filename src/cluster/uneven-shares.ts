@@ -80,6 +80,7 @@ export function stageBounds(
   const layers = costs.held.length;
   const stages = groups.length;
   if (stages > layers) return undefined;
+  if (stages === 1) return [0, layers];
   const held = prefixSums(costs.held);
   const read = prefixSums(costs.read);
   const rooms = groups.map((group, s) => {
@@ -98,7 +99,7 @@ export function stageBounds(
     const next = new Array<number>(layers + 1).fill(Number.POSITIVE_INFINITY);
     const begins = new Array<number>(layers + 1).fill(-1);
     for (let end = s + 1; end <= layers - (stages - 1 - s); end++)
-      for (let first = end - 1; first >= s; first--) {
+      for (let first = s === 0 ? 0 : end - 1; first >= s; first--) {
         const own = time(first, end, s);
         if (own === Number.POSITIVE_INFINITY) break;
         const before = best[first] ?? 0;

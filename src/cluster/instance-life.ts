@@ -1,0 +1,459 @@
+// The instances that this node owns, from the request to the end: placing → fetching → loading → ready, and from anywhere
+// to failed, stopping, gone. The owner alone decides; ranks are told by its record and answer by theirs. What was lost is
+// placed again on who is left, and moves back when a lost node returns. Loading is tried a bounded number of times; after
+// that only a change of the cluster starts it anew. No I/O.
+
+import { CaravanError } from "../errors.ts";
+import type { Placer } from "./instance-placer.ts";
+import type { Member } from "./membership.ts";
+import { claimsOn, isNewer } from "./rank-host.ts";
+import type { InstancePhase, InstanceState, NodeId, PlacementRequest, RankState } from "./types.ts";
+
+/** A rank that was asked for must show in its node's record within this. */
+export const START_MS = 10_000;
+/** Loading that makes no progress. */
+export const STALL_MS = 120_000;
+/** After ranks lost each other: until links and beats have told who is really gone (link silence 1.5 s). */
+export const REPLACE_MS = 2000;
+/** A placement that was refused is looked at again: memory may have come free. It costs milliseconds. */
+export const REFUSED_MS = 5000;
+/** Ranks of the earlier epoch give back their memory before the next is placed, at most so long. */
+export const FREE_MS = 10_000;
+/** Failures of loading in a row. */
+export const MOST_ATTEMPTS = 5;
+/** An instance that was ready so long has got over what failed before. */
+const HEALTHY_MS = 60_000;
+/** A lost node that is back must have been here so long before anything moves to it. */
+export const RETURN_MS = 10_000;
+/** How much faster a move must make it. */
+const MOVE_GAIN = 1.1;
+/** Running requests may end in so long before an instance stops or moves. */
+export const DRAIN_MS = 30_000;
+/** Idle instances that were asked to go. */
+export const UNLOAD_MS = 20_000;
+const UNLOAD_CHECK_MS = 500;
+/** How long a stopped instance is shown. */
+const GONE_SHOWN_MS = 10_000;
+
+export interface InstanceLifeOptions {
+  id: NodeId;
+  /** Monotonic milliseconds. */
+  now: () => number;
+  placer: Placer;
+  /** Every request that runs on this epoch of the instance ends with the error. */
+  endRequests: (instance: string, epoch: number, error: CaravanError) => void;
+  /** The instance belongs to the first rank of its spec from now on. */
+  handOver: (state: InstanceState) => void;
+  /** It was stopped on purpose. */
+  ended: (instance: string, epoch: number) => void;
+}
+
+interface Owned {
+  state: InstanceState;
+  /** When the phase began. */
+  since: number;
+  /** Not before this. */
+  notBefore: number;
+  attempts: number;
+  /** The cluster as it was when loading was given up. */
+  givenUp: string | undefined;
+  /** What it waits to be unloaded since. */
+  unloadSince: number | undefined;
+  /** Why it stops: to end, or to move. */
+  stopping: "end" | "move" | undefined;
+  /** Sum of progress, and when it rose. */
+  progress: number;
+  progressAt: number;
+  checkedAt: number;
+}
+
+export class InstanceLife {
+  readonly #options: InstanceLifeOptions;
+  readonly #owned = new Map<string, Owned>();
+
+  constructor(options: InstanceLifeOptions) {
+    this.#options = options;
+  }
+
+  states(): InstanceState[] {
+    return [...this.#owned.values()].map(({ state }) => state);
+  }
+
+  /** A new instance with this node as its owner. It is placed at the next step. */
+  create(id: string, model: string, asked: PlacementRequest): void {
+    if (this.#owned.has(id)) return;
+    const spec = {
+      ...{ id, model, asked, tensor: 1, pipeline: 1, ranks: [], bytes: [] },
+      ...{ context: asked.context ?? 0, streams: asked.streams ?? 1, transport: "auto" as const },
+    };
+    this.#own({
+      ...{ spec, phase: "placing", epoch: 0, progress: 0, reason: "", outstandingTokens: 0 },
+      ...{ lost: [], unload: [], usedAt: 0 },
+    });
+  }
+
+  /** Takes over what another node owned. */
+  adopt(state: InstanceState): void {
+    if (this.#owned.has(state.spec.id)) return;
+    this.#own({
+      ...state,
+      ...{ phase: "placing", epoch: state.epoch + 1, progress: 0, outstandingTokens: 0, unload: [] },
+      reason: "its owner is gone",
+      lost: [...new Set([...state.lost, ...state.spec.ranks.map(({ node }) => node)])],
+    });
+  }
+
+  /** Ends it for good: requests may finish. False where this node does not own it. */
+  stop(id: string): boolean {
+    const owned = this.#owned.get(id);
+    if (owned === undefined) return false;
+    if (owned.state.phase === "gone" || owned.stopping === "end") return true;
+    this.#options.ended(id, owned.state.epoch);
+    this.#enter(owned, "stopping", "it was asked to stop");
+    owned.stopping = "end";
+    return true;
+  }
+
+  /** What runs and waits on the instance, for the choice between instances. usedAt: wall clock, milliseconds since 1970. */
+  load(id: string, outstandingTokens: number, usedAt: number): void {
+    const owned = this.#owned.get(id);
+    if (owned !== undefined) owned.state = { ...owned.state, outstandingTokens, usedAt };
+  }
+
+  /** The ranks of this epoch do not compute together any more (reported by this node's own rank). */
+  engineFailed(id: string, epoch: number, reason: string): void {
+    const owned = this.#owned.get(id);
+    if (owned === undefined || owned.state.epoch !== epoch) return;
+    if (["loading", "ready", "stopping"].includes(owned.state.phase)) this.#fail(owned, "group", reason, []);
+  }
+
+  /** One turn over all instances. */
+  step(members: readonly Member[]): void {
+    for (const [id, owned] of this.#owned) {
+      if (this.#yields(id, owned, members)) continue;
+      if (isEnded(id, members)) this.stop(id);
+      switch (owned.state.phase) {
+        case "placing":
+          this.#place(owned, members);
+          break;
+        case "fetching":
+        case "loading":
+          this.#watchLoading(owned, members);
+          break;
+        case "ready":
+          this.#watchReady(owned, members);
+          break;
+        case "failed":
+          this.#reconsider(owned, members);
+          break;
+        case "stopping":
+          this.#drain(owned, members);
+          break;
+        case "gone":
+          if (this.#options.now() - owned.since > GONE_SHOWN_MS) this.#owned.delete(id);
+      }
+    }
+  }
+
+  #own(state: InstanceState): void {
+    const now = this.#options.now();
+    this.#owned.set(state.spec.id, {
+      state,
+      ...{ since: now, notBefore: now, attempts: 0, givenUp: undefined, unloadSince: undefined },
+      ...{ stopping: undefined, progress: 0, progressAt: now, checkedAt: now },
+    });
+  }
+
+  #enter(owned: Owned, phase: InstancePhase, reason: string): void {
+    const now = this.#options.now();
+    owned.state = { ...owned.state, phase, reason, progress: phase === "ready" ? 1 : 0 };
+    Object.assign(owned, { since: now, progress: 0, progressAt: now, checkedAt: now });
+  }
+
+  /** Another node owns the instance too, with a newer claim: this one gives way. */
+  #yields(id: string, owned: Owned, members: readonly Member[]): boolean {
+    const mine = { epoch: owned.state.epoch, owner: this.#options.id };
+    const other = claimsOn(id, members).find((claim) => claim.owner !== mine.owner && isNewer(claim, mine));
+    if (other === undefined || owned.state.phase === "gone") return false;
+    this.#endRequests(owned, "the instance belongs to another node now");
+    this.#owned.delete(id);
+    return true;
+  }
+
+  #place(owned: Owned, members: readonly Member[]): void {
+    const { now, placer, id: self } = this.#options;
+    const { spec } = owned.state;
+    if (now() < owned.notBefore) return;
+    if (now() - owned.since < FREE_MS && hasRanks(spec.id, members)) return;
+    const candidates = members.filter(({ direct }) => direct);
+    const result = placer.place(spec.model, spec.asked, candidates, { first: self });
+    if (result.kind === "pending") {
+      owned.state = { ...owned.state, reason: result.reason };
+      return;
+    }
+    if (result.kind === "placed") {
+      this.#begin(owned, result.placement);
+      return;
+    }
+    const elsewhere = placer.place(spec.model, spec.asked, candidates, {});
+    const heir = elsewhere.kind === "placed" ? elsewhere.placement.ranks[0]?.node : undefined;
+    if (elsewhere.kind === "placed" && heir !== undefined && heir !== self) {
+      const state = { ...owned.state, epoch: owned.state.epoch + 1, reason: "moves to another owner" };
+      this.#owned.delete(spec.id);
+      this.#options.handOver({ ...state, spec: { ...spec, ...elsewhere.placement } });
+      return;
+    }
+    owned.notBefore = now() + UNLOAD_CHECK_MS;
+    if (this.#unloadOthers(owned, candidates)) return;
+    this.#enter(owned, "failed", result.reason);
+    owned.notBefore = now() + REFUSED_MS;
+  }
+
+  #begin(owned: Owned, placement: { ranks: InstanceState["spec"]["ranks"] }): void {
+    const { spec, epoch, lost } = owned.state;
+    const nodes = placement.ranks.map(({ node }) => node);
+    owned.state = {
+      ...owned.state,
+      epoch: epoch + 1,
+      spec: { ...spec, ...placement },
+      lost: lost.filter((node) => !nodes.includes(node)),
+      unload: [],
+    };
+    owned.unloadSince = undefined;
+    this.#enter(owned, "fetching", "");
+  }
+
+  /** Asks for idle instances to go, those used longest ago first; false where that would not help or did not. */
+  #unloadOthers(owned: Owned, members: readonly Member[]): boolean {
+    const { placer, now, id: self } = this.#options;
+    const { spec } = owned.state;
+    if (owned.unloadSince !== undefined && now() - owned.unloadSince > UNLOAD_MS) {
+      owned.state = { ...owned.state, unload: [] };
+      owned.unloadSince = undefined;
+      return false;
+    }
+    const idle = members
+      .flatMap(({ record }) => record.info.instances)
+      .filter((state) => isIdle(state) && state.spec.id !== spec.id)
+      .sort((a, b) => a.usedAt - b.usedAt || (a.spec.id < b.spec.id ? -1 : 1));
+    for (let count = 1; count <= idle.length; count++) {
+      const freed = idle.slice(0, count);
+      const result = placer.place(spec.model, spec.asked, members, { first: self, freed });
+      if (result.kind !== "placed") continue;
+      const unload = freed.map((state) => state.spec.id);
+      owned.state = { ...owned.state, unload, reason: `waits for ${unload.length} idle to be unloaded` };
+      owned.unloadSince ??= now();
+      return true;
+    }
+    // Those that were asked to go may be gone, and their memory about to be free.
+    return owned.unloadSince !== undefined;
+  }
+
+  #watchLoading(owned: Owned, members: readonly Member[]): void {
+    const { now } = this.#options;
+    const ranks = this.#ranks(owned, members);
+    if (ranks === undefined) return;
+    let progress = 0;
+    for (const { node, state } of ranks) {
+      if (state === undefined) {
+        if (now() - owned.since <= START_MS) continue;
+        this.#fail(
+          owned,
+          "process",
+          `${nameOf(node, members)} did not begin within ${START_MS / 1000} s`,
+          [],
+        );
+        return;
+      }
+      if (state.phase === "failed") {
+        this.#fail(owned, state.cause, `${nameOf(node, members)}: ${state.reason}`, []);
+        return;
+      }
+      progress += state.progress + (state.phase === "fetching" ? 0 : 1);
+    }
+    if (ranks.every(({ state }) => state?.phase === "ready")) {
+      this.#enter(owned, "ready", "");
+      return;
+    }
+    const phase = ranks.every(({ state }) => state !== undefined && state.phase !== "fetching")
+      ? "loading"
+      : "fetching";
+    owned.state = { ...owned.state, phase, progress: progress / (2 * ranks.length) };
+    if (progress > owned.progress) Object.assign(owned, { progress, progressAt: now() });
+    else if (now() - owned.progressAt > STALL_MS)
+      this.#fail(owned, "process", `loading made no progress for ${STALL_MS / 1000} s`, []);
+  }
+
+  #watchReady(owned: Owned, members: readonly Member[]): void {
+    const { now } = this.#options;
+    const ranks = this.#ranks(owned, members);
+    if (ranks === undefined) return;
+    const broken = ranks.find(({ state }) => state?.phase !== "ready");
+    if (broken !== undefined) {
+      const { state, node } = broken;
+      const why = state?.phase === "failed" ? state.reason : "it does not run its rank any more";
+      this.#fail(
+        owned,
+        state?.phase === "failed" ? state.cause : "group",
+        `${nameOf(node, members)}: ${why}`,
+        [],
+      );
+      return;
+    }
+    if (now() - owned.since > HEALTHY_MS) owned.attempts = 0;
+    if (this.#isAskedToUnload(owned, members)) {
+      this.stop(owned.state.spec.id);
+      return;
+    }
+    if (now() - owned.checkedAt < REFUSED_MS) return;
+    owned.checkedAt = now();
+    if (this.#wouldGain(owned, members)) {
+      this.#enter(owned, "stopping", "moves to a node that is back");
+      owned.stopping = "move";
+    }
+  }
+
+  #isAskedToUnload({ state }: Owned, members: readonly Member[]): boolean {
+    if (!isIdle(state)) return false;
+    return members.some(({ record }) =>
+      record.info.instances.some(
+        ({ phase, unload }) => phase === "placing" && unload.includes(state.spec.id),
+      ),
+    );
+  }
+
+  /** A lost node is back for a while, and with it the instance would be faster. */
+  #wouldGain({ state }: Owned, members: readonly Member[]): boolean {
+    const { spec, lost } = state;
+    const direct = members.filter((member) => member.direct);
+    const back = direct.filter(
+      ({ record, sinceMs }) => lost.includes(record.info.id) && sinceMs >= RETURN_MS,
+    );
+    if (back.length === 0) return false;
+    const { placer, id: first } = this.#options;
+    const best = placer.place(spec.model, spec.asked, direct, { first, freed: [state] });
+    if (best.kind !== "placed") return false;
+    const uses = best.placement.ranks.some(({ node }) => back.some(({ record }) => record.info.id === node));
+    const now = placer.speed(spec, direct);
+    return uses && best.speed > MOVE_GAIN * now;
+  }
+
+  #drain(owned: Owned, members: readonly Member[]): void {
+    const { now } = this.#options;
+    const { state, stopping } = owned;
+    const over = now() - owned.since >= DRAIN_MS;
+    if (state.outstandingTokens > 0 && !over) {
+      const ranks = this.#ranks(owned, members);
+      if (ranks === undefined || ranks.every((rank) => rank.state?.phase === "ready")) return;
+    }
+    this.#endRequests(owned, stopping === "end" ? "the model was stopped" : "the model moves to other nodes");
+    owned.stopping = undefined;
+    if (stopping === "end") this.#enter(owned, "gone", "it was asked to stop");
+    else this.#enter(owned, "placing", state.reason);
+  }
+
+  #reconsider(owned: Owned, members: readonly Member[]): void {
+    const { now } = this.#options;
+    if (owned.givenUp === undefined) {
+      if (now() < owned.notBefore) return;
+    } else {
+      const stamp = clusterStamp(members);
+      if (owned.givenUp === GIVEN_UP_NOW) owned.givenUp = stamp;
+      if (owned.givenUp === stamp) return;
+      owned.attempts = 0;
+      owned.givenUp = undefined;
+    }
+    const { reason } = owned.state;
+    this.#enter(owned, "placing", reason);
+    // Nothing of it runs: there is nothing to wait for.
+    owned.notBefore = now();
+  }
+
+  /** States of all ranks; undefined where a node is lost, which has been dealt with then. */
+  #ranks(
+    owned: Owned,
+    members: readonly Member[],
+  ): { node: NodeId; state: RankState | undefined }[] | undefined {
+    const { spec, epoch } = owned.state;
+    const lost: NodeId[] = [];
+    const found = spec.ranks.map(({ node, rank }) => {
+      const member = members.find(({ record }) => record.info.id === node);
+      if (member === undefined || !member.direct) lost.push(node);
+      const state = member?.record.info.ranks.find(
+        (each) =>
+          each.instance === spec.id &&
+          each.epoch === epoch &&
+          each.owner === this.#options.id &&
+          each.rank === rank,
+      );
+      return { node, state };
+    });
+    if (lost.length === 0) return found;
+    const names = lost.map((node) => nameOf(node, members)).join(", ");
+    this.#fail(owned, "lost", `${names} ${lost.length === 1 ? "is" : "are"} gone`, lost);
+    return undefined;
+  }
+
+  #fail(owned: Owned, cause: RankState["cause"] | "lost", reason: string, lost: readonly NodeId[]): void {
+    const { now } = this.#options;
+    const wasStopping = owned.stopping === "end";
+    this.#endRequests(owned, reason);
+    owned.state = { ...owned.state, lost: [...new Set([...owned.state.lost, ...lost])] };
+    if (wasStopping) {
+      owned.stopping = undefined;
+      this.#enter(owned, "gone", "it was asked to stop");
+      return;
+    }
+    owned.stopping = undefined;
+    owned.attempts++;
+    if (cause !== "lost" && owned.attempts >= MOST_ATTEMPTS) {
+      this.#enter(owned, "failed", `given up after ${owned.attempts} attempts: ${reason}`);
+      owned.givenUp = GIVEN_UP_NOW;
+      return;
+    }
+    this.#enter(owned, "placing", reason);
+    const pause = cause === "lost" ? 0 : REPLACE_MS * 2 ** Math.min(4, owned.attempts - 1);
+    owned.notBefore = now() + pause;
+  }
+
+  #endRequests({ state }: Owned, reason: string): void {
+    this.#options.endRequests(
+      state.spec.id,
+      state.epoch,
+      new CaravanError("cluster_degraded", `${state.spec.model}: ${reason}`, {
+        hint: "Send the request again in a few seconds.",
+        retryAfterSeconds: 2,
+      }),
+    );
+  }
+}
+
+/** Stands for the cluster's stamp until the next turn knows it. */
+const GIVEN_UP_NOW = "";
+
+/** Changes when a node comes, goes or starts anew. */
+function clusterStamp(members: readonly Member[]): string {
+  return members.map(({ record }) => `${record.info.id} ${record.boot}`).join();
+}
+
+/** Somebody stopped it, maybe where this node was cut off from. */
+function isEnded(id: string, members: readonly Member[]): boolean {
+  return members.some(({ record, self }) => !self && record.info.ended.some((each) => each.id === id));
+}
+
+function isIdle({ phase, outstandingTokens }: InstanceState): boolean {
+  return phase === "ready" && outstandingTokens === 0;
+}
+
+/** Whether any node that can be asked still holds a rank of an earlier epoch. */
+function hasRanks(instance: string, members: readonly Member[]): boolean {
+  return members.some(
+    ({ record, direct }) => direct && record.info.ranks.some((rank) => rank.instance === instance),
+  );
+}
+
+function nameOf(node: NodeId, members: readonly Member[]): string {
+  return (
+    members.find(({ record }) => record.info.id === node)?.record.info.name ?? `node ${node.slice(0, 8)}`
+  );
+}

@@ -1,0 +1,187 @@
+// The ranks that this node computes: what the records of owners say that it should, against what runs here. Reserves
+// memory before anything starts, starts and stops runners, and writes RankStates for the owners to read. There are no
+// commands that could be lost: an owner's record is the order, and it is compared with what is here at every turn.
+
+import type { Member } from "./membership.ts";
+import type { MemoryLedger } from "./memory-ledger.ts";
+import type { InstancePhase, InstanceSpec, InstanceState, NodeId, RankState } from "./types.ts";
+
+export interface RankOrder {
+  spec: InstanceSpec;
+  epoch: number;
+  owner: NodeId;
+  rank: number;
+}
+
+/** Starts and ends the processes. Answers come through RankHost's methods, with the epoch that was asked for. */
+export interface RankRunner {
+  start(order: RankOrder): void;
+  /** Ends in `stopped`, soon: it is killed where it does not end by itself. */
+  stop(instance: string, epoch: number): void;
+}
+
+/** Phases of an instance in which its ranks compute. */
+const ACTIVE: readonly InstancePhase[] = ["fetching", "loading", "ready", "stopping"];
+
+interface Held {
+  order: RankOrder;
+  state: RankState;
+  /** over: nothing runs any more, the state is for the owner to read. */
+  life: "running" | "stopping" | "over";
+}
+
+export interface RankHostOptions {
+  id: NodeId;
+  ledger: MemoryLedger;
+  runner: RankRunner;
+  /** Monotonic milliseconds. */
+  now: () => number;
+}
+
+export class RankHost {
+  /** By instance: a node computes at most one rank of an instance. */
+  readonly #held = new Map<string, Held>();
+  readonly #options: RankHostOptions;
+
+  constructor(options: RankHostOptions) {
+    this.#options = options;
+  }
+
+  states(): RankState[] {
+    return [...this.#held.values()]
+      .filter(({ life }) => life !== "stopping")
+      .map(({ state }) => ({ ...state }));
+  }
+
+  /** What runs here or is on its way out. */
+  running(): { instance: string; epoch: number; owner: NodeId; rank: number }[] {
+    return [...this.#held.values()]
+      .filter(({ life }) => life !== "over")
+      .map(({ order: { spec, epoch, owner, rank } }) => ({ instance: spec.id, epoch, owner, rank }));
+  }
+
+  /** Compares what is wanted with what is here. True where a state changed. */
+  step(members: readonly Member[]): boolean {
+    const wanted = this.#wanted(members);
+    let changed = false;
+    for (const [instance, held] of this.#held) {
+      const order = wanted.get(instance);
+      if (order !== undefined && order.epoch === held.order.epoch && order.owner === held.order.owner)
+        continue;
+      changed = this.#end(instance, held) || changed;
+    }
+    for (const [instance, order] of wanted)
+      if (!this.#held.has(instance)) changed = this.#begin(instance, order) || changed;
+    return changed;
+  }
+
+  progress(instance: string, epoch: number, phase: "fetching" | "loading", fraction: number): void {
+    const held = this.#running(instance, epoch);
+    if (held === undefined || held.state.phase === "ready") return;
+    held.state = { ...held.state, phase, progress: Math.min(1, Math.max(0, fraction)) };
+  }
+
+  /** Loaded, and connected with the other ranks of this epoch. */
+  ready(instance: string, epoch: number): void {
+    const held = this.#running(instance, epoch);
+    if (held !== undefined) held.state = { ...held.state, phase: "ready", progress: 1 };
+  }
+
+  /** The rank's process is gone, or never came to be. */
+  failed(instance: string, epoch: number, cause: Exclude<RankState["cause"], "none">, reason: string): void {
+    const held = this.#held.get(instance);
+    if (held === undefined || held.order.epoch !== epoch) return;
+    this.#options.ledger.release(instance);
+    if (held.life === "stopping") {
+      this.#held.delete(instance);
+      return;
+    }
+    held.life = "over";
+    held.state = { ...held.state, phase: "failed", progress: 0, cause, reason, bytes: 0 };
+  }
+
+  /** The process that `stop` was called for is gone. */
+  stopped(instance: string, epoch: number): void {
+    const held = this.#held.get(instance);
+    if (held === undefined || held.order.epoch !== epoch || held.life !== "stopping") return;
+    this.#options.ledger.release(instance);
+    this.#held.delete(instance);
+  }
+
+  #running(instance: string, epoch: number): Held | undefined {
+    const held = this.#held.get(instance);
+    return held?.order.epoch === epoch && held.life === "running" ? held : undefined;
+  }
+
+  /** Of two owners of one instance the newer one holds: both know that the other has to give way. */
+  #wanted(members: readonly Member[]): Map<string, RankOrder> {
+    const wanted = new Map<string, RankOrder>();
+    for (const { record } of members)
+      for (const { spec, phase, epoch } of record.info.instances) {
+        if (!ACTIVE.includes(phase)) continue;
+        const share = spec.ranks.find(({ node }) => node === this.#options.id);
+        if (share === undefined) continue;
+        const order = { spec, epoch, owner: record.info.id, rank: share.rank };
+        const other = wanted.get(spec.id);
+        if (other === undefined || isNewer(order, other)) wanted.set(spec.id, order);
+      }
+    return wanted;
+  }
+
+  #begin(instance: string, order: RankOrder): boolean {
+    const { ledger, runner, now } = this.#options;
+    const { spec, epoch, owner, rank } = order;
+    const bytes = spec.bytes[rank] ?? 0;
+    const refusal = ledger.reserve({ key: instance, label: spec.model, bytes, busy: true, usedAt: now() });
+    // Memory on its way back is waited for; the owner has a limit for ranks that do not begin.
+    if (refusal !== undefined && [...this.#held.values()].some(({ life }) => life === "stopping"))
+      return false;
+    const state: RankState = {
+      instance,
+      epoch,
+      owner,
+      rank,
+      phase: refusal === undefined ? "fetching" : "failed",
+      progress: 0,
+      reason: refusal ?? "",
+      cause: refusal === undefined ? "none" : "memory",
+      bytes: refusal === undefined ? bytes : 0,
+    };
+    this.#held.set(instance, { order, state, life: refusal === undefined ? "running" : "over" });
+    if (refusal === undefined) runner.start(order);
+    return true;
+  }
+
+  #end(instance: string, held: Held): boolean {
+    if (held.life === "stopping") return false;
+    if (held.life === "over") {
+      this.#held.delete(instance);
+      return true;
+    }
+    held.life = "stopping";
+    this.#options.runner.stop(instance, held.order.epoch);
+    return true;
+  }
+}
+
+export interface Claim {
+  epoch: number;
+  owner: NodeId;
+}
+
+/** Whether claim a on an instance beats claim b: on every node the same. */
+export function isNewer(a: Claim, b: Claim): boolean {
+  return a.epoch > b.epoch || (a.epoch === b.epoch && a.owner > b.owner);
+}
+
+/** Every owner's state of an instance in the view. */
+export function claimsOn(
+  instance: string,
+  members: readonly Member[],
+): { owner: NodeId; epoch: number; state: InstanceState }[] {
+  return members.flatMap(({ record }) =>
+    record.info.instances
+      .filter(({ spec, phase }) => spec.id === instance && phase !== "gone")
+      .map((state) => ({ owner: record.info.id, epoch: state.epoch, state })),
+  );
+}
