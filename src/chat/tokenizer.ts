@@ -303,7 +303,8 @@ function readDecoder(decoder: Component | null, where: string): DecodeRule {
   };
 }
 
-function makeTable(files: TokenizerFiles, vocabularySize: number): TokenTable {
+/** The bytes of every token, without the rest of a tokenizer. */
+export function makeTable(files: TokenizerFiles, vocabularySize = 0): TokenTable {
   const rule = readDecoder(files.decoder, files.where);
   const entries = new Array<TableEntry | undefined>(vocabularySize).fill(undefined);
   const { vocab } = files.model;

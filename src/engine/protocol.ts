@@ -2,6 +2,8 @@
 // events on its stdout. The same types are what the API sees of an engine (see Engine below), so that tests can put
 // a scripted engine in the runner's place.
 
+import type { GrammarSpec } from "../grammar/spec.ts";
+
 /** Sampling options of one sequence, all resolved (defaults filled in). Order of application: caravan.h, cv_step_row. */
 export interface Sampling {
   /** 0 = greedy. */
@@ -56,6 +58,8 @@ export interface GenerateRequest {
   logprobs?: number;
   /** Log-probabilities of the prompt's tokens too (completions `echo`). */
   prompt_logprobs?: boolean;
+  /** What the answer has to follow. */
+  grammar?: GrammarSpec;
   /** Milliseconds from arrival at the runner after which the request ends with deadline_exceeded. */
   deadline_ms?: number;
 }

@@ -2,6 +2,7 @@
 // and sampling ranges by the scheduler.
 
 import * as v from "valibot";
+import { GrammarSpecSchema } from "../grammar/spec.ts";
 import { ConnectSchema } from "./rank-protocol.ts";
 
 const numbers = v.custom<number[]>(
@@ -34,6 +35,7 @@ const RequestSchema = v.strictObject({
   logprobs: v.exactOptional(v.number()),
   prompt_logprobs: v.exactOptional(v.boolean()),
   deadline_ms: v.exactOptional(v.number()),
+  grammar: v.exactOptional(GrammarSpecSchema),
 });
 
 export const RunnerCommandSchema = v.variant("type", [

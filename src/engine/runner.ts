@@ -10,6 +10,7 @@ import { PromptLookup } from "../scheduler/prompt-lookup.ts";
 import { Scheduler } from "../scheduler/scheduler.ts";
 import { StepLoop } from "../scheduler/step-loop.ts";
 import { errorRecord } from "./error-record.ts";
+import { GrammarGate } from "./grammar-gate.ts";
 import { LineSplitter } from "./line-splitter.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
 import { type LoadOptions, LoadOptionsSchema } from "./load-options.ts";
@@ -103,6 +104,7 @@ class Runner {
   readonly #policy: { mode: "sequential" | "batched"; reason: string };
   readonly #scheduler: Scheduler;
   readonly #loop: StepLoop;
+  readonly #gate: GrammarGate;
   #told = { running: 0, waiting: 0, atMs: 0 };
   #dying = false;
 
@@ -133,6 +135,13 @@ class Runner {
       onFatal: (error) => this.#die(error),
       onTurn: () => this.#endTurn(),
     });
+    this.#gate = new GrammarGate({
+      dir: options.modelDir,
+      vocab: model.limits.vocab,
+      pass: (request, grammar) => this.#loop.add(request, grammar),
+      emit: (event) => writer.add(event),
+      onTurn: () => this.#endTurn(),
+    });
     // With a rank lost the model cannot go on, even while nothing runs.
     model.ranks?.lost.then((error) => {
       this.#loop.stop(error);
@@ -155,12 +164,13 @@ class Runner {
   obey(command: RunnerCommand): void {
     switch (command.type) {
       case "generate":
-        this.#loop.add(command.request);
+        if (command.request.grammar === undefined) this.#loop.add(command.request);
+        else this.#gate.add(command.request);
         // Whether it was accepted must not wait for the end of a step.
         this.#writer.flush();
         return;
       case "cancel":
-        this.#loop.cancel(command.id);
+        if (!this.#gate.cancel(command.id)) this.#loop.cancel(command.id);
         return;
       case "status":
         this.#writer.add({ type: "status", status: this.#status() });
@@ -175,6 +185,7 @@ class Runner {
   }
 
   async close(): Promise<void> {
+    this.#gate.close();
     this.#loop.stop(
       new CaravanError("shutting_down", "the model is being unloaded", { retryAfterSeconds: 5 }),
     );

@@ -98,6 +98,7 @@ export class StepEncoder {
     this.#u64(at + STEP_ROW.history_offset, put(row.history));
     this.#u32(at + STEP_ROW.n_xtc_keep, row.xtcKeep.length);
     this.#u64(at + STEP_ROW.xtc_keep_offset, put(row.xtcKeep));
+    if (row.mask !== undefined) this.#u64(at + STEP_ROW.mask_offset, put(row.mask));
     return end;
   }
 
@@ -132,6 +133,7 @@ function bytesOf(row: StepRow): number {
     row.fullPages.length +
     row.chunkPages.length +
     row.history.length +
-    row.xtcKeep.length;
+    row.xtcKeep.length +
+    (row.mask?.length ?? 0);
   return words * 4 + row.bias.length * STEP_BIAS.size;
 }

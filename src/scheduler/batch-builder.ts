@@ -20,6 +20,8 @@ export interface PlannedRow {
   drafts: readonly number[];
   /** Every position's logits come back, for the prompt's log-probabilities. */
   promptLogits: boolean;
+  /** Tokens that the sequence's grammar allows next. */
+  mask?: Uint32Array;
 }
 
 /** A step with what is needed to make sense of its result. */
@@ -49,7 +51,7 @@ export function buildStep(rows: PlannedRow[]): PlannedStep {
   return { step: { rows: built, copies }, rows, tokens, decodeRows, draftTokens };
 }
 
-function buildRow({ sequence, first, count, sample, drafts, promptLogits }: PlannedRow): StepRow {
+function buildRow({ sequence, first, count, sample, drafts, promptLogits, mask }: PlannedRow): StepRow {
   const { full, chunked } = sequence.pages;
   const { request } = sequence;
   const unread = first >= sequence.known;
@@ -71,6 +73,7 @@ function buildRow({ sequence, first, count, sample, drafts, promptLogits }: Plan
     bias: sequence.bias,
     history: sequence.history(),
     xtcKeep: sequence.xtcKeep,
+    ...(mask === undefined ? {} : { mask }),
   };
 }
 

@@ -21,6 +21,8 @@ export function checkRequest(
   const { logprobs } = request;
   if (logprobs !== undefined && !(Number.isInteger(logprobs) && logprobs >= 0 && logprobs <= 20))
     return wrong(`logprobs is ${logprobs}, it must be 0 to 20`, "logprobs");
+  if (request.grammar !== undefined && request.ban_stop_tokens === true)
+    return wrong("an answer that follows a grammar has to end where the grammar does", "ignore_eos");
   const stop = request.stop_tokens.find((token) => !(Number.isInteger(token) && token >= 0));
   if (stop !== undefined) return wrong(`stop token ${stop} is not a token id`, "stop_tokens");
   // The first new token needs a position of its own.

@@ -14,7 +14,8 @@
 
 import { errorRecord } from "../engine/error-record.ts";
 import type { GenerateEvent, GenerateRequest } from "../engine/protocol.ts";
-import { CaravanError } from "../errors.ts";
+import { asCaravanError, CaravanError } from "../errors.ts";
+import type { GrammarMatcher } from "../grammar/matcher.ts";
 import { buildStep, type PlannedRow, type PlannedStep } from "./batch-builder.ts";
 import type { Drafter } from "./drafter.ts";
 import { type CacheGeometry, PagePools } from "./pages.ts";
@@ -104,8 +105,9 @@ export class Scheduler {
     return this.#preemptions;
   }
 
-  /** Takes a request; its refusal is an error event like every other outcome. The id must not be live (throws). */
-  add(request: GenerateRequest): void {
+  /** Takes a request; its refusal is an error event like every other outcome. The id must not be live (throws).
+   * `grammar`: what its answer has to follow; the sequence owns it. */
+  add(request: GenerateRequest, grammar?: GrammarMatcher): void {
     if (this.#live.has(request.id))
       throw new CaravanError("internal_error", `request ${request.id} is already running`);
     const refusal = this.#refusal(request);
@@ -119,6 +121,7 @@ export class Scheduler {
       this.#options.now(),
       this.pools,
       this.#options.limits.vocab,
+      grammar,
     );
     this.#nextOrder++;
     this.#live.set(request.id, sequence);
@@ -177,6 +180,7 @@ export class Scheduler {
     const rows: PlannedRow[] = [];
     this.#planDecode(rows);
     this.#planPrompts(rows);
+    this.#maskRows(rows);
     if (rows.length === 0) return undefined;
     const planned = buildStep(rows);
     const now = this.#options.now();
@@ -344,6 +348,20 @@ export class Scheduler {
     return known.slice(0, Math.ceil(streams.length / this.stages));
   }
 
+  /** What the grammars of rows that sample allow. A grammar that fails ends its own sequence. */
+  #maskRows(rows: PlannedRow[]): void {
+    for (const row of [...rows]) {
+      const { grammar, stopTokens } = row.sequence;
+      if (grammar === undefined || !row.sample) continue;
+      try {
+        row.mask = grammar.mask(stopTokens);
+      } catch (thrown) {
+        rows.splice(rows.indexOf(row), 1);
+        this.#failOne(row.sequence, asCaravanError(thrown));
+      }
+    }
+  }
+
   /** Tokens with logits that a step may carry beside a decode row of each running sequence. None beside prompts: those
    * need the arithmetic more, and the streams should not be slowed twice. */
   #spareForDrafts(): number {
@@ -489,7 +507,9 @@ export class Scheduler {
       event.top = outcome.top;
     }
     emit(event);
-    if (end) this.#finish(sequence, "stop");
+    const misfit = end ? undefined : followGrammar(sequence, token);
+    if (misfit !== undefined) this.#failOne(sequence, misfit);
+    else if (end || sequence.grammar?.complete === true) this.#finish(sequence, "stop");
     else if (sequence.generated >= request.max_tokens || sequence.known >= this.contextTokens)
       this.#finish(sequence, "length");
   }
@@ -548,6 +568,17 @@ function wantsPromptLogits(sequence: Sequence): boolean {
   return (
     promptLogprobs !== undefined && !promptLogprobs.complete && sequence.computed + 1 >= promptLogprobs.known
   );
+}
+
+/** Tells the sequence's grammar of its new token; the error when that has no place for it. */
+function followGrammar({ grammar }: Sequence, token: number): CaravanError | undefined {
+  if (grammar === undefined) return undefined;
+  try {
+    if (grammar.accept(token)) return undefined;
+    return new CaravanError("internal_error", `token ${token} was sampled although the grammar forbids it`);
+  } catch (thrown) {
+    return asCaravanError(thrown);
+  }
 }
 
 function planRow(

@@ -5,6 +5,7 @@
 // `settled` those of steps that have ended.
 
 import type { GenerateRequest } from "../engine/protocol.ts";
+import type { GrammarMatcher } from "../grammar/matcher.ts";
 import { type PagePools, SequencePages } from "./pages.ts";
 import type { PrefixNode } from "./prefix-tree.ts";
 import { PromptLogprobs } from "./prompt-logprobs.ts";
@@ -25,7 +26,10 @@ export class Sequence {
   readonly bias: readonly (readonly [number, number])[];
   readonly xtcKeep: Uint32Array;
   readonly promptLogprobs: PromptLogprobs | undefined;
-  /** The next step's row needs the value of the last token (penalties), so it cannot be queued before that is known. */
+  /** What the answer has to follow; it has taken every token that is known. */
+  readonly grammar: GrammarMatcher | undefined;
+  /** The next step's row needs the value of the last token (penalties, grammar), so it cannot be queued before that is
+   * known. */
   readonly needsLastToken: boolean;
 
   state: "waiting" | "running" | "done" = "waiting";
@@ -58,7 +62,14 @@ export class Sequence {
   readonly #historyOfPrompt: boolean;
 
   /** `vocab`: stop tokens outside it are never sampled and are left out. */
-  constructor(request: GenerateRequest, order: number, nowMs: number, pools: PagePools, vocab: number) {
+  constructor(
+    request: GenerateRequest,
+    order: number,
+    nowMs: number,
+    pools: PagePools,
+    vocab: number,
+    grammar?: GrammarMatcher,
+  ) {
     const { sampling } = request;
     const stops = request.stop_tokens.filter((token) => token < vocab);
     this.request = request;
@@ -78,12 +89,14 @@ export class Sequence {
       request.prompt_logprobs === true
         ? new PromptLogprobs(this.promptTokens, request.logprobs ?? 0)
         : undefined;
-    this.needsLastToken =
+    const penalised =
       sampling.repetition_penalty !== 1 ||
       sampling.presence_penalty !== 0 ||
       sampling.frequency_penalty !== 0;
+    this.grammar = grammar;
+    this.needsLastToken = penalised || grammar !== undefined;
     this.#historyOfPrompt = sampling.repetition_penalty !== 1;
-    this.#history = this.needsLastToken ? new TokenHistory() : undefined;
+    this.#history = penalised ? new TokenHistory() : undefined;
     if (this.#historyOfPrompt) for (const token of request.tokens) this.#history?.add(token, false);
   }
 

@@ -3,6 +3,7 @@
 
 import type { GenerateRequest } from "../engine/protocol.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
+import type { GrammarMatcher } from "../grammar/matcher.ts";
 import type { PlannedStep } from "./batch-builder.ts";
 import type { Scheduler } from "./scheduler.ts";
 import type { StepEngine, StepResult } from "./step.ts";
@@ -42,8 +43,8 @@ export class StepLoop {
   }
 
   /** Takes a request. Requests of the same turn of the event loop join the same step. */
-  add(request: GenerateRequest): void {
-    this.#options.scheduler.add(request);
+  add(request: GenerateRequest, grammar?: GrammarMatcher): void {
+    this.#options.scheduler.add(request, grammar);
     if (this.#dead !== undefined) this.#options.scheduler.failAll(this.#dead);
     this.#watchDeadlines();
     this.#queuePump();

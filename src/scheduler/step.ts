@@ -39,6 +39,8 @@ export interface StepRow {
   history: Uint32Array;
   /** Tokens that XTC never removes. */
   xtcKeep: Uint32Array;
+  /** [(vocab + 31) / 32] Bit set = the token may be sampled; absent = all may. */
+  mask?: Uint32Array;
 }
 
 /** Copies one page before the step computes. */

@@ -1,0 +1,86 @@
+// From a specification to a grammar: what the grammar worker does for a request. Pure; bounded by limits.ts.
+
+import { CaravanError } from "../errors.ts";
+import { BuildBudget, type Nfa } from "./automaton.ts";
+import { type Grammar, GrammarBuilder, type Part } from "./grammar.ts";
+import { SchemaError, TooLarge } from "./limits.ts";
+import { closing, colon, SchemaGrammar, spaced } from "./schema-grammar.ts";
+import type { GrammarSpec } from "./spec.ts";
+
+/** Throws unsupported_parameter, its `param` the specification's and its message with the path in the schema. */
+export function compileGrammar(spec: GrammarSpec): Grammar {
+  const budget = new BuildBudget();
+  const builder = new GrammarBuilder(budget);
+  try {
+    return builder.finish(rootOf(spec, builder, budget));
+  } catch (thrown) {
+    throw named(thrown, spec.type === "tool_calls" ? (spec.tools[0]?.param ?? "tools") : spec.param);
+  }
+}
+
+function rootOf(spec: GrammarSpec, builder: GrammarBuilder, budget: BuildBudget): number {
+  if (spec.type === "json_object") return new SchemaGrammar(builder, budget, { type: "object" }).root();
+  if (spec.type === "json_schema") return new SchemaGrammar(builder, budget, spec.schema).root();
+  return toolCalls(spec, builder, budget);
+}
+
+/** One to `most` calls, one behind the other. */
+function toolCalls(
+  { tools, most }: Extract<GrammarSpec, { type: "tool_calls" }>,
+  builder: GrammarBuilder,
+  budget: BuildBudget,
+): number {
+  const rules = tools.map(({ parameters, param }) => {
+    try {
+      const schema = parameters ?? { type: "object", properties: {} };
+      return new SchemaGrammar(builder, budget, schema).root({ type: "object" });
+    } catch (thrown) {
+      throw named(thrown, param);
+    }
+  });
+  let last = builder.node(true);
+  for (let call = 1; call < most; call++) {
+    const before = builder.node(true);
+    addCalls(["", "\n", "; "], before, last);
+    last = before;
+  }
+  const start = builder.node();
+  addCalls([""], start, last);
+  return start;
+
+  function addCalls(separators: readonly string[], from: number, end: number): void {
+    const close = builder.node();
+    builder.term(close, [{ key: "}", write: closing("", "}"), target: end }], "#");
+    const parts = tools.map(({ name }, i): Part => {
+      const before = builder.node();
+      builder.call(before, rules[i] ?? before, close);
+      return {
+        key: `${separators.length} call ${name}`,
+        write: (nfa, at) => writeCall(nfa, at, separators, name),
+        target: before,
+      };
+    });
+    builder.term(from, parts, "#");
+  }
+}
+
+/** `{"name": "…", "parameters": ` */
+function writeCall(nfa: Nfa, from: number, separators: readonly string[], name: string): number {
+  const begin = nfa.state();
+  for (const separator of separators) nfa.epsilon(nfa.text(from, separator), begin);
+  const named = nfa.text(colon(nfa, nfa.text(spaced("{")(nfa, begin), '"name"')), JSON.stringify(name));
+  return colon(nfa, nfa.text(spaced(",")(nfa, named), '"parameters"'));
+}
+
+function named(thrown: unknown, param: string): unknown {
+  if (thrown instanceof SchemaError)
+    return new CaravanError("unsupported_parameter", `${param}: ${thrown.message}`, {
+      param,
+      hint: thrown.hint ?? "docs/structured-output.md lists what is enforced.",
+    });
+  if (thrown instanceof TooLarge)
+    return new CaravanError("unsupported_parameter", `${param}: the schema is too large: ${thrown.message}`, {
+      param,
+    });
+  return thrown;
+}

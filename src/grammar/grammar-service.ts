@@ -1,0 +1,248 @@
+// Grammars for a model's answers: compiled once each in a worker, kept, and handed out as matchers, which work on this
+// thread. A worker that takes too long or dies takes with it the one grammar that it was compiling; a few may work side
+// by side, so that a schema that takes long does not hold up the next.
+
+import { CaravanError } from "../errors.ts";
+import type { FromGrammarWorker, ToGrammarWorker, Vocabulary } from "./grammar-protocol.ts";
+import { Automata, type InsideTokens } from "./inside-tokens.ts";
+import { COMPILE_LIMIT_MS } from "./limits.ts";
+import { GrammarMatcher } from "./matcher.ts";
+import type { GrammarSpec } from "./spec.ts";
+
+/** Workers at a time, grammars that may wait for one, and grammars that are kept. */
+const MOST_WORKERS = 3;
+const MOST_WAITING = 64;
+const MOST_KEPT = 64;
+const LOAD_LIMIT_MS = 60_000;
+/** A worker without work for so long ends. */
+const IDLE_MS = 30_000;
+
+export interface GrammarServiceOptions {
+  /** Model folder with tokenizer.json. */
+  dir: string;
+  /** Tokens of the engine's vocabulary. */
+  vocab: number;
+  compileLimitMs?: number;
+  /** Worker file, for tests. */
+  workerUrl?: URL;
+}
+
+interface Job {
+  readonly id: number;
+  readonly spec: GrammarSpec;
+  readonly resolve: (automata: Automata) => void;
+  readonly reject: (error: CaravanError) => void;
+}
+
+interface Hand {
+  readonly worker: Worker;
+  job: Job | undefined;
+  timer: ReturnType<typeof setTimeout> | undefined;
+}
+
+export class GrammarService {
+  readonly #options: GrammarServiceOptions;
+  readonly #kept = new Map<string, Promise<Automata>>();
+  readonly #byId = new Map<number, Automata>();
+  readonly #hands = new Set<Hand>();
+  readonly #waiting: Job[] = [];
+  #vocabulary: Promise<Vocabulary> | undefined;
+  #strings = new Map<number, InsideTokens>();
+  #nextId = 1;
+  #closed = false;
+
+  constructor(options: GrammarServiceOptions) {
+    this.#options = options;
+  }
+
+  /** Process-wide count of live workers, for tests. */
+  get workers(): number {
+    return this.#hands.size;
+  }
+
+  /** A matcher at the start of an answer. Rejects with unsupported_parameter for what cannot be enforced (or takes too
+   * long to compile), queue_full, or engine_failed. */
+  async matcher(spec: GrammarSpec): Promise<GrammarMatcher> {
+    const key = JSON.stringify(spec);
+    const hash = `${Bun.hash(key)} ${key.length}`;
+    let automata = this.#kept.get(hash);
+    if (automata === undefined) {
+      automata = this.#compile(spec);
+      automata.catch(() => this.#kept.delete(hash));
+    }
+    // Behind the others: the first of the map was not used for longest.
+    this.#kept.delete(hash);
+    this.#kept.set(hash, automata);
+    if (this.#kept.size > MOST_KEPT)
+      for (const oldest of [...this.#kept.keys()].slice(0, 1)) this.#kept.delete(oldest);
+    const [compiled, { table }] = await Promise.all([automata, this.#loaded()]);
+    return new GrammarMatcher(compiled, table);
+  }
+
+  close(): void {
+    this.#closed = true;
+    for (const hand of [...this.#hands]) this.#drop(hand, shutDown());
+    for (const job of this.#waiting.splice(0)) job.reject(shutDown());
+  }
+
+  async #compile(spec: GrammarSpec): Promise<Automata> {
+    if (this.#waiting.length >= MOST_WAITING)
+      throw new CaravanError("queue_full", `${this.#waiting.length} schemas are waiting to be compiled`, {
+        retryAfterSeconds: 1,
+      });
+    await this.#loaded();
+    if (this.#closed) throw shutDown();
+    return new Promise<Automata>((resolve, reject) => {
+      this.#waiting.push({ id: this.#nextId++, spec, resolve, reject });
+      this.#dispatch();
+    });
+  }
+
+  /** Reads the vocabulary once; a failure is tried again by the next request. */
+  #loaded(): Promise<Vocabulary> {
+    this.#vocabulary ??= this.#load().catch((error: unknown) => {
+      this.#vocabulary = undefined;
+      throw error;
+    });
+    return this.#vocabulary;
+  }
+
+  #load(): Promise<Vocabulary> {
+    const { promise, resolve, reject } = Promise.withResolvers<Vocabulary>();
+    const hand = this.#start((message) => {
+      if (message.kind === "vocabulary") {
+        this.#strings = message.strings;
+        this.#rest(hand);
+        resolve(message.vocabulary);
+      } else if (message.kind === "failed") {
+        this.#drop(hand);
+        reject(CaravanError.fromJSON({ ...message.error }));
+      }
+    });
+    // Nothing else is asked of it until it is done.
+    hand.job = { id: 0, spec: { type: "json_object", param: "" }, resolve: () => undefined, reject };
+    this.#limit(hand, LOAD_LIMIT_MS, "reading the vocabulary took too long", "engine_failed");
+    this.#post(hand, { kind: "load", dir: this.#options.dir, size: this.#options.vocab });
+    return promise;
+  }
+
+  #dispatch(): void {
+    while (this.#waiting.length > 0) {
+      let hand = [...this.#hands].find(({ job }) => job === undefined);
+      if (hand === undefined) {
+        if (this.#hands.size >= MOST_WORKERS) return;
+        hand = this.#start();
+        const begun = hand;
+        this.#loaded().then(
+          (vocabulary) => this.#post(begun, { kind: "vocabulary", vocabulary }),
+          () => undefined,
+        );
+      }
+      const job = this.#waiting.shift();
+      if (job === undefined) return;
+      this.#give(hand, job);
+    }
+  }
+
+  #give(hand: Hand, job: Job): void {
+    hand.job = job;
+    const limit = this.#options.compileLimitMs ?? COMPILE_LIMIT_MS;
+    this.#limit(hand, limit, `the schema takes longer than ${limit} ms to compile`, "unsupported_parameter");
+    // Behind the vocabulary's message, which a new worker gets in the same way.
+    this.#loaded().then(
+      () => this.#post(hand, { kind: "compile", id: job.id, spec: job.spec }),
+      () => undefined,
+    );
+  }
+
+  #start(onLoading?: (message: FromGrammarWorker) => void): Hand {
+    const worker = new Worker(this.#options.workerUrl ?? workerUrl());
+    const hand: Hand = { worker, job: undefined, timer: undefined };
+    this.#hands.add(hand);
+    const died = (what: string): void => {
+      const error = new CaravanError("engine_failed", `the grammar worker stopped: ${what}`, {
+        hint: "Send the request again.",
+      });
+      if (this.#hands.has(hand)) this.#drop(hand, error);
+      this.#dispatch();
+    };
+    worker.onerror = (event) => died(event.message);
+    worker.addEventListener("close", () => died("it ended"));
+    worker.onmessage = (event: MessageEvent<FromGrammarWorker>) => {
+      const message = event.data;
+      if (hand.job?.id === 0) onLoading?.(message);
+      else this.#receive(hand, message);
+    };
+    return hand;
+  }
+
+  #receive(hand: Hand, message: FromGrammarWorker): void {
+    if (message.kind === "warm") {
+      this.#byId.get(message.id)?.keep(message.state, message.tokens);
+      return;
+    }
+    if (message.kind !== "compiled" && message.kind !== "failed") return;
+    const { job } = hand;
+    if (job === undefined || job.id !== message.id) return;
+    this.#rest(hand);
+    if (message.kind === "failed") job.reject(CaravanError.fromJSON({ ...message.error }));
+    else
+      this.#loaded().then(
+        ({ trie, stringStates }) => {
+          const automata = new Automata(message.grammar, trie, this.#strings, stringStates);
+          this.#byId.set(job.id, automata);
+          if (this.#byId.size > MOST_WORKERS)
+            for (const oldest of [...this.#byId.keys()].slice(0, 1)) this.#byId.delete(oldest);
+          job.resolve(automata);
+        },
+        (error: CaravanError) => job.reject(error),
+      );
+    this.#dispatch();
+  }
+
+  /** The worker has done its work; it ends if none comes. */
+  #rest(hand: Hand): void {
+    clearTimeout(hand.timer);
+    hand.job = undefined;
+    hand.timer = setTimeout(() => this.#drop(hand), IDLE_MS);
+    hand.timer.unref();
+  }
+
+  #limit(hand: Hand, ms: number, message: string, code: "engine_failed" | "unsupported_parameter"): void {
+    clearTimeout(hand.timer);
+    hand.timer = setTimeout(() => {
+      const spec = hand.job?.spec;
+      const param = spec === undefined ? undefined : paramOf(spec);
+      const named = param === undefined || param === "" ? message : `${param}: ${message}`;
+      this.#drop(hand, new CaravanError(code, named, param === undefined || param === "" ? {} : { param }));
+      this.#dispatch();
+    }, ms);
+  }
+
+  #drop(hand: Hand, error?: CaravanError): void {
+    clearTimeout(hand.timer);
+    this.#hands.delete(hand);
+    const { job } = hand;
+    hand.job = undefined;
+    hand.worker.terminate();
+    if (job !== undefined && error !== undefined) job.reject(error);
+  }
+
+  #post(hand: Hand, message: ToGrammarWorker): void {
+    if (this.#hands.has(hand)) hand.worker.postMessage(message);
+  }
+}
+
+function paramOf(spec: GrammarSpec): string {
+  return spec.type === "tool_calls" ? "tools" : spec.param;
+}
+
+function shutDown(): CaravanError {
+  return new CaravanError("shutting_down", "the model is being unloaded", { retryAfterSeconds: 5 });
+}
+
+/** As the text worker's (text-service.ts). */
+function workerUrl(): URL {
+  const compiled = import.meta.url.includes("/$bunfs/");
+  return new URL(compiled ? "./grammar/grammar-worker.js" : "./grammar-worker.ts", import.meta.url);
+}

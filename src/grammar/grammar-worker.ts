@@ -1,0 +1,98 @@
+// Entry of the grammar worker: the thread that compiles grammars, and that reads the vocabulary which masks are made of.
+// It may be killed at any time: the one who uses it (grammar-service.ts) holds everything that lasts.
+//
+// Like the text worker's, this file is an entry point of its own in the executable (text-service.ts says how it is found).
+
+import { makeTable } from "../chat/tokenizer.ts";
+import { readTokenizerFiles } from "../chat/tokenizer-files.ts";
+import { asCaravanError } from "../errors.ts";
+import { BuildBudget } from "./automaton.ts";
+import { compileGrammar } from "./compile.ts";
+import type { Grammar } from "./grammar.ts";
+import type { FromGrammarWorker, ToGrammarWorker, Vocabulary } from "./grammar-protocol.ts";
+import { Automata, type InsideTokens, stringStates } from "./inside-tokens.ts";
+import { buildTokenTrie } from "./token-trie.ts";
+
+declare const self: Worker;
+
+/** Time spent on a grammar's states ahead of their use, and between two looks at the messages. */
+const WARM_MS = 500;
+const WARM_SLICE_MS = 20;
+
+let vocabulary: Vocabulary | undefined;
+
+function send(message: FromGrammarWorker): void {
+  self.postMessage(message);
+}
+
+async function load(dir: string, size: number): Promise<void> {
+  const table = makeTable(await readTokenizerFiles(dir));
+  const trie = buildTokenTrie(table, size);
+  vocabulary = { table, trie, stringStates: stringStates(new BuildBudget()) };
+  // Strings are in almost every grammar, and their states the most work.
+  const any = compileGrammar({ type: "json_object", param: "" });
+  const strings = new Map<number, InsideTokens>();
+  const automata = new Automata(any, trie, strings, vocabulary.stringStates);
+  for (let state = 0; state < vocabulary.stringStates; state++) automata.inside(state);
+  send({ kind: "vocabulary", vocabulary, strings });
+  // The parsed tokenizer.json (100 MB for Llama 4) is garbage now: give it back at once.
+  setTimeout(() => Bun.gc(true), 0);
+}
+
+/** States of a grammar whose tokens take long to find, in the order in which an answer comes to them. */
+function* warmSteps(
+  id: number,
+  grammar: Grammar,
+  { trie, stringStates: shared }: Vocabulary,
+): Generator<void> {
+  const automata = new Automata(grammar, trie, new Map(), 0);
+  const seen = new Uint8Array(grammar.labels.length);
+  const queue: number[] = [];
+  const visit = (state: number): void => {
+    if (state < shared || seen[state] === 1) return;
+    seen[state] = 1;
+    queue.push(state);
+  };
+  for (let edge = 0; edge < grammar.edges.length; edge += 4)
+    if (grammar.edges[edge] === 0) visit(grammar.edges[edge + 1] ?? 0);
+  for (let next = 0; next < queue.length; next++) {
+    const state = queue[next] ?? 0;
+    const tokens = automata.inside(state);
+    if (tokens.bits !== undefined) send({ kind: "warm", id, state, tokens });
+    for (let i = grammar.firstRange[state] ?? 0; i < (grammar.firstRange[state + 1] ?? 0); i++)
+      visit(grammar.rangeTargets[i] ?? 0);
+    yield;
+  }
+}
+
+function warm(id: number, grammar: Grammar): void {
+  if (vocabulary === undefined) return;
+  const steps = warmSteps(id, grammar, vocabulary);
+  const start = performance.now();
+  const slice = (): void => {
+    const begin = performance.now();
+    while (performance.now() - begin < WARM_SLICE_MS) if (steps.next().done) return;
+    if (performance.now() - start < WARM_MS) setImmediate(slice);
+  };
+  setImmediate(slice);
+}
+
+self.onmessage = (event: MessageEvent<ToGrammarWorker>): void => {
+  const message = event.data;
+  if (message.kind === "load")
+    load(message.dir, message.size).catch((thrown: unknown) =>
+      send({ kind: "failed", id: 0, error: asCaravanError(thrown).toJSON() }),
+    );
+  else if (message.kind === "vocabulary") {
+    vocabulary = message.vocabulary;
+    send({ kind: "ready" });
+  } else {
+    try {
+      const grammar = compileGrammar(message.spec);
+      send({ kind: "compiled", id: message.id, grammar });
+      warm(message.id, grammar);
+    } catch (thrown) {
+      send({ kind: "failed", id: message.id, error: asCaravanError(thrown).toJSON() });
+    }
+  }
+};

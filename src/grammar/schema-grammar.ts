@@ -1,0 +1,356 @@
+// From a JSON Schema to the nodes of a grammar. Every text that the grammar accepts is JSON that satisfies the schema;
+// of all such texts it accepts those in a usual form: members in the order of the schema, none that the schema does
+// not speak of where it lists any, white space of a line break with its indentation or one blank.
+
+import type { BuildBudget, Dfa, Nfa } from "./automaton.ts";
+import type { GrammarBuilder, Part } from "./grammar.ts";
+import { MOST_ENUM_VALUES, MOST_ITEMS, SchemaError, TooLarge } from "./limits.ts";
+import { numberAutomaton } from "./numbers.ts";
+import { checkPattern, PatternError } from "./pattern.ts";
+import { type Conjunction, SchemaReader } from "./schema-reader.ts";
+import {
+  type ArrayShape,
+  arraysOf,
+  numbersOf,
+  type ObjectShape,
+  objectsOf,
+  type Placed,
+  type Shape,
+  shapeOf,
+  stringsOf,
+} from "./shape.ts";
+import { matchingStrings, otherNames, writeQuoted } from "./strings.ts";
+
+/** Blanks and tabs behind a line break. */
+const INDENT_BLANKS = 40;
+const INDENT_TABS = 10;
+/** Patterns for names: their combinations are told apart. */
+const MOST_NAME_PATTERNS = 4;
+
+export class SchemaGrammar {
+  readonly #builder: GrammarBuilder;
+  readonly #budget: BuildBudget;
+  readonly #reader: SchemaReader;
+  readonly #rules = new Map<string, number>();
+  #enumValues = 0;
+
+  constructor(builder: GrammarBuilder, budget: BuildBudget, schema: unknown) {
+    this.#builder = builder;
+    this.#budget = budget;
+    this.#reader = new SchemaReader(schema);
+  }
+
+  /** The node that begins a value of the schema; it ends by returning. `beside`: a schema that holds too. */
+  root(beside?: Record<string, unknown>): number {
+    const placed: Placed[] = [[this.#reader.root, "#"]];
+    if (beside !== undefined) placed.push([beside, "#"]);
+    return this.#rule(placed);
+  }
+
+  #rule(schemas: Placed[]): number {
+    this.#budget.spend(20);
+    const alternatives = this.#reader.alternatives(schemas);
+    const key = alternatives.map((flats) => flats.map(({ id }) => id).join()).join("|");
+    const name = alternatives.length === 0 ? "none" : key;
+    const before = this.#rules.get(name);
+    if (before !== undefined) return before;
+    const start = this.#builder.node();
+    this.#rules.set(name, start);
+    const end = this.#builder.node(true);
+    const scalars = new Map<string, Part>();
+    for (const flats of alternatives) this.#alternative(flats, start, end, scalars);
+    this.#builder.term(start, [...scalars.values()], alternatives[0]?.[0]?.path ?? "#");
+    return start;
+  }
+
+  #alternative(flats: Conjunction, start: number, end: number, scalars: Map<string, Part>): void {
+    this.#budget.spend(20);
+    const shape = shapeOf(flats, this.#reader);
+    const text = (value: string): void => {
+      scalars.set(value, { key: value, write: (nfa, from) => nfa.text(from, value), target: end });
+    };
+    if (shape.values !== undefined) {
+      this.#enumValues += shape.values.length;
+      if (this.#enumValues > MOST_ENUM_VALUES)
+        throw new SchemaError(shape.path, `there are more than ${MOST_ENUM_VALUES} values in enums`);
+      for (const value of shape.values) text(JSON.stringify(value));
+      return;
+    }
+    const { types } = shape;
+    if (types.has("null")) text("null");
+    if (types.has("boolean")) for (const value of ["true", "false"]) text(value);
+    if (types.has("integer") || types.has("fraction")) this.#number(shape, end, scalars);
+    if (types.has("string")) this.#string(shape, start, end, scalars);
+    if (types.has("array")) this.#array(arraysOf(shape), shape, start, end);
+    if (types.has("object")) this.#object(objectsOf(shape), shape, start, end);
+  }
+
+  #number(shape: Shape, end: number, scalars: Map<string, Part>): void {
+    const range = numbersOf(shape);
+    const key = `number ${JSON.stringify(range)}`;
+    const automaton = this.#lazy(shape.path, () => numberAutomaton(range, this.#budget));
+    scalars.set(key, { key, write: (nfa, from) => insert(nfa, from, automaton()), target: end });
+  }
+
+  #string(shape: Shape, start: number, end: number, scalars: Map<string, Part>): void {
+    const { min, max, patterns } = stringsOf(shape);
+    if (patterns.length === 0) {
+      if (min > 2 ** 30) throw new SchemaError(shape.path, "minLength is too large");
+      this.#builder.string(start, min, max > 2 ** 30 ? Number.POSITIVE_INFINITY : max, end);
+      return;
+    }
+    for (const [pattern, path] of patterns) this.#checkPattern(pattern, path);
+    const sources = patterns.map(([pattern]) => pattern);
+    const key = `string ${JSON.stringify([sources, min, String(max)])}`;
+    const automaton = this.#lazy(patterns[0]?.[1] ?? shape.path, () =>
+      matchingStrings(sources, min, max, this.#budget),
+    );
+    scalars.set(key, { key, write: (nfa, from) => writeQuoted(nfa, from, automaton()), target: end });
+  }
+
+  #checkPattern(pattern: string, path: string): void {
+    try {
+      checkPattern(pattern);
+    } catch (thrown) {
+      if (thrown instanceof PatternError || thrown instanceof TooLarge)
+        throw new SchemaError(path, `the pattern cannot be enforced: ${thrown.message}`);
+      throw thrown;
+    }
+  }
+
+  /** An automaton that is built when it is needed, once; its failure names the schema. */
+  #lazy(path: string, build: () => Dfa | undefined): () => Dfa | undefined {
+    let built: { dfa: Dfa | undefined } | undefined;
+    return () => {
+      try {
+        built ??= { dfa: build() };
+        return built.dfa;
+      } catch (thrown) {
+        if (thrown instanceof TooLarge || thrown instanceof PatternError)
+          throw new SchemaError(path, thrown.message);
+        throw thrown;
+      }
+    };
+  }
+
+  #array(shape: ArrayShape, { path }: Shape, start: number, end: number): void {
+    const { min, prefix } = shape;
+    if (Math.max(min, prefix) > MOST_ITEMS)
+      throw new SchemaError(path, `more than ${MOST_ITEMS} elements cannot be asked for`);
+    const asked = Math.min(shape.max, shape.open ? Number.POSITIVE_INFINITY : prefix);
+    const max = asked === Number.POSITIVE_INFINITY ? asked : Math.min(asked, MOST_ITEMS);
+    if (min > max) return;
+    /** With so many elements and no limit, it does not matter how many there are. */
+    const enough = max === Number.POSITIVE_INFINITY ? Math.max(min, prefix) : max;
+    const nodes = new Map<number, number>();
+    const open: [node: number, count: number][] = [];
+    const behind = (elements: number): number => {
+      const count = Math.min(elements, enough);
+      let node = nodes.get(count);
+      if (node === undefined) {
+        node = this.#builder.node();
+        nodes.set(count, node);
+        open.push([node, count]);
+      }
+      return node;
+    };
+    const ways = (count: number, first: boolean): Part[] => {
+      const parts: Part[] = [];
+      const lead = first ? "[" : ",";
+      if (count < max) {
+        const element = this.#builder.node();
+        this.#builder.call(element, this.#rule(shape.items(count)), behind(count + 1));
+        parts.push({ key: lead, write: spaced(lead), target: element });
+      }
+      const empty = first ? "[" : "";
+      if (count >= min) parts.push({ key: `${empty}]`, write: closing(empty, "]"), target: end });
+      return parts;
+    };
+    this.#builder.term(start, ways(0, true), path);
+    for (let next = open.pop(); next !== undefined; next = open.pop())
+      this.#builder.term(next[0], ways(next[1], false), path);
+  }
+
+  #object(shape: ObjectShape, { path }: Shape, start: number, end: number): void {
+    // Of undeclared members only one is sure to count: their names may be the same.
+    if (shape.open && shape.min > shape.names.length + 1)
+      throw new SchemaError(
+        `${path}/minProperties`,
+        "more members than the schema names, and one, cannot be enforced",
+      );
+    new ObjectWriter(this.#builder, shape, path, {
+      rule: (schemas) => this.#rule(schemas),
+      others: this.#others(shape, path),
+    }).write(start, end);
+  }
+
+  /** Names that are not declared, told apart by the patterns that are found in them. */
+  #others(shape: ObjectShape, path: string): OtherNames[] {
+    if (!shape.open) return [];
+    const { names, patterns, schemasOfOther } = shape;
+    if (patterns.length > MOST_NAME_PATTERNS)
+      throw new SchemaError(`${path}/patternProperties`, `more than ${MOST_NAME_PATTERNS} patterns together`);
+    for (const pattern of patterns) this.#checkPattern(pattern, `${path}/patternProperties`);
+    return Array.from({ length: 2 ** patterns.length }, (_, bits) => {
+      const matched = patterns.filter((_, i) => (bits >> i) % 2 === 1);
+      const unmatched = patterns.filter((pattern) => !matched.includes(pattern));
+      const automaton = this.#lazy(path, () => otherNames(names, matched, unmatched, this.#budget));
+      return {
+        key: `names ${JSON.stringify([names, matched, unmatched])}`,
+        automaton,
+        schemas: schemasOfOther(new Set(matched)),
+      };
+    });
+  }
+}
+
+interface OtherNames {
+  key: string;
+  automaton: () => Dfa | undefined;
+  schemas: Placed[];
+}
+
+interface ObjectParts {
+  rule: (schemas: Placed[]) => number;
+  others: OtherNames[];
+}
+
+/** How far an object is: the last declared member written, members counted for minProperties and for maxProperties
+ * (0 where that bounds nothing), whether undeclared ones are being written. */
+interface Progress {
+  last: number;
+  least: number;
+  most: number;
+  others: boolean;
+}
+
+class ObjectWriter {
+  readonly #nodes = new Map<string, number>();
+  readonly #open: [node: number, progress: Progress][] = [];
+  readonly #countsMost: boolean;
+
+  constructor(
+    readonly builder: GrammarBuilder,
+    readonly shape: ObjectShape,
+    readonly path: string,
+    readonly parts: ObjectParts,
+  ) {
+    this.#countsMost =
+      shape.max < Number.POSITIVE_INFINITY && (parts.others.length > 0 || shape.max < shape.names.length);
+  }
+
+  write(start: number, end: number): void {
+    if (this.shape.max < this.shape.required.size) return;
+    this.builder.term(
+      start,
+      this.#ways({ last: -1, least: 0, most: 0, others: false }, true, end),
+      this.path,
+    );
+    for (let next = this.#open.pop(); next !== undefined; next = this.#open.pop())
+      this.builder.term(next[0], this.#ways(next[1], false, end), this.path);
+  }
+
+  #ways(progress: Progress, first: boolean, end: number): Part[] {
+    const { names, required, min, max } = this.shape;
+    const lead = first ? "{" : ",";
+    const parts: Part[] = [];
+    const full = this.#countsMost && progress.most >= max;
+    let needed = false;
+    for (let i = progress.last + 1; i < names.length && !needed; i++) {
+      const name = names[i] ?? "";
+      needed = required.has(name);
+      if (full) continue;
+      const key = JSON.stringify(name);
+      parts.push({
+        key: `${lead}${key}`,
+        write: (nfa, from) => colon(nfa, nfa.text(spaced(lead)(nfa, from), key)),
+        target: this.#value(this.shape.schemasOfName(name), this.#next(progress, i, false)),
+      });
+    }
+    if (needed) return parts;
+    for (const { key, automaton, schemas } of full ? [] : this.parts.others)
+      parts.push({
+        key: `${lead}${key}`,
+        write: (nfa, from) => colon(nfa, writeQuoted(nfa, spaced(lead)(nfa, from), automaton())),
+        target: this.#value(schemas, this.#next(progress, names.length, true)),
+      });
+    // A name may come twice: undeclared members count once.
+    if (progress.least >= min)
+      parts.push({ key: first ? "{}" : "}", write: closing(first ? "{" : "", "}"), target: end });
+    return parts;
+  }
+
+  #next(progress: Progress, last: number, others: boolean): Progress {
+    const counted = progress.others ? 0 : 1;
+    return {
+      last,
+      least: Math.min(progress.least + counted, this.shape.min),
+      most: this.#countsMost ? progress.most + 1 : 0,
+      others,
+    };
+  }
+
+  /** A value, and then the object goes on. */
+  #value(schemas: Placed[], progress: Progress): number {
+    const before = this.builder.node();
+    this.builder.call(before, this.parts.rule(schemas), this.#node(progress));
+    return before;
+  }
+
+  #node(progress: Progress): number {
+    const key = `${progress.last} ${progress.least} ${progress.most} ${progress.others}`;
+    let node = this.#nodes.get(key);
+    if (node === undefined) {
+      node = this.builder.node();
+      this.#nodes.set(key, node);
+      this.#open.push([node, progress]);
+    }
+    return node;
+  }
+}
+
+function insert(nfa: Nfa, from: number, dfa: Dfa | undefined): number {
+  const end = nfa.state();
+  if (dfa !== undefined) nfa.insert(from, dfa, [end]);
+  return end;
+}
+
+/** White space between the parts of an array or object: none, a blank, or a line break and its indentation. */
+export function writeSpace(nfa: Nfa, from: number): number {
+  const end = nfa.state();
+  nfa.epsilon(from, end);
+  nfa.range(from, 0x20, 0x20, end);
+  const line = nfa.text(from, "\n");
+  nfa.epsilon(line, end);
+  for (const [byte, most] of [
+    [0x20, INDENT_BLANKS],
+    [0x09, INDENT_TABS],
+  ] as const) {
+    let at = line;
+    for (let i = 0; i < most; i++) {
+      const next = nfa.state();
+      nfa.range(at, byte, byte, next);
+      nfa.epsilon(next, end);
+      at = next;
+    }
+  }
+  return end;
+}
+
+/** `text` and white space behind it. */
+export function spaced(text: string): (nfa: Nfa, from: number) => number {
+  return (nfa, from) => writeSpace(nfa, nfa.text(from, text));
+}
+
+/** White space in front of the last character. */
+export function closing(text: string, last: string): (nfa: Nfa, from: number) => number {
+  return (nfa, from) => nfa.text(writeSpace(nfa, nfa.text(from, text)), last);
+}
+
+export function colon(nfa: Nfa, from: number): number {
+  const at = nfa.text(from, ":");
+  const end = nfa.state();
+  nfa.epsilon(at, end);
+  nfa.range(at, 0x20, 0x20, end);
+  return end;
+}

@@ -1,0 +1,307 @@
+// What a conjunction of schemas allows, by type of value: the sum of its keywords.
+
+import type { Json } from "../chat/messages.ts";
+import { SchemaError } from "./limits.ts";
+import type { NumberRange } from "./numbers.ts";
+import { acceptsFlat } from "./schema-accepts.ts";
+import {
+  type Conjunction,
+  type Flat,
+  isRecord,
+  listOf,
+  pointerPart,
+  type SchemaReader,
+} from "./schema-reader.ts";
+
+/** Whole numbers and others are kept apart. */
+export type ValueType = "null" | "boolean" | "integer" | "fraction" | "string" | "array" | "object";
+const ALL_TYPES: readonly ValueType[] = [
+  "null",
+  "boolean",
+  "integer",
+  "fraction",
+  "string",
+  "array",
+  "object",
+];
+
+/** A schema and where it is. */
+export type Placed = readonly [schema: unknown, path: string];
+
+export interface Shape {
+  readonly types: ReadonlySet<ValueType>;
+  /** The only values, from enum and const; they satisfy everything else. */
+  readonly values: readonly Json[] | undefined;
+  readonly path: string;
+  readonly flats: Conjunction;
+}
+
+export function shapeOf(flats: Conjunction, reader: SchemaReader): Shape {
+  let types = new Set(ALL_TYPES);
+  for (const { keywords } of flats) {
+    if (keywords.type === undefined) continue;
+    const named = new Set([keywords.type].flat().flatMap(typesNamed));
+    types = types.intersection(named);
+  }
+  if (types.has("fraction") && flats.some(({ keywords }) => keywords.multipleOf !== undefined))
+    types.delete("fraction");
+  return { types, values: valuesOf(flats, reader), path: flats[0]?.path ?? "#", flats };
+}
+
+function typesNamed(name: unknown): ValueType[] {
+  if (name === "number") return ["integer", "fraction"];
+  return ALL_TYPES.filter((type) => type === name);
+}
+
+function valuesOf(flats: Conjunction, reader: SchemaReader): Json[] | undefined {
+  const source = flats.find(
+    ({ keywords }) => Object.hasOwn(keywords, "const") || Object.hasOwn(keywords, "enum"),
+  );
+  if (source === undefined) return undefined;
+  const { keywords } = source;
+  const values = Object.hasOwn(keywords, "const") ? [keywords.const] : listOf(keywords.enum);
+  return values.filter((value) => flats.every((flat) => acceptsFlat(flat, value, reader))) as Json[];
+}
+
+/** Numbers that the shape allows. Throws SchemaError. */
+export function numbersOf({ flats, types }: Shape): NumberRange {
+  const range: NumberRange & { divisors: number[] } = { whole: !types.has("fraction"), divisors: [] };
+  for (const { keywords, path } of flats) {
+    const { minimum, exclusiveMinimum, maximum, exclusiveMaximum, multipleOf } = keywords;
+    for (const [bound, excluded] of [
+      [minimum, false],
+      [exclusiveMinimum, true],
+    ] as const)
+      if (
+        typeof bound === "number" &&
+        (range.low === undefined || bound > range.low || (bound === range.low && excluded))
+      ) {
+        range.low = bound;
+        range.lowExcluded = excluded;
+      }
+    for (const [bound, excluded] of [
+      [maximum, false],
+      [exclusiveMaximum, true],
+    ] as const)
+      if (
+        typeof bound === "number" &&
+        (range.high === undefined || bound < range.high || (bound === range.high && excluded))
+      ) {
+        range.high = bound;
+        range.highExcluded = excluded;
+      }
+    if (multipleOf === undefined) continue;
+    if (typeof multipleOf !== "number" || !Number.isSafeInteger(multipleOf))
+      throw new SchemaError(`${path}/multipleOf`, "only whole numbers can be enforced as multipleOf");
+    range.divisors.push(multipleOf);
+  }
+  return range;
+}
+
+export interface StringShape {
+  min: number;
+  /** Infinity = none. */
+  max: number;
+  /** With the paths of their keywords. */
+  patterns: [pattern: string, path: string][];
+}
+
+export function stringsOf({ flats }: Shape): StringShape {
+  const shape: StringShape = { min: 0, max: Number.POSITIVE_INFINITY, patterns: [] };
+  for (const { keywords, path } of flats) {
+    if (typeof keywords.minLength === "number") shape.min = Math.max(shape.min, keywords.minLength);
+    if (typeof keywords.maxLength === "number") shape.max = Math.min(shape.max, keywords.maxLength);
+    if (typeof keywords.pattern === "string") shape.patterns.push([keywords.pattern, `${path}/pattern`]);
+    if (typeof keywords.format === "string")
+      shape.patterns.push([formatPattern(keywords.format, `${path}/format`), `${path}/format`]);
+  }
+  return shape;
+}
+
+const DATE =
+  "(?:\\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8])))";
+const TIME = "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d{1,6})?(?:Z|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)";
+const BYTE = "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
+const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,20}[A-Za-z0-9])?";
+const WORDS = "[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*";
+/** Strings that are surely of the format; not every one that is. */
+const FORMATS: ReadonlyMap<string, string> = new Map([
+  ["date", `^${DATE}$`],
+  ["time", `^${TIME}$`],
+  ["date-time", `^${DATE}T${TIME}$`],
+  [
+    "duration",
+    "^P(?:\\d{1,4}Y(?:\\d{1,2}M(?:\\d{1,2}D)?)?|\\d{1,4}[DW]|T\\d{1,4}(?:H(?:\\d{1,2}M(?:\\d{1,2}S)?)?|M|S))$",
+  ],
+  ["email", `^[A-Za-z0-9_+-]+(?:\\.[A-Za-z0-9_+-]+)*@(?:${WORDS}\\.)+[A-Za-z]{2,8}$`],
+  ["hostname", `^${LABEL}(?:\\.${LABEL}){0,4}$`],
+  ["ipv4", `^${BYTE}(?:\\.${BYTE}){3}$`],
+  ["ipv6", "^(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}$"],
+  ["uuid", "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"],
+  [
+    "uri",
+    `^https?://${LABEL}(?:\\.${LABEL}){0,4}(?::[1-9]\\d{0,3})?(?:/[A-Za-z0-9_.~-]*)*(?:\\?[A-Za-z0-9_.~=&-]*)?$`,
+  ],
+]);
+
+/** Formats that can be enforced. */
+export const FORMAT_NAMES: readonly string[] = [...FORMATS.keys()];
+
+function formatPattern(format: string, path: string): string {
+  const pattern = FORMATS.get(format);
+  if (pattern !== undefined) return pattern;
+  throw new SchemaError(path, `the format ${JSON.stringify(format.slice(0, 64))} cannot be enforced`);
+}
+
+export interface ArrayShape {
+  min: number;
+  /** Infinity = none. */
+  max: number;
+  /** Elements with schemas of their own. */
+  prefix: number;
+  /** Whether elements behind the prefix are spoken of; when not, none are written. */
+  open: boolean;
+  /** Schemas of the element at an index; the same from `prefix` on. */
+  items(index: number): Placed[];
+}
+
+/** Throws SchemaError. */
+export function arraysOf({ flats }: Shape): ArrayShape {
+  let min = 0;
+  let max = Number.POSITIVE_INFINITY;
+  let prefix = 0;
+  let unique: string | undefined;
+  for (const { keywords, path } of flats) {
+    if (typeof keywords.minItems === "number") min = Math.max(min, keywords.minItems);
+    if (typeof keywords.maxItems === "number") max = Math.min(max, keywords.maxItems);
+    prefix = Math.max(prefix, listOf(keywords.prefixItems).length);
+    if (keywords.uniqueItems === true) unique ??= `${path}/uniqueItems`;
+  }
+  if (unique !== undefined && max > 1)
+    throw new SchemaError(unique, "uniqueItems cannot be enforced with more than one element");
+  const items = (index: number): Placed[] =>
+    flats.flatMap(({ keywords, path }): Placed[] => {
+      const own = listOf(keywords.prefixItems);
+      if (index < own.length) return [[own[index], `${path}/prefixItems/${index}`]];
+      return keywords.items === undefined ? [] : [[keywords.items, `${path}/items`]];
+    });
+  const spoken = flats.some(({ keywords }) => keywords.items !== undefined);
+  return { min, max, prefix, open: prefix === 0 || spoken || min > prefix, items };
+}
+
+export interface ObjectShape {
+  min: number;
+  /** Infinity = none. */
+  max: number;
+  /** Declared or required names, in the order of the schemas. */
+  names: string[];
+  required: ReadonlySet<string>;
+  /** Whether other names are spoken of; when not, none are written. */
+  open: boolean;
+  patterns: readonly string[];
+  /** Schemas of the value under a declared name. */
+  schemasOfName(name: string): Placed[];
+  /** Schemas of the value under another name, which exactly these patterns are found in. */
+  schemasOfOther(matched: ReadonlySet<string>): Placed[];
+}
+
+/** Throws SchemaError. */
+export function objectsOf({ flats }: Shape): ObjectShape {
+  let min = 0;
+  let max = Number.POSITIVE_INFINITY;
+  const names = new Set<string>();
+  const required = new Set<string>();
+  const patterns = new Set<string>();
+  let spoken = false;
+  for (const { keywords } of flats) {
+    if (typeof keywords.minProperties === "number") min = Math.max(min, keywords.minProperties);
+    if (typeof keywords.maxProperties === "number") max = Math.min(max, keywords.maxProperties);
+    for (const name of Object.keys(recordOf(keywords.properties))) names.add(name);
+    for (const pattern of Object.keys(recordOf(keywords.patternProperties))) patterns.add(pattern);
+    spoken ||= keywords.additionalProperties !== undefined || keywords.patternProperties !== undefined;
+  }
+  for (const { keywords } of flats)
+    for (const name of listOf(keywords.required)) {
+      required.add(String(name));
+      names.add(String(name));
+    }
+  const schemasOfName = (name: string): Placed[] =>
+    flats.flatMap((flat) => {
+      const matched = Object.keys(recordOf(flat.keywords.patternProperties)).filter((pattern) =>
+        found(pattern, name, flat),
+      );
+      return schemasOf(flat, name, new Set(matched));
+    });
+  const schemasOfOther = (matched: ReadonlySet<string>): Placed[] =>
+    flats.flatMap((flat) => schemasOf(flat, undefined, matched));
+  const declared = flats.some(({ keywords }) => keywords.properties !== undefined);
+  const open = spoken || !declared || min > names.size;
+  return {
+    min,
+    max,
+    names: [...names],
+    required,
+    open,
+    patterns: [...patterns],
+    schemasOfName,
+    schemasOfOther,
+  };
+}
+
+function schemasOf(
+  { keywords, path }: Flat,
+  name: string | undefined,
+  matched: ReadonlySet<string>,
+): Placed[] {
+  const own = recordOf(keywords.properties);
+  const schemas: Placed[] = [];
+  if (name !== undefined && Object.hasOwn(own, name))
+    schemas.push([own[name], `${path}/properties/${pointerPart(name)}`]);
+  for (const [pattern, schema] of Object.entries(recordOf(keywords.patternProperties)))
+    if (matched.has(pattern)) schemas.push([schema, `${path}/patternProperties/${pointerPart(pattern)}`]);
+  if (schemas.length === 0 && keywords.additionalProperties !== undefined)
+    schemas.push([keywords.additionalProperties, `${path}/additionalProperties`]);
+  return schemas;
+}
+
+/** Throws SchemaError for what is no pattern. */
+function found(pattern: string, name: string, { path }: Flat): boolean {
+  try {
+    return new RegExp(pattern, "u").test(name);
+  } catch {
+    throw new SchemaError(`${path}/patternProperties/${pointerPart(pattern)}`, "this is no pattern");
+  }
+}
+
+export function recordOf(value: unknown): Readonly<Record<string, unknown>> {
+  return isRecord(value) ? value : {};
+}
+
+/** How deep a proof looks into required properties. */
+const PROOF_DEPTH = 3;
+
+/** Whether nothing can satisfy the conjunction, as far as that is easily seen. */
+export function surelyEmpty(flats: Conjunction, reader: SchemaReader, depth = PROOF_DEPTH): boolean {
+  const shape = shapeOf(flats, reader);
+  if (shape.values !== undefined) return shape.values.length === 0;
+  return [...shape.types].every((type) => {
+    if (type === "integer" || type === "fraction") {
+      const { low, high, lowExcluded, highExcluded } = numbersOf(shape);
+      if (low === undefined || high === undefined) return false;
+      return low > high || (low === high && (lowExcluded === true || highExcluded === true));
+    }
+    if (type === "string") {
+      const { min, max } = stringsOf(shape);
+      return min > max;
+    }
+    if (type === "array") {
+      const { min, max } = arraysOf(shape);
+      return min > max;
+    }
+    if (type !== "object" || depth === 0) return false;
+    const { required, schemasOfName } = objectsOf(shape);
+    return [...required].some((name) =>
+      reader.alternatives(schemasOfName(name)).every((value) => surelyEmpty(value, reader, depth - 1)),
+    );
+  });
+}

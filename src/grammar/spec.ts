@@ -1,0 +1,23 @@
+// What an answer may be made to follow, as it travels from the API to the runner.
+
+import * as v from "valibot";
+
+const param = v.string();
+
+export const GrammarSpecSchema = v.variant("type", [
+  /** Any JSON object. */
+  v.strictObject({ type: v.literal("json_object"), param }),
+  /** A JSON value that satisfies a JSON Schema. `param`: the request's parameter, for errors. */
+  v.strictObject({ type: v.literal("json_schema"), schema: v.unknown(), param }),
+  /** Calls of these functions, one to `most`, as {"name": …, "parameters": {…}}. */
+  v.strictObject({
+    type: v.literal("tool_calls"),
+    tools: v.pipe(
+      v.array(v.strictObject({ name: v.string(), parameters: v.exactOptional(v.unknown()), param })),
+      v.minLength(1),
+    ),
+    most: v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(128)),
+  }),
+]);
+
+export type GrammarSpec = v.InferOutput<typeof GrammarSpecSchema>;
