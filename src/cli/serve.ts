@@ -10,6 +10,7 @@ import { createLogger, type Logger } from "../log.ts";
 import { openStore } from "../model/store.ts";
 import { LoadedModels } from "../node/loaded-models.ts";
 import { announceNode, newNodeId } from "../node/running-nodes.ts";
+import { makeCluster } from "../node/start-cluster.ts";
 import { loadSettings, type Settings } from "../settings.ts";
 import type { Command } from "./command.ts";
 import { findModel } from "./model-argument.ts";
@@ -63,6 +64,14 @@ export const serve: Command = {
     },
     "tls-cert": { value: "FILE", help: "certificate in PEM form: serve HTTPS" },
     "tls-key": { value: "FILE", help: "its private key in PEM form" },
+    "node-name": { value: "NAME", help: "what other nodes show of this one (default: the machine's name)" },
+    "cluster-port": {
+      value: "PORT",
+      help: "port for other nodes, 0 for any (default 11712); only in a cluster",
+    },
+    "cluster-host": { value: "ADDRESS", help: "address for other nodes (default: all)" },
+    "discovery-port": { value: "PORT", help: "UDP port of beacons, 0 for none (default 11712)" },
+    peer: { value: "HOST:PORT", many: true, help: "a node that multicast does not reach; may be repeated" },
     "log-level": { value: "LEVEL", help: "debug, info, warn, error or silent" },
     "log-format": { value: "FORMAT", help: "text or json" },
   },
@@ -71,17 +80,26 @@ Each setting can stand in caravan.toml or in a variable: CARAVAN_HOST, CARAVAN_P
 CARAVAN_ADMIN_KEYS, CARAVAN_TLS_CERT, CARAVAN_TLS_KEY,
 CARAVAN_MODELS_DIR, CARAVAN_THREADS, CARAVAN_CONTEXT, CARAVAN_MAX_QUEUE, CARAVAN_REQUEST_SECONDS,
 CARAVAN_KEEP_ALIVE_SECONDS, CARAVAN_DRAIN_SECONDS, CARAVAN_MAX_BODY_BYTES, CARAVAN_MAX_TOTAL_BODY_BYTES, CARAVAN_CORS_ORIGINS, CARAVAN_ALLOWED_HOSTS,
+CARAVAN_NODE_NAME, CARAVAN_CLUSTER_PORT, CARAVAN_CLUSTER_HOST, CARAVAN_DISCOVERY_PORT, CARAVAN_PEERS,
 CARAVAN_LOG_LEVEL, CARAVAN_LOG_FORMAT.
 SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
   outlivesOutput: true,
   async run(args) {
     const port = args.integer("port", 0, 65535);
     const keepAlive = args.integer("keep-alive", 0, 10_000_000);
+    const clusterPort = args.integer("cluster-port", 0, 65535);
+    const discoveryPort = args.integer("discovery-port", 0, 65535);
+    const peers = args.list("peer");
     const loaded = loadSettings({
       flags: {
         host: args.text("host"),
         ...(port === undefined ? {} : { port }),
         ...(keepAlive === undefined ? {} : { keep_alive_seconds: keepAlive }),
+        ...(clusterPort === undefined ? {} : { cluster_port: clusterPort }),
+        ...(discoveryPort === undefined ? {} : { discovery_port: discoveryPort }),
+        ...(peers.length === 0 ? {} : { peers }),
+        cluster_host: args.text("cluster-host"),
+        node_name: args.text("node-name"),
         tls_cert: args.text("tls-cert"),
         tls_key: args.text("tls-key"),
         log_level: args.choice("log-level", ["debug", "info", "warn", "error", "silent"]),
@@ -103,10 +121,20 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       log,
       ...(settings.keep_alive_seconds === 0 ? {} : { keepAliveMs: settings.keep_alive_seconds * 1000 }),
     });
+    const store = () => openStore(settings.models_dir);
+    const cluster = makeCluster({ settings, run: options, store, local: models, log });
     const nodeId = newNodeId();
     const lifecycle = new Lifecycle();
+    const app = createApp({
+      models: cluster.models,
+      cluster,
+      lifecycle,
+      log,
+      nodeId,
+      settings: apiSettings(settings),
+    });
     const server = startServer({
-      app: createApp({ models, lifecycle, log, nodeId, settings: apiSettings(settings) }),
+      app,
       lifecycle,
       host: settings.host,
       port: settings.port,
@@ -119,6 +147,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
     const withdraw = announce(nodeId, server.url, settings.tls_cert, log);
     process.stdout.write(`caravan listens at ${server.url}\n`);
     try {
+      await cluster.start(async (request) => app.fetch(request, { fromMember: true }));
       if (first !== undefined) await Promise.race([models.load(first), server.stopped]);
       await server.stopped;
     } catch (thrown) {
@@ -126,6 +155,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       throw thrown;
     } finally {
       withdraw();
+      await cluster.close();
       await models.close();
     }
     return 0;

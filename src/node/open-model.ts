@@ -11,7 +11,7 @@ import { TextService } from "../chat/text-service.ts";
 import { bytesOf } from "../chat/token-table.ts";
 import type { RankOptions } from "../engine/load-options.ts";
 import type { Engine } from "../engine/protocol.ts";
-import { RunnerClient } from "../engine/runner-client.ts";
+import { RunnerClient, type RunnerClientOptions } from "../engine/runner-client.ts";
 import { CaravanError } from "../errors.ts";
 import type { InstalledModel } from "../model/store.ts";
 
@@ -32,11 +32,15 @@ export interface RunOptions extends RankOptions {
   speculate?: boolean;
 }
 
-export interface OpenOptions extends RunOptions {
+export interface OpenOptions
+  extends RunOptions,
+    Pick<RunnerClientOptions, "instance" | "streams" | "onAddress"> {
   /** 0 to 1, and what is being done. */
   onProgress?: (fraction: number, detail: string) => void;
   /** Gives up loading; the promise then rejects with its reason. */
   signal?: AbortSignal;
+  /** The runner, as soon as it starts: the ranks of an instance are connected before it is ready. */
+  onEngine?: (engine: RunnerClient) => void;
 }
 
 export interface OpenModel extends LoadedModel {
@@ -46,9 +50,10 @@ export interface OpenModel extends LoadedModel {
 
 /** Starts the runner and the text worker together and waits for both. On failure nothing is left running. */
 export async function openModel(model: InstalledModel, options: OpenOptions): Promise<OpenModel> {
-  const { signal, ...load } = options;
+  const { signal, onEngine, ...load } = options;
   signal?.throwIfAborted();
   const engine = new RunnerClient({ model: model.name, modelDir: model.path, ...load });
+  onEngine?.(engine);
   const text = TextService.start(model.path);
   const aborted = Promise.withResolvers<never>();
   const onAbort = () => aborted.reject(signal?.reason);

@@ -96,16 +96,24 @@ export class ClusterNode {
   /** Starts the mesh if this node is in a cluster, and follows the file from now on. Rejects where the port is taken or a
    * file is damaged. */
   static async start(options: ClusterNodeOptions): Promise<ClusterNode> {
-    const node = new ClusterNode(options);
-    await node.#follow();
-    node.#timer = setInterval(() => {
-      node.#following = node.#following
-        .then(() => node.#follow())
-        .catch((thrown) => {
-          options.log.error("the cluster cannot be followed", asCaravanError(thrown).toJSON());
-        });
-    }, FOLLOW_MS);
+    const node = ClusterNode.create(options);
+    await node.follow();
     return node;
+  }
+
+  /** Only reads the node's key; follow() starts it. */
+  static create(options: ClusterNodeOptions): ClusterNode {
+    return new ClusterNode(options);
+  }
+
+  async follow(): Promise<void> {
+    const { log } = this.#options;
+    await this.#follow();
+    this.#timer = setInterval(() => {
+      this.#following = this.#following
+        .then(() => this.#follow())
+        .catch((thrown) => log.error("the cluster cannot be followed", asCaravanError(thrown).toJSON()));
+    }, FOLLOW_MS);
   }
 
   get mesh(): Mesh | undefined {

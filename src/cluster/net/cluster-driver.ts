@@ -1,0 +1,365 @@
+// Runs the cluster's logic (../cluster-logic.ts) on this node: its messages go over the mesh, its orders become processes, its
+// clock is the monotonic one, and what it reads of this machine is kept up to date.
+
+import { randomBytes } from "node:crypto";
+import * as v from "valibot";
+import { asCaravanError, CaravanError } from "../../errors.ts";
+import type { Logger } from "../../log.ts";
+import { availableMemory } from "../../model/machine-memory.ts";
+import type { InstalledModel } from "../../model/store.ts";
+import type { OpenModel, RunOptions } from "../../node/open-model.ts";
+import { ClusterLogic } from "../cluster-logic.ts";
+import { ProfilePlacer } from "../instance-placer.ts";
+import { BEAT_MS, type Member } from "../membership.ts";
+import { MemoryLedger } from "../memory-ledger.ts";
+import { type PlacementPlan, planPlacements } from "../placement.ts";
+import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
+import type { RankOrder } from "../rank-host.ts";
+import type { RunningRequest } from "../requests.ts";
+import type { Link, ModelPresence, NodeId, NodeInfo, NodeSpeed, PlacementRequest } from "../types.ts";
+import type { Channel } from "./channel.ts";
+import type { ClusterWork } from "./cluster-node.ts";
+import type { Peer, Purpose } from "./hello.ts";
+import type { Link as PeerLink } from "./link.ts";
+import type { Mesh } from "./mesh.ts";
+import { ModelTermsCache } from "./model-source.ts";
+import { machineInfo } from "./node-info.ts";
+import { ProcessRanks } from "./rank-runner.ts";
+import { ExchangeSchema, InstanceCallSchema } from "./wire.ts";
+
+/** The slow parts of this node's record (memory, models, links) are read anew this often. */
+const REFRESH_MS = 2000;
+/** Beats in a refresh. */
+const REFRESH_BEATS = Math.round(REFRESH_MS / BEAT_MS);
+/** How much of a request's work counts where only the number of requests is known. */
+const TOKENS_A_REQUEST = 512;
+
+export interface ClusterDriverOptions {
+  id: NodeId;
+  incarnation: () => number;
+  /** The model's files on this node. Throws model_not_found. */
+  model: (name: string) => InstalledModel;
+  models: () => ModelPresence[];
+  links: () => Link[];
+  run: RunOptions;
+  /** Cores that a rank computes with, and on what. */
+  compute: () => { threads: number; device: "cpu" | "metal" };
+  /** Measured once: bytes/s, and what else predictions need. */
+  figures: () => { bandwidth: number; speed: NodeSpeed | null };
+  /** The view or an instance changed. */
+  onChange: () => void;
+  log: Logger;
+  /** Command line of a rank process; replaced in tests. */
+  rankCommand?: readonly string[];
+}
+
+/** An instance of this node that answers. */
+export interface OpenInstance {
+  order: RankOrder;
+  model: OpenModel;
+}
+
+export class ClusterDriver implements ClusterWork {
+  readonly #options: ClusterDriverOptions;
+  readonly #ranks: ProcessRanks;
+  readonly #ledger: MemoryLedger;
+  readonly #terms: ModelTermsCache;
+  readonly #open = new Map<string, OpenInstance>();
+  /** Ends the answer of a request that this node passed on. */
+  readonly #failRequest = new Map<string, (error: CaravanError) => void>();
+  #logic: ClusterLogic | undefined;
+  #mesh: Mesh | undefined;
+  #timer: ReturnType<typeof setInterval> | undefined;
+  #beats = 0;
+  #conflict: string | undefined;
+
+  constructor(options: ClusterDriverOptions) {
+    this.#options = options;
+    this.#ledger = new MemoryLedger(availableMemory().available);
+    this.#terms = new ModelTermsCache(options.model, options.run, () => this.#logic?.turn());
+    const turn = () => this.#logic?.turn();
+    this.#ranks = new ProcessRanks({
+      model: options.model,
+      run: options.run,
+      compute: options.compute,
+      nodeName: (id) => this.nameOf(id),
+      progress: (instance, epoch, fraction) => {
+        this.#logic?.ranks.progress(instance, epoch, "loading", fraction);
+      },
+      ready: (instance, epoch) => {
+        this.#logic?.ranks.ready(instance, epoch);
+        turn();
+      },
+      failed: (instance, epoch, cause, reason) => {
+        this.#logic?.ranks.failed(instance, epoch, cause, reason);
+        if (this.#isMine(instance)) this.#logic?.instances.engineFailed(instance, epoch, reason);
+        turn();
+      },
+      stopped: (instance, epoch) => {
+        this.#logic?.ranks.stopped(instance, epoch);
+        turn();
+      },
+      onOpen: (order, model) => {
+        this.#open.set(order.spec.id, { order, model });
+        options.onChange();
+      },
+      onClosed: (order) => {
+        const { id } = order.spec;
+        if (this.#open.get(id)?.order.epoch === order.epoch) this.#open.delete(id);
+        options.onChange();
+      },
+      log: options.log,
+      ...(options.rankCommand === undefined ? {} : { command: options.rankCommand }),
+    });
+  }
+
+  /** This node first; empty without a cluster. */
+  members(): Member[] {
+    return this.#logic?.members ?? [];
+  }
+
+  /** Why this node must not take part; undefined: all is well. */
+  get conflict(): string | undefined {
+    return this.#logic?.membership.conflict;
+  }
+
+  /** Instances of this node that answer. */
+  open(): OpenInstance[] {
+    return [...this.#open.values()];
+  }
+
+  /** What memory is promised to, for people. */
+  get ledger(): MemoryLedger {
+    return this.#ledger;
+  }
+
+  /** Process ids of ranks > 0. */
+  rankPids(): number[] {
+    return this.#ranks.pids();
+  }
+
+  nameOf(id: NodeId): string {
+    const member = this.members().find(({ record }) => record.info.id === id);
+    return member?.record.info.name ?? `node ${id.slice(0, 8)}`;
+  }
+
+  /** Every placement of the model on the nodes in view. Rejects with model_not_found or out_of_memory. */
+  async plan(model: string, asked: PlacementRequest): Promise<{ plan: PlacementPlan; nodes: NodeInfo[] }> {
+    const { profile, kvType, threads } = await this.#terms.terms(this.#options.model(model).name);
+    const members = this.members().filter(({ direct }) => direct);
+    const nodes = members.map(({ record }) => record.info);
+    const links = members.flatMap(({ record }) => record.links.filter(({ bandwidth }) => bandwidth > 0));
+    return { plan: planPlacements(profile, nodes, links, { asked, kvType, threads }), nodes };
+  }
+
+  /** Asks for a new instance, owned by this node until its placement says otherwise; its id. Throws model_not_found. */
+  create(model: string, asked: PlacementRequest): string {
+    const logic = this.#cluster();
+    const { name } = this.#options.model(model);
+    const id = crypto.randomUUID();
+    logic.instances.create(id, name, asked);
+    logic.turn();
+    return id;
+  }
+
+  /** Ends an instance, whoever owns it. False: nobody here knows it. */
+  async stop(id: string): Promise<boolean> {
+    const logic = this.#cluster();
+    if (logic.instances.stop(id)) {
+      logic.turn();
+      return true;
+    }
+    const owner = logic.members.find(({ record }) =>
+      record.info.instances.some(({ spec }) => spec.id === id),
+    );
+    if (owner === undefined || owner.self || this.#mesh === undefined) return false;
+    const answer = await this.#mesh.call(owner.record.info.id, "instance.stop", { id });
+    return answer === true;
+  }
+
+  /** Chooses an instance for a request and counts it; `fail` is called when it cannot be answered any more. Throws model_loading,
+   * cluster_degraded or model_not_found. */
+  startRequest(
+    id: string,
+    model: string,
+    tokens: number,
+    fail: (error: CaravanError) => void,
+  ): RunningRequest {
+    const logic = this.#cluster();
+    const request = logic.requests.start(id, model, tokens, logic.members);
+    this.#failRequest.set(id, fail);
+    return request;
+  }
+
+  heardRequest(id: string): void {
+    this.#logic?.requests.heard(id);
+  }
+
+  finishRequest(id: string): void {
+    this.#failRequest.delete(id);
+    this.#logic?.requests.finish(id);
+  }
+
+  onMesh(mesh: Mesh | undefined, cluster: string | undefined): void {
+    clearInterval(this.#timer);
+    this.#logic?.membership.leave();
+    this.#ranks.onMesh(mesh);
+    this.#logic = undefined;
+    this.#mesh = mesh;
+    for (const fail of this.#failRequest.values())
+      fail(new CaravanError("cluster_degraded", "this node has left the cluster", { retryAfterSeconds: 2 }));
+    this.#failRequest.clear();
+    if (mesh === undefined || cluster === undefined) {
+      this.#options.onChange();
+      return;
+    }
+    this.#logic = new ClusterLogic({
+      cluster,
+      protocol: CARAVAN_PROTOCOL,
+      boot: randomBytes(8).toString("hex"),
+      info: this.#info(mesh),
+      ledger: this.#ledger,
+      placer: new ProfilePlacer(this.#terms.source),
+      runner: this.#ranks,
+      now: () => performance.now(),
+      send: (to, message) => mesh.say(to, message),
+      failRequest: ({ id }, error) => {
+        const fail = this.#failRequest.get(id);
+        this.#failRequest.delete(id);
+        fail?.(error);
+      },
+      // Requests of other nodes' clients run in this node's API: they end with the runner's own error.
+      endRequests: () => undefined,
+    });
+    for (const link of mesh.links) this.#logic.membership.peerUp(link.peer.id);
+    this.#timer = setInterval(() => this.#tick(), BEAT_MS);
+    this.#options.onChange();
+  }
+
+  onUp(_mesh: Mesh, link: PeerLink): void {
+    this.#logic?.membership.peerUp(link.peer.id);
+    this.#logic?.turn();
+  }
+
+  onDown(mesh: Mesh, link: PeerLink, _why: unknown, goodbye: boolean): void {
+    // A restarted node has its new link already.
+    if (mesh.linkTo(link.peer.id) === undefined) this.#logic?.membership.peerDown(link.peer.id, goodbye);
+    this.#logic?.turn();
+    this.#options.onChange();
+  }
+
+  onSay(_mesh: Mesh, from: NodeId, body: unknown): void {
+    this.#logic?.membership.receive(from, v.parse(ExchangeSchema, body));
+    this.#options.onChange();
+  }
+
+  onCall(_from: NodeId, method: string, params: unknown): Promise<unknown> | undefined {
+    if (method !== "instance.stop") return undefined;
+    const { id } = v.parse(InstanceCallSchema, params);
+    const stopped = this.#logic?.instances.stop(id) ?? false;
+    this.#logic?.turn();
+    return Promise.resolve(stopped);
+  }
+
+  onChannel(channel: Channel, peer: Peer, purpose: Purpose): boolean {
+    return this.#ranks.onChannel(channel, peer, purpose);
+  }
+
+  #cluster(): ClusterLogic {
+    if (this.#logic === undefined) {
+      throw new CaravanError("invalid_argument", "This node is in no cluster.", {
+        hint: "`caravan cluster create` makes one, `caravan join` joins one.",
+      });
+    }
+    return this.#logic;
+  }
+
+  #isMine(instance: string): boolean {
+    return this.#logic?.instances.states().some(({ spec }) => spec.id === instance) ?? false;
+  }
+
+  #tick(): void {
+    try {
+      if (this.#beats++ % REFRESH_BEATS === 0) this.#refresh();
+      this.#reportLoad();
+      this.#logic?.tick();
+      const conflict = this.conflict;
+      if (conflict !== undefined && conflict !== this.#conflict) this.#options.log.error(conflict);
+      this.#conflict = conflict;
+    } catch (thrown) {
+      // The next turn goes on from what is there; a fault that stays is seen in the log.
+      this.#options.log.error("a turn of the cluster failed", asCaravanError(thrown).toJSON());
+    }
+  }
+
+  /** Outstanding work of this node's own instances, for the balance between instances. */
+  #reportLoad(): void {
+    for (const { order, model } of this.#open.values()) {
+      const { running, waiting } = model.engine.status();
+      const busy = running + waiting;
+      const state = this.#logic?.instances.states().find(({ spec }) => spec.id === order.spec.id);
+      if (state === undefined) continue;
+      const tokens = busy * TOKENS_A_REQUEST;
+      if (tokens !== state.outstandingTokens) this.#logic?.instances.load(order.spec.id, tokens, Date.now());
+    }
+  }
+
+  #info(mesh: Mesh): NodeInfo {
+    const { id, incarnation, models, compute, figures } = this.#options;
+    const { device } = compute();
+    return {
+      ...machineInfo({ id, name: mesh.name, incarnation: incarnation(), port: mesh.port }),
+      device,
+      ...figures(),
+      rdma: { reason: "RDMA devices are not looked for yet" },
+      models: models(),
+      instances: [],
+      ranks: [],
+      orphans: [],
+      ended: [],
+    };
+  }
+
+  #refresh(): void {
+    const logic = this.#logic;
+    const mesh = this.#mesh;
+    if (logic === undefined || mesh === undefined) return;
+    const {
+      memory: _,
+      instances: __,
+      ranks: ___,
+      orphans: ____,
+      ended: _____,
+      ...known
+    } = logic.membership.own.info;
+    // Once weights are mapped, what the system calls available no longer says what they take.
+    if (this.#ledger.reserved === 0) this.#ledger.setCapacity(availableMemory().available);
+    const {
+      memory: _memory,
+      instances: _instances,
+      ranks: _ranks,
+      orphans: _orphans,
+      ended: _ended,
+      ...now
+    } = this.#info(mesh);
+    const links = this.#options.links();
+    if (JSON.stringify(known) !== JSON.stringify(now) || !sameLinks(logic.membership.own.links, links))
+      logic.membership.update(now, links);
+  }
+}
+
+/** Measured values move all the time; a third more or less is news. */
+function sameLinks(a: readonly Link[], b: readonly Link[]): boolean {
+  const close = (x: number, y: number) => Math.abs(x - y) <= 0.3 * Math.max(x, y);
+  return (
+    a.length === b.length &&
+    a.every((link) => {
+      const other = b.find(({ to, kind }) => to === link.to && kind === link.kind);
+      return (
+        other !== undefined &&
+        close(link.latencyUs, other.latencyUs) &&
+        close(link.bandwidth, other.bandwidth)
+      );
+    })
+  );
+}

@@ -1,0 +1,37 @@
+// What a rank that runs on this node reports, whichever part of the instance it is.
+
+import type { CaravanError } from "../../errors.ts";
+import type { RankState } from "../types.ts";
+
+export interface RankReports {
+  /** 0 to 1. */
+  loading: (fraction: number) => void;
+  ready: () => void;
+  /** The rank is over and its process gone. Called once, the last of all calls. error: undefined where it was stopped. */
+  over: (error: CaravanError | undefined) => void;
+}
+
+/** One rank that runs here. */
+export interface RunningRank {
+  /** Ends it soon; `over` follows. Idempotent. */
+  stop(): void;
+}
+
+/** What kind of failure it was, for the instance's owner to judge by. */
+export function causeOf({ code }: CaravanError): Exclude<RankState["cause"], "none"> {
+  switch (code) {
+    case "out_of_memory":
+      return "memory";
+    case "bad_file":
+    case "model_not_found":
+    case "unsupported_model":
+    case "disk_full":
+    case "download_failed":
+      return "files";
+    case "cluster_degraded":
+    case "deadline_exceeded":
+      return "group";
+    default:
+      return "process";
+  }
+}
