@@ -29,6 +29,7 @@ static void cpu_close(cv_backend *b) {
     free(c->cos);
     free(c->sin);
     free(c->tile_first);
+    free(c->ahead);
     free(c->parts);
     free(c->part_out);
     cv_act_close(&c->in);
@@ -76,6 +77,7 @@ static void prepare_angles(void *context, size_t t, size_t thread) {
 static int cpu_begin(cv_backend *b, const cv_batch *batch) {
     cv_cpu *c = self(b);
     c->batch = batch;
+    c->run = 0;
     row_job j = {.c = c};
     cv_parallel(c, batch->n_tokens, 16, prepare_angles, &j);
     return CV_OK;
@@ -222,7 +224,8 @@ static int open_scratch(cv_cpu *c) {
     c->cos = cv_alloc_array(s->max_tokens, s->head_dim / 2 * sizeof(float));
     c->sin = cv_alloc_array(s->max_tokens, s->head_dim / 2 * sizeof(float));
     c->tile_first = cv_alloc_array(s->max_tokens + 1, sizeof *c->tile_first);
-    if (!c->cos || !c->sin || !c->tile_first) return CV_E_MEMORY;
+    c->ahead = cv_alloc_array(CV_AHEAD_RUNS, sizeof *c->ahead);
+    if (!c->cos || !c->sin || !c->tile_first || !c->ahead) return CV_E_MEMORY;
     if (n > 1) {
         c->max_parts = s->max_heads * 512;
         c->parts = cv_alloc_array(c->max_parts, sizeof *c->parts);

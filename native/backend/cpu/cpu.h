@@ -52,6 +52,14 @@ typedef struct {
     size_t row_block, token_block, row_tasks, token_tasks, first_task;
 } cv_job;
 
+enum { CV_AHEAD_RUNS = 1024 }; /* products of a step whose weights are remembered */
+
+/* Weights that a product of the last small step read first. */
+typedef struct {
+    cv_threads_range weights[CV_THREADS_AHEAD];
+    size_t n;
+} cv_ahead;
+
 /* Partial softmax of one query vector over one block. */
 typedef struct {
     float m, l;
@@ -75,6 +83,8 @@ typedef struct cv_cpu {
     float *expert_out;   /* [max_tokens*K, hidden] */
     float *shared_out;   /* [max_tokens, hidden] */
     cv_job *jobs;        /* [n_experts + 4] */
+    cv_ahead *ahead;     /* [CV_AHEAD_RUNS] by the number of cv_run_jobs calls since begin() */
+    size_t run;          /* of them so far */
     /* attention split over blocks */
     cv_attn_part *parts;
     float *part_out;

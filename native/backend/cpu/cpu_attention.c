@@ -51,9 +51,15 @@ static const void *decode_page(const attn *a, cv_cpu_scratch *s, const char *fro
     return s->page;
 }
 
+/* Asks the cache for `n` bytes that are read next: pages lie anywhere, so the processor cannot guess them. */
+static void ask_for(const char *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 /* One block of n_tokens consecutive tokens' queries: scores, softmax, values. len[q]: keys of the block that q sees.
- * Leaves the block's m and l in part and its unnormalised output in block_out. */
-static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv_head, uint64_t block_start, const uint32_t *len, size_t n_q, cv_attn_part *part) {
+ * Leaves the block's m and l in part and its unnormalised output in block_out. `follows`: the same queries' next block, all of
+ * its positions up to the last query's are in pages, will be computed next. */
+static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv_head, uint64_t block_start, const uint32_t *len, size_t n_q, cv_attn_part *part, bool follows) {
     const cv_shape *shape = a->c->base.shape;
     const cv_cpu_kernels *k = a->c->k;
     size_t p = shape->page_tokens, d = a->d, bytes = cv_kv_element_bytes(shape->kv_type), token = cv_kv_token_elements(shape->kv_type, d), longest = 0;
@@ -64,6 +70,8 @@ static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv
         uint64_t position = block_start + at;
         size_t in_page = (size_t)(position % p), n = least(p - in_page, longest - at);
         const char *keys = (const char *)a->kv->k + (page_at(a, seq, position, kv_head) + in_page * token) * bytes;
+        if (at + n < longest) ask_for((const char *)a->kv->k + page_at(a, seq, position + n, kv_head) * bytes, least(p, longest - at - n) * token * bytes);
+        else ask_for((const char *)a->kv->v + (page_at(a, seq, block_start, kv_head) + (size_t)(block_start % p) * token) * bytes, least(p, longest) * token * bytes);
         k->attn_scores(s->queries, n_q, d, q8 ? decode_page(a, s, keys, n) : keys, type, n, d, a->scale, s->scores + at, CV_ATTN_BLOCK);
         at += n;
     }
@@ -76,6 +84,8 @@ static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv
         uint64_t position = block_start + at;
         size_t in_page = (size_t)(position % p), n = least(p - in_page, longest - at);
         const char *values = (const char *)a->kv->v + (page_at(a, seq, position, kv_head) + in_page * token) * bytes;
+        if (at + n < longest) ask_for((const char *)a->kv->v + page_at(a, seq, position + n, kv_head) * bytes, least(p, longest - at - n) * token * bytes);
+        else if (follows) ask_for((const char *)a->kv->k + page_at(a, seq, position + n, kv_head) * bytes, p * token * bytes);
         uint32_t here[CV_ATTN_QUERIES];
         for (size_t q = 0; q < n_q; q++) here[q] = (uint32_t)(len[q] > at ? least(len[q] - at, n) : 0);
         k->attn_values(s->scores + at, n_q, CV_ATTN_BLOCK, here, q8 ? decode_page(a, s, values, n) : values, type, d, s->block_out, d);
@@ -122,7 +132,7 @@ static void tile(const attn *a, size_t thread, size_t token, size_t n_tokens, si
             uint64_t end = b->positions[token + q / a->group] + 1;
             len[q] = (uint32_t)(end > start ? (end - start < CV_ATTN_BLOCK ? end - start : CV_ATTN_BLOCK) : 0);
         }
-        block(a, s, seq, kv_head, start, len, n_q, part);
+        block(a, s, seq, kv_head, start, len, n_q, part, start + CV_ATTN_BLOCK <= last);
         for (size_t q = 0; q < n_q; q++)
             if (len[q]) join(&all[q], s->out + q * d, part[q], s->block_out + q * d, d, start == first);
     }
@@ -159,7 +169,7 @@ static void run_split(void *context, size_t task, size_t thread) {
         uint32_t len[CV_ATTN_QUERIES];
         for (size_t g = 0; g < a->group; g++) len[g] = (uint32_t)(position + 1 - start < CV_ATTN_BLOCK ? position + 1 - start : CV_ATTN_BLOCK);
         size_t at = ((token * a->n_kv_heads + kv_head) * a->split_blocks + i) * a->group;
-        block(a, s, &b->seqs[b->token_seq[token]], kv_head, start, len, a->group, a->c->parts + at);
+        block(a, s, &b->seqs[b->token_seq[token]], kv_head, start, len, a->group, a->c->parts + at, i + 1 < least(from + a->blocks_per_task, n_blocks));
         memcpy(a->c->part_out + at * a->d, s->block_out, a->group * a->d * sizeof(float));
     }
 }

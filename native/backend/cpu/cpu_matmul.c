@@ -2,6 +2,8 @@
  * all jobs of an operation run in one go. How they are cut changes no bit (kernels.h). */
 #include "cpu.h"
 
+#include <stdatomic.h>
+
 enum {
     STREAM_TOKENS = 8,        /* up to here kernels stream weights (decode), above they unpack tiles of them (prefill) */
     STREAM_BYTES = 224 * 1024, /* weights of a streaming task: below, starting a kernel shows; above, a late thread does */
@@ -55,14 +57,19 @@ static void multiply(const cv_cpu *c, const cv_job *j, int which, size_t r0, siz
             for (size_t r = r0; r < r1; r++) out[t * ldo + r - r0] += j->bias[which][r];
 }
 
+/* Half of the threads take tasks from the front of the list, half from its end: experts with one row each (memory bound) and
+ * the shared expert with all of them (compute bound) then run beside each other. Every call of run_task takes one. */
 typedef struct {
     cv_cpu *c;
     cv_job *jobs;
-    size_t n_jobs;
+    size_t n_jobs, n_tasks;
+    atomic_size_t front, back;
 } job_list;
 
-static void run_task(void *context, size_t task, size_t thread) {
+static void run_task(void *context, size_t call, size_t thread) {
+    (void)call;
     job_list *list = context;
+    size_t task = thread % 2 ? list->n_tasks - 1 - atomic_fetch_add(&list->back, 1) : atomic_fetch_add(&list->front, 1);
     cv_cpu *c = list->c;
     cv_cpu_scratch *s = &c->scratch[thread];
     size_t lo = 0, hi = list->n_jobs; /* the last job whose first_task <= task */
@@ -91,6 +98,26 @@ static void run_task(void *context, size_t task, size_t thread) {
     }
 }
 
+/* Tells the threads what the product after this one will read, as the last step like this one has shown; notes what this one
+ * reads. Only where weights are streamed, and only matrices that every step reads: which expert comes is not known. */
+static void read_ahead(cv_cpu *c, const cv_job *jobs, size_t n_jobs) {
+    enum { AHEAD_BYTES = 64 * 1024 };
+    const size_t run = c->run++;
+    if (run >= CV_AHEAD_RUNS || c->batch->n_tokens > STREAM_TOKENS) {
+        cv_threads_read_ahead(c->threads, NULL, 0);
+        return;
+    }
+    cv_ahead *a = &c->ahead[run];
+    a->n = 0;
+    for (size_t i = 0; i < n_jobs; i++)
+        for (int m = 0; m < 2; m++) {
+            const cv_weight *w = jobs[i].w[m];
+            if (w && w->experts == 1 && a->n < CV_THREADS_AHEAD) a->weights[a->n++] = (cv_threads_range){w->data, least(w->rows * w->row_bytes, AHEAD_BYTES)};
+        }
+    const cv_ahead *next = &c->ahead[run + 1 < CV_AHEAD_RUNS ? run + 1 : 0];
+    cv_threads_read_ahead(c->threads, next->weights, next->n);
+}
+
 void cv_run_jobs(cv_cpu *c, cv_job *jobs, size_t n_jobs) {
     size_t tasks = 0;
     for (size_t i = 0; i < n_jobs; i++) {
@@ -98,6 +125,7 @@ void cv_run_jobs(cv_cpu *c, cv_job *jobs, size_t n_jobs) {
         jobs[i].first_task = tasks;
         tasks += jobs[i].row_tasks * jobs[i].token_tasks;
     }
-    job_list list = {c, jobs, n_jobs};
+    read_ahead(c, jobs, n_jobs);
+    job_list list = {.c = c, .jobs = jobs, .n_jobs = n_jobs, .n_tasks = tasks};
     cv_threads_run(c->threads, tasks, run_task, &list);
 }

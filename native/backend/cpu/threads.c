@@ -1,7 +1,8 @@
 /* threads.c — see threads.h. A run is one generation. Tasks are claimed by adding 1 to `claim`, one word that holds the
  * generation, the number of tasks and the next task, so that a claim is valid by itself: a worker that comes late sees
  * either no task left or a task of the job that is running now. The caller waits for tasks, not for workers: a worker that
- * the system does not run holds up nothing but a task it has begun. Sleepers are counted, so a run without any makes no
+ * the system does not run holds up nothing but a task it has begun. A thread that waits prefetches what the next run will
+ * read: between operations the memory would be idle otherwise. Sleepers are counted, so a run without any makes no
  * system call.
  */
 #include "threads.h"
@@ -40,6 +41,10 @@ struct cv_threads {
     _Alignas(64) atomic_size_t finished;
     _Alignas(64) atomic_uint sleepers;
     atomic_bool caller_sleeps, stop;
+    /* what waiting threads prefetch; torn reads of a range that is being replaced only prefetch something useless */
+    _Alignas(64) atomic_size_t ahead_next; /* bytes taken of all ranges together */
+    _Atomic(const char *) ahead[CV_THREADS_AHEAD];
+    atomic_size_t ahead_bytes[CV_THREADS_AHEAD];
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
 };
@@ -52,6 +57,32 @@ static uint64_t now_ns(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+/* Prefetches the next piece of the ranges that nobody has taken yet. */
+static void read_ahead(cv_threads *t) {
+    enum { PIECE = 256, LINE = 64 };
+    size_t at = atomic_load_explicit(&t->ahead_next, memory_order_relaxed), end = 0;
+    for (size_t i = 0; i < CV_THREADS_AHEAD; i++) end += atomic_load_explicit(&t->ahead_bytes[i], memory_order_relaxed);
+    if (at >= end) return;
+    at = atomic_fetch_add_explicit(&t->ahead_next, PIECE, memory_order_relaxed);
+    for (size_t i = 0; i < CV_THREADS_AHEAD; i++) {
+        const size_t bytes = atomic_load_explicit(&t->ahead_bytes[i], memory_order_relaxed);
+        if (at < bytes) {
+            const char *p = atomic_load_explicit(&t->ahead[i], memory_order_relaxed) + at;
+            for (size_t line = 0; line < PIECE; line += LINE) __builtin_prefetch(p + line, 0, 2);
+            return;
+        }
+        at -= bytes;
+    }
+}
+
+void cv_threads_read_ahead(cv_threads *t, const cv_threads_range *ranges, size_t n) {
+    for (size_t i = 0; i < CV_THREADS_AHEAD; i++) {
+        atomic_store_explicit(&t->ahead[i], i < n ? ranges[i].data : NULL, memory_order_relaxed);
+        atomic_store_explicit(&t->ahead_bytes[i], i < n ? ranges[i].bytes : 0, memory_order_relaxed);
+    }
+    atomic_store_explicit(&t->ahead_next, 0, memory_order_relaxed);
 }
 
 /* Works until no task is left. */
@@ -73,6 +104,7 @@ static bool spin_for_job(cv_threads *t, uint64_t seen) {
     uint64_t end = 0;
     for (unsigned i = 1;; i++) {
         if (generation_of(atomic_load_explicit(&t->claim, memory_order_acquire)) != seen) return true;
+        read_ahead(t);
         cpu_pause();
         if (i % CLOCK_EVERY) continue;
         uint64_t now = now_ns();
@@ -113,6 +145,7 @@ static void publish(cv_threads *t, size_t n_tasks) {
 static void wait_for_tasks(cv_threads *t, size_t n_tasks) {
     uint64_t end = 0;
     for (unsigned i = 1; atomic_load_explicit(&t->finished, memory_order_acquire) != n_tasks; i++) {
+        read_ahead(t);
         cpu_pause();
         if (i % CLOCK_EVERY) continue;
         uint64_t now = now_ns();

@@ -1,5 +1,6 @@
 /* avx512.c — the two kernel sets with 512-bit float kernels. They differ in the quantized product: without VNNI it is the
- * AVX2 one; with VNNI it is streamed for few activation rows and tiled for many. */
+ * AVX2 one; with VNNI it is streamed for few activation rows (transposed on
+ * the way for several) and tiled for many. */
 #if defined(__x86_64__)
 #include "vec16_avx512.h"
 /* (vec16 first: the kernels are written in its words; then in the order in which they use each other) */
@@ -16,11 +17,12 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static size_t scratch_bytes(size_t cols) { return larger(fmatmul_scratch(cols), cv_qmatmul_avx2_scratch(cols)); }
 
 static size_t scratch_bytes_vnni(size_t cols) {
-    return larger(fmatmul_scratch(cols), larger(cv_vnni_stream_scratch(cols), cv_vnni_tile_scratch(cols)));
+    return larger(fmatmul_scratch(cols), larger(larger(cv_vnni_stream_scratch(cols), cv_vnni_batch_scratch(cols)), cv_vnni_tile_scratch(cols)));
 }
 
 static void qmatmul_vnni(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
-    if (a->n <= CV_VNNI_STREAM_ROWS) cv_vnni_stream(w, e, row0, row1, a, out, ldo, scratch);
+    if (w->bits == 4 && a->n >= CV_VNNI_BATCH_FROM && a->n <= CV_VNNI_STREAM_ROWS) cv_vnni_batch(w, e, row0, row1, a, out, ldo, scratch);
+    else if (a->n <= CV_VNNI_STREAM_ROWS) cv_vnni_stream(w, e, row0, row1, a, out, ldo, scratch);
     else cv_vnni_tile(w, e, row0, row1, a, out, ldo, scratch);
 }
 

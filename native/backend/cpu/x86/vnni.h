@@ -14,6 +14,10 @@
 void cv_vnni_stream(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_stream_scratch(size_t cols);
 
+/* Several activation rows, 4-bit codes: streamed too, and transposed on the way. Any a->n. */
+void cv_vnni_batch(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
+size_t cv_vnni_batch_scratch(size_t cols);
+
 /* Many activation rows: a tile of weight rows is unpacked to the cache once and used for all of them. */
 void cv_vnni_tile(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_tile_scratch(size_t cols);
@@ -21,10 +25,20 @@ size_t cv_vnni_tile_scratch(size_t cols);
 /* Measured crossover of the two on Zen 4: up to this many activation rows streaming is faster. */
 enum { CV_VNNI_STREAM_ROWS = 8 };
 
+/* And of streaming with and without transposing: from so many rows on it pays. */
+enum { CV_VNNI_BATCH_FROM = 5 };
+
 /* acc + the dots of four unsigned codes and four activations a lane. Assembly because GCC 12 copies (and spills) the
  * accumulators of its intrinsic around loops; "+v" ties them to their registers. */
 CV_INLINE_VNNI __m512i cv_vnni_dot(__m512i acc, __m512i codes, __m512i activations) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(activations));
+    return acc;
+}
+
+/* The same with the same four activations for all lanes, from memory. */
+CV_INLINE_VNNI __m512i cv_vnni_dot_four(__m512i acc, __m512i codes, const int8_t *activations) {
+    typedef int8_t four[4];
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*(const four *)(const void *)activations));
     return acc;
 }
 
@@ -36,6 +50,50 @@ CV_INLINE_VNNI __m512i cv_vnni_codes6(__m512i packed) {
     const __m512i fields = _mm512_set1_epi64(0x2a241e18120c0600ll);
     __m512i v = _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(spread, packed));
     return _mm512_and_si512(v, _mm512_set1_epi8(0x3f));
+}
+
+/* 16 x 16 dwords: r[i] element j becomes r[j] element i. */
+CV_INLINE_VNNI void cv_vnni_transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { /* r[i + c], lane l: column 4l + c of rows i … i+3 */
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int c = 0; c < 4; c++) {
+        __m512i even01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), odd01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        __m512i even23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), odd23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+        t[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+        t[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+        t[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+/* Scales or biases of rows first … first+15 (clamped to `last`) as float32, group g's at to + g*ld; groups are padded with zeros to
+ * a multiple of 16. */
+CV_INLINE_VNNI void cv_vnni_scales(const uint8_t *base, size_t row_bytes, size_t first, size_t last, uint32_t type, size_t groups, float *to, size_t ld) {
+    for (size_t g = 0; g < groups; g += 16) {
+        const __mmask16 m = groups - g >= 16 ? 0xffff : (__mmask16)((1u << (groups - g)) - 1);
+        __m512i v[16];
+        for (size_t i = 0; i < 16; i++) {
+            const uint8_t *p = base + (first + i < last ? first + i : last) * row_bytes;
+            if (type == CV_F32) {
+                v[i] = _mm512_maskz_loadu_epi32(m, p + 4 * g);
+            } else {
+                __m256i x = _mm256_maskz_loadu_epi16(m, p + 2 * g);
+                v[i] = type == CV_F16 ? _mm512_castps_si512(_mm512_cvtph_ps(x)) : _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+            }
+        }
+        cv_vnni_transpose(v);
+        for (size_t i = 0; i < 16; i++) _mm512_store_si512(to + (g + i) * ld, v[i]);
+    }
 }
 
 #endif

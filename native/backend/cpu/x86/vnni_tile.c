@@ -36,30 +36,6 @@ size_t cv_vnni_tile_scratch(size_t cols) {
     return pad(cols, 128) * ROWS + (2 * pad(cols / 32 + 1, 16) * ROWS + (size_t)TOKENS * 4 * ROWS) * sizeof(float);
 }
 
-/* 16 x 16 dwords: r[i] element j becomes r[j] element i. */
-CV_INLINE_VNNI void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) { /* r[i + c], lane l: column 4l + c of rows i … i+3 */
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int c = 0; c < 4; c++) {
-        __m512i even01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), odd01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-        __m512i even23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), odd23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        t[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-        t[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
-        t[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-        t[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) r[i] = t[i];
-}
-
 /* 64 codes of 6 or 8 bits as bytes, or 32 and zeros when `half`. */
 CV_INLINE_VNNI __m512i load_codes(const uint8_t *p, unsigned bits, bool half) {
     if (bits == 6) return cv_vnni_codes6(_mm512_maskz_loadu_epi8(half ? 0xffffffull : 0xffffffffffffull, p));
@@ -76,7 +52,7 @@ CV_TARGET_VNNI static void unpack_bytes(const uint8_t *data, size_t row_bytes, s
             _mm_prefetch((const char *)p + AHEAD_BYTES, _MM_HINT_T0);
             v[i] = load_codes(p, bits, half);
         }
-        transpose(v);
+        cv_vnni_transpose(v);
         for (size_t i = 0; i < 16; i++) _mm512_store_si512(codes + ((k / 4 + i) * 2 + h) * 64, v[i]);
     }
 }
@@ -95,32 +71,13 @@ CV_TARGET_VNNI static void unpack_nibbles(const uint8_t *data, size_t row_bytes,
             _mm_prefetch((const char *)p + AHEAD_BYTES, _MM_HINT_T0);
             v[i] = _mm512_maskz_loadu_epi32(m, p);
         }
-        transpose(v);
+        cv_vnni_transpose(v);
         uint8_t *to = codes + (k / 4 * 2 + h) * 64;
         for (size_t i = 0; i < 16; i++) {
             const __m512i a = _mm512_shuffle_epi8(v[i], low_bytes), b = _mm512_shuffle_epi8(v[i], high_bytes);
             _mm512_store_si512(to + i * 256, _mm512_ternarylogic_epi32(a, _mm512_slli_epi16(a, 4), nibble, 0xa8)); /* (x | y) & z */
             _mm512_store_si512(to + i * 256 + 128, _mm512_ternarylogic_epi32(b, _mm512_slli_epi16(b, 4), nibble, 0xa8));
         }
-    }
-}
-
-/* Scales or biases of 16 rows, transposed to [groups, 2, 16]; groups past the end get zeros. */
-CV_TARGET_VNNI static void unpack_scales(const uint8_t *base, size_t row_bytes, size_t first, size_t last, uint32_t type, size_t groups, size_t h, float *to) {
-    for (size_t g = 0; g < groups; g += 16) {
-        const __mmask16 m = groups - g >= 16 ? 0xffff : (__mmask16)((1u << (groups - g)) - 1);
-        __m512i v[16];
-        for (size_t i = 0; i < 16; i++) {
-            const uint8_t *p = base + (first + i < last ? first + i : last) * row_bytes;
-            if (type == CV_F32) {
-                v[i] = _mm512_maskz_loadu_epi32(m, p + 4 * g);
-            } else {
-                __m256i x = _mm256_maskz_loadu_epi16(m, p + 2 * g);
-                v[i] = type == CV_F16 ? _mm512_castps_si512(_mm512_cvtph_ps(x)) : _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
-            }
-        }
-        transpose(v);
-        for (size_t i = 0; i < 16; i++) _mm512_store_si512(to + ((g + i) * 2 + h) * 16, v[i]);
     }
 }
 
@@ -192,8 +149,8 @@ CV_TARGET_VNNI void cv_vnni_tile(const cv_weight *w, size_t e, size_t row0, size
         for (size_t h = 0; h < halves; h++) {
             if (w->bits == 4) unpack_nibbles(data, w->row_bytes, r + h * 16, last, w->cols, h, tl.codes);
             else unpack_bytes(data, w->row_bytes, r + h * 16, last, w->bits, w->cols, h, tl.codes);
-            unpack_scales(scales, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, h, tl.scale);
-            unpack_scales(biases, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, h, tl.bias);
+            cv_vnni_scales(scales, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, tl.scale + h * 16, ROWS);
+            cv_vnni_scales(biases, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, tl.bias + h * 16, ROWS);
         }
         const size_t next_rows = r + ROWS >= row1 ? 0 : row1 - r - ROWS < ROWS ? row1 - r - ROWS : ROWS;
         tl.next_step = next_rows ? pad(next_rows * w->row_bytes / (pieces * groups) + 1, 64) : 0;
