@@ -2,6 +2,14 @@
 // stranger: it has no access to anything but its variables, and it must not hang the server or fill its memory.
 import { Environment, Interpreter, parse, tokenize } from "@huggingface/jinja";
 import { CaravanError } from "../errors.ts";
+import {
+  elementsOf,
+  GROWING,
+  growthOf,
+  isComposite,
+  type TemplateValue,
+  textLengthOf,
+} from "./template-growth.ts";
 
 type Program = ReturnType<typeof parse>;
 type Value = ReturnType<Interpreter["evaluate"]>;
@@ -54,6 +62,91 @@ function indentArguments(node: unknown): unknown[] {
     : [];
 }
 
+/** An operation that may multiply what goes in, and what of that has been evaluated. */
+interface Pending {
+  readonly operation: string;
+  readonly operand: unknown;
+  readonly args: readonly unknown[];
+  /** Those of the arguments that are unpacked lists or mappings. */
+  readonly unpacked: ReadonlySet<unknown>;
+  readonly known: Map<unknown, TemplateValue>;
+}
+
+/** The operation that `node` is, if it is one that multiplies: `x|join(y)`, `x.replace(y, z)`, `list ~ text`. */
+function growingOperation(node: unknown): Pending | undefined {
+  if (!isObject(node)) return undefined;
+  if (node.type === "FilterExpression" && isObject(node.filter)) {
+    const { filter } = node;
+    const name = isObject(filter.callee) ? filter.callee.value : filter.value;
+    return pending(name, node.operand, filter.args);
+  }
+  if (node.type === "CallExpression" && isObject(node.callee) && node.callee.type === "MemberExpression") {
+    const { object, property } = node.callee;
+    return pending(isObject(property) ? property.value : undefined, object, node.args);
+  }
+  if (node.type === "BinaryExpression" && isObject(node.operator)) {
+    const { value } = node.operator;
+    if (value === "~" || value === "+")
+      return { ...concatenation, args: [node.left, node.right], known: new Map() };
+  }
+  return undefined;
+}
+
+const concatenation = { operation: "concatenate", operand: undefined, unpacked: new Set() };
+
+function pending(operation: unknown, operand: unknown, args: unknown): Pending | undefined {
+  if (typeof operation !== "string" || !GROWING.has(operation)) return undefined;
+  const given: unknown[] = Array.isArray(args) ? args : [];
+  const unpacked = new Set<unknown>();
+  const expressions = given.map((each) => {
+    if (!isObject(each)) return each;
+    if (each.type === "KeywordArgumentExpression") return each.value;
+    if (each.type !== "SpreadExpression" && each.type !== "KeywordSpreadExpression") return each;
+    unpacked.add(each.argument);
+    return each.argument;
+  });
+  return { operation, operand, args: expressions, unpacked, known: new Map() };
+}
+
+/** The name of a filter that multiplies and is applied to a whole block, `{% filter replace(…) %}`: what the block gives
+ * cannot be looked at before. No known model's template does that. */
+function growingBlock(node: unknown, seen = new Set<unknown>()): string | undefined {
+  if (!isObject(node) || seen.has(node)) return undefined;
+  seen.add(node);
+  if (node.type === "FilterStatement" && isObject(node.filter)) {
+    const name = isObject(node.filter.callee) ? node.filter.callee.value : node.filter.value;
+    if (typeof name === "string" && GROWING.has(name)) return name;
+  }
+  for (const child of Object.values(node).flat()) {
+    const found = growingBlock(child, seen);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+/** The expressions whose values the program prints: those that stand among statements. */
+function printedExpressions(program: unknown): Set<unknown> {
+  const printed = new Set<unknown>();
+  const seen = new Set<unknown>();
+  const visit = (node: unknown): void => {
+    if (!isObject(node) || seen.has(node)) return;
+    seen.add(node);
+    for (const [name, child] of Object.entries(node)) {
+      if (!Array.isArray(child)) {
+        visit(child);
+        continue;
+      }
+      const block = name === "body" || name === "alternate" || name === "defaultBlock";
+      for (const each of child) {
+        if (block) printed.add(each);
+        visit(each);
+      }
+    }
+  };
+  visit(program);
+  return printed;
+}
+
 /** The largest number in a value of the interpreter: itself, or an element. */
 function largestNumber(value: unknown): number {
   if (typeof value === "number") return value;
@@ -64,16 +157,27 @@ function largestNumber(value: unknown): number {
   }, 0);
 }
 
+/** Lists that are made of texts have an object for each piece: fewer of them fit. */
+const ELEMENTS_SHARE = 8;
+/** All that filters and calls make together may be so many times the longest text. */
+const MADE_TIMES = 16;
+
 class LimitedInterpreter extends Interpreter {
   readonly #limits: SandboxLimits;
   readonly #deadline: number;
   /** Expressions that say how far something is indented. */
   readonly #indents = new Set<unknown>();
+  /** Operations that are being evaluated, innermost last. */
+  readonly #pending: Pending[] = [];
+  readonly #printed: ReadonlySet<unknown>;
   #steps = 0;
+  /** Characters that filters and calls have made. */
+  #made = 0;
 
-  constructor(environment: Environment, limits: SandboxLimits) {
+  constructor(environment: Environment, limits: SandboxLimits, printed: ReadonlySet<unknown>) {
     super(environment);
     this.#limits = limits;
+    this.#printed = printed;
     this.#deadline = performance.now() + limits.maxTimeMs;
   }
 
@@ -85,7 +189,11 @@ class LimitedInterpreter extends Interpreter {
     }
     const [node] = args;
     for (const expression of indentArguments(node)) if (isObject(expression)) this.#indents.add(expression);
+    const operation = growingOperation(node);
+    if (operation !== undefined) this.#pending.push(operation);
     const result = super.evaluate(...args);
+    if (operation !== undefined) this.#pending.pop();
+    this.#checkGrowth(node, result);
     const { value } = result;
     if (this.#indents.has(node) && largestNumber(value) > MAX_INDENT) {
       throw new LimitError(`an indentation of ${largestNumber(value)} spaces`);
@@ -97,6 +205,39 @@ class LimitedInterpreter extends Interpreter {
       throw new LimitError(`a list of ${value.length} elements`);
     }
     return result;
+  }
+
+  /** `node` has its value: refuses what is now about to be made of it, or what has been made in all. */
+  #checkGrowth(node: unknown, result: TemplateValue): void {
+    const { maxText, maxItems } = this.#limits;
+    const operation = this.#pending.at(-1);
+    if (operation !== undefined && (node === operation.operand || operation.args.includes(node))) {
+      operation.known.set(node, result);
+      const operand = operation.known.get(operation.operand);
+      const known = operation.args.flatMap((arg) => {
+        const value = operation.known.get(arg);
+        if (value === undefined) return [];
+        return operation.unpacked.has(arg) ? elementsOf(value) : [value];
+      });
+      if (operation.operation === "concatenate") {
+        // A list and a text: the list becomes text.
+        const lists = known.filter(isComposite);
+        if (lists.length === 1) for (const list of lists) this.#checkText(textLengthOf(list, maxText));
+      } else if (operand !== undefined) {
+        const { characters, elements } = growthOf(operation.operation, operand, known, maxText);
+        this.#checkText(characters);
+        if (elements > maxItems / ELEMENTS_SHARE) throw new LimitError(`a list of ${elements} elements`);
+      }
+    }
+    if (isComposite(result) && this.#printed.has(node)) this.#checkText(textLengthOf(result, maxText));
+    if (typeof result.value !== "string" || !isObject(node)) return;
+    if (node.type !== "FilterExpression" && node.type !== "CallExpression") return;
+    this.#made += result.value.length;
+    if (this.#made > MADE_TIMES * maxText) throw new LimitError(`${this.#made} characters in all`);
+  }
+
+  #checkText(characters: number): void {
+    if (characters > this.#limits.maxText) throw new LimitError(`a text of ${characters} characters`);
   }
 }
 
@@ -150,6 +291,7 @@ export function formatTime(format: string, date: Date): string {
 
 export class SandboxedTemplate {
   readonly #program: Program;
+  readonly #printed: ReadonlySet<unknown>;
   readonly #where: string;
 
   /** Error: bad_file when the template cannot be parsed. */
@@ -165,6 +307,17 @@ export class SandboxedTemplate {
         where,
         cause,
       });
+    }
+    this.#printed = printedExpressions(this.#program);
+    const block = growingBlock(this.#program);
+    if (block !== undefined) {
+      throw new CaravanError(
+        "bad_file",
+        `the chat template applies ${block} to a block, which is not supported`,
+        {
+          where,
+        },
+      );
     }
   }
 
@@ -203,7 +356,7 @@ export class SandboxedTemplate {
     }
     const bounded = { ...limits, maxText: limits.maxText + 4 * inputLength };
     try {
-      const { value } = new LimitedInterpreter(environment, bounded).run(this.#program);
+      const { value } = new LimitedInterpreter(environment, bounded, this.#printed).run(this.#program);
       if (typeof value === "string") return value;
       throw new Error("it gave no text");
     } catch (cause) {
