@@ -131,6 +131,7 @@ struct cv_backend {
     const cv_backend_ops *ops;
     const cv_shape *shape;
     size_t act_bytes;
+    size_t scratch_bytes; /* reserved by the backend itself when it was opened, beside what alloc() has handed out */
 };
 
 int cv_backend_cpu_open(const cv_shape *shape, cv_backend **out, char *err, size_t err_size);

@@ -39,7 +39,7 @@ int cv_engine_open(const void *plan, size_t plan_size, cv_group *group, cv_load_
         uint32_t best = cv_cpu_best(), level = m->shape.cpu_level;
         e->follows = e->pass.place.rank > 0;
         e->stats = (cv_stats_record){.weights_mapped = cv_weights_mapped_bytes(m->weights), .weights_copied = cv_weights_copied_bytes(m->weights), .kv_bytes = m->pools[0].bytes + m->pools[1].bytes,
-                                     .scratch_bytes = e->pass.act.bytes, .n_threads = m->shape.n_threads, .cpu_level = best < level || !level ? best : level};
+                                     .scratch_bytes = e->pass.act.bytes + e->pass.backend->scratch_bytes + 3 * m->shape.vocab * sizeof(float), .n_threads = m->shape.n_threads, .cpu_level = best < level || !level ? best : level};
         code = start_threads(e, err);
     }
     if (code) {

@@ -53,9 +53,9 @@ const QUERIES = 64;
 const KEY_BLOCK = 256;
 const SPLIT_PARTS = 512;
 /** What a kernel keeps of a block of rows beside what grows with the columns. */
-const KERNEL_BYTES = 1 << 16;
+const KERNEL_BYTES = 1 << 13;
 /** Tables whose size hardly depends on the model. */
-const FIXED_BYTES = 1 << 18;
+const FIXED_BYTES = 1 << 17;
 
 const KV_BYTES: Record<KvType, number> = { f32: 4, f16: 2, bf16: 2, q8: 1 + 4 / 32 };
 
@@ -108,9 +108,13 @@ export function scratchBytes(
   const graph = tokens * (hidden + 2 * q + 2 * kvHeads * headDim) * 4 + logits * vocab * 4;
   // What goes to another rank or comes from it.
   const exchanged = place.tensorSize * place.stages > 1 ? 2 * tokens * hidden * 4 + logits * vocab * 4 : 0;
-  // float32 and int8 by three group sizes, with their scales and sums
+  // float32 and int8 by three group sizes, with their scales and sums, in padded rows
   const act = (rows: number, cols: number) =>
-    rows * (cols * (4 + 3) + 8 * (cols / 32 + cols / 64 + cols / 128));
+    rows *
+    [32, 64, 128].reduce(
+      (sum, group) => sum + padded(cols, 64) + 8 * padded(Math.floor(cols / group) + 1, 16),
+      4 * padded(cols, 16),
+    );
   const places = moe ? tokens * config.expertsPerToken : 0;
   const backend =
     act(Math.max(tokens, logits), Math.max(hidden, q)) +
@@ -120,16 +124,20 @@ export function scratchBytes(
     (places + (moe ? tokens : 0)) * hidden * 4 +
     tokens * headDim * 4;
   const routing = moe ? tokens * config.experts * 4 : 0;
-  const split = threads > 1 ? heads * SPLIT_PARTS * (headDim * 4 + 32) : 0;
+  const split = threads > 1 ? heads * SPLIT_PARTS * (headDim * 4 + 8) : 0;
   const thread =
     KERNEL_BYTES +
     2 * TILE_FLOATS * 4 +
     QUERIES * (KEY_BLOCK + 3 * headDim) * 4 +
     64 * headDim * 4 +
-    64 * Math.max(hidden, q, ff);
+    44 * Math.max(hidden, q, ff);
   return Math.round(
     graph + exchanged + backend + routing + split + threads * thread + vocab * 12 + FIXED_BYTES,
   );
+}
+
+function padded(count: number, to: number): number {
+  return Math.ceil(count / to) * to;
 }
 
 /** Inner width of the widest MLP or expert of the plan's rank. */

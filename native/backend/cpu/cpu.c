@@ -205,31 +205,31 @@ static int open_scratch(cv_cpu *c) {
     if (s->max_ff > widest) widest = s->max_ff;
     if (s->max_heads * s->head_dim > widest) widest = s->max_heads * s->head_dim;
     size_t kernel = c->k->scratch_bytes(widest), rows = cv_pad16(widest) * sizeof(float);
-    c->scratch = cv_alloc_array(n, sizeof *c->scratch);
+    c->scratch = cv_cpu_reserve(c, n, sizeof *c->scratch);
     if (!c->scratch) return CV_E_MEMORY;
     for (size_t i = 0; i < n; i++) {
         cv_cpu_scratch *t = &c->scratch[i];
-        t->kernel = cv_alloc_array(kernel > rows ? kernel : rows, 1);
-        for (size_t j = 0; j < 2; j++) t->tile[j] = cv_alloc_array(CV_TILE_FLOATS, sizeof(float));
-        t->queries = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
-        t->page = cv_alloc_array(s->page_tokens * s->head_dim, sizeof(float));
-        t->scores = cv_alloc_array(CV_ATTN_QUERIES * CV_ATTN_BLOCK, sizeof(float));
-        t->block_out = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
-        t->out = cv_alloc_array(CV_ATTN_QUERIES * s->head_dim, sizeof(float));
+        t->kernel = cv_cpu_reserve(c, kernel > rows ? kernel : rows, 1);
+        for (size_t j = 0; j < 2; j++) t->tile[j] = cv_cpu_reserve(c, CV_TILE_FLOATS, sizeof(float));
+        t->queries = cv_cpu_reserve(c, CV_ATTN_QUERIES * s->head_dim, sizeof(float));
+        t->page = cv_cpu_reserve(c, s->page_tokens * s->head_dim, sizeof(float));
+        t->scores = cv_cpu_reserve(c, CV_ATTN_QUERIES * CV_ATTN_BLOCK, sizeof(float));
+        t->block_out = cv_cpu_reserve(c, CV_ATTN_QUERIES * s->head_dim, sizeof(float));
+        t->out = cv_cpu_reserve(c, CV_ATTN_QUERIES * s->head_dim, sizeof(float));
         if (!t->kernel || !t->tile[0] || !t->tile[1] || !t->queries || !t->page || !t->scores || !t->block_out || !t->out) return CV_E_MEMORY;
     }
     size_t inputs = s->max_heads * s->head_dim > s->hidden ? s->max_heads * s->head_dim : s->hidden;
     size_t rows_in = s->max_logits > s->max_tokens ? s->max_logits : s->max_tokens;
-    if (cv_act_open(&c->in, rows_in, inputs) || cv_act_open(&c->mid, s->max_tokens, s->max_ff)) return CV_E_MEMORY;
-    c->cos = cv_alloc_array(s->max_tokens, s->head_dim / 2 * sizeof(float));
-    c->sin = cv_alloc_array(s->max_tokens, s->head_dim / 2 * sizeof(float));
-    c->tile_first = cv_alloc_array(s->max_tokens + 1, sizeof *c->tile_first);
-    c->ahead = cv_alloc_array(CV_AHEAD_RUNS, sizeof *c->ahead);
+    if (cv_act_open(c, &c->in, rows_in, inputs) || cv_act_open(c, &c->mid, s->max_tokens, s->max_ff)) return CV_E_MEMORY;
+    c->cos = cv_cpu_reserve(c, s->max_tokens, s->head_dim / 2 * sizeof(float));
+    c->sin = cv_cpu_reserve(c, s->max_tokens, s->head_dim / 2 * sizeof(float));
+    c->tile_first = cv_cpu_reserve(c, s->max_tokens + 1, sizeof *c->tile_first);
+    c->ahead = cv_cpu_reserve(c, CV_AHEAD_RUNS, sizeof *c->ahead);
     if (!c->cos || !c->sin || !c->tile_first || !c->ahead) return CV_E_MEMORY;
     if (n > 1) {
         c->max_parts = s->max_heads * 512;
-        c->parts = cv_alloc_array(c->max_parts, sizeof *c->parts);
-        c->part_out = cv_alloc_array(c->max_parts, s->head_dim * sizeof(float));
+        c->parts = cv_cpu_reserve(c, c->max_parts, sizeof *c->parts);
+        c->part_out = cv_cpu_reserve(c, c->max_parts, s->head_dim * sizeof(float));
         if (!c->parts || !c->part_out) return CV_E_MEMORY;
     }
     return cv_cpu_moe_open(c);

@@ -97,7 +97,7 @@ static inline size_t cv_group_columns(size_t i) { return (size_t)32 << i; }
 /* How w reads its input: one CV_NEED_* bit. */
 uint32_t cv_needs_of(const cv_cpu *c, const cv_weight *w);
 
-int cv_act_open(cv_act *a, size_t rows, size_t cols);
+int cv_act_open(cv_cpu *c, cv_act *a, size_t rows, size_t cols);
 void cv_act_close(cv_act *a);
 /* Sets the width of the rows to come. */
 void cv_act_shape(cv_act *a, size_t cols);
@@ -120,5 +120,7 @@ void cv_cpu_moe_close(cv_cpu *c);
 
 /* count*size zeroed bytes aligned to 64, NULL when too large or not to be had. */
 void *cv_alloc_array(size_t count, size_t size);
+/* The same for what the backend keeps until it is closed: counted in its scratch_bytes. */
+void *cv_cpu_reserve(cv_cpu *c, size_t count, size_t size);
 
 #endif

@@ -21,15 +21,21 @@ uint32_t cv_needs_of(const cv_cpu *c, const cv_weight *w) {
     return CV_NEED_FLOAT;
 }
 
-int cv_act_open(cv_act *a, size_t rows, size_t cols) {
+void *cv_cpu_reserve(cv_cpu *c, size_t count, size_t size) {
+    void *p = cv_alloc_array(count, size);
+    if (p) c->base.scratch_bytes += count * size;
+    return p;
+}
+
+int cv_act_open(cv_cpu *c, cv_act *a, size_t rows, size_t cols) {
     *a = (cv_act){.max_rows = rows, .max_cols = cols};
-    a->x = cv_alloc_array(rows, cv_pad16(cols) * sizeof(float));
+    a->x = cv_cpu_reserve(c, rows, cv_pad16(cols) * sizeof(float));
     bool ok = a->x != NULL;
     for (size_t i = 0; i < CV_N_GROUPS; i++) {
         size_t groups = cv_pad16(cols / cv_group_columns(i) + 1);
-        a->q[i] = cv_alloc_array(rows, cv_pad64(cols));
-        a->scale[i] = cv_alloc_array(rows, groups * sizeof(float));
-        a->sum[i] = cv_alloc_array(rows, groups * sizeof(float));
+        a->q[i] = cv_cpu_reserve(c, rows, cv_pad64(cols));
+        a->scale[i] = cv_cpu_reserve(c, rows, groups * sizeof(float));
+        a->sum[i] = cv_cpu_reserve(c, rows, groups * sizeof(float));
         ok = ok && a->q[i] && a->scale[i] && a->sum[i];
     }
     return ok ? CV_OK : CV_E_MEMORY;

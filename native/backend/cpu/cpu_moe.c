@@ -12,20 +12,20 @@
 
 int cv_cpu_moe_open(cv_cpu *c) {
     const cv_shape *s = c->base.shape;
-    c->jobs = cv_alloc_array(s->n_experts + 4, sizeof *c->jobs);
-    c->expert_first = cv_alloc_array(s->n_experts + 1, sizeof *c->expert_first);
+    c->jobs = cv_cpu_reserve(c, s->n_experts + 4, sizeof *c->jobs);
+    c->expert_first = cv_cpu_reserve(c, s->n_experts + 1, sizeof *c->expert_first);
     if (!c->jobs || !c->expert_first) return CV_E_MEMORY;
     if (!s->n_experts) return CV_OK;
     if (s->experts_per_token && s->max_tokens > SIZE_MAX / s->experts_per_token) return CV_E_MEMORY;
     size_t places = s->max_tokens * s->experts_per_token;
-    c->router_logits = cv_alloc_array(s->max_tokens, s->n_experts * sizeof(float));
-    c->expert_of = cv_alloc_array(places, sizeof *c->expert_of);
-    c->place_of = cv_alloc_array(places, sizeof *c->place_of);
-    c->score_of = cv_alloc_array(places, sizeof *c->score_of);
-    c->expert_out = cv_alloc_array(places, s->hidden * sizeof(float));
-    c->shared_out = cv_alloc_array(s->max_tokens, s->hidden * sizeof(float));
+    c->router_logits = cv_cpu_reserve(c, s->max_tokens, s->n_experts * sizeof(float));
+    c->expert_of = cv_cpu_reserve(c, places, sizeof *c->expert_of);
+    c->place_of = cv_cpu_reserve(c, places, sizeof *c->place_of);
+    c->score_of = cv_cpu_reserve(c, places, sizeof *c->score_of);
+    c->expert_out = cv_cpu_reserve(c, places, s->hidden * sizeof(float));
+    c->shared_out = cv_cpu_reserve(c, s->max_tokens, s->hidden * sizeof(float));
     if (!c->router_logits || !c->expert_of || !c->place_of || !c->score_of || !c->expert_out || !c->shared_out) return CV_E_MEMORY;
-    if (cv_act_open(&c->expert_in, places, s->hidden) || cv_act_open(&c->expert_mid, places, s->max_ff)) return CV_E_MEMORY;
+    if (cv_act_open(c, &c->expert_in, places, s->hidden) || cv_act_open(c, &c->expert_mid, places, s->max_ff)) return CV_E_MEMORY;
     return CV_OK;
 }
 
