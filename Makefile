@@ -15,7 +15,7 @@ include native/backend/metal/metal.mk
 NATIVE_OBJ := $(NATIVE_SRC:native/%.c=build/obj/%.o)
 # No contraction: the kernels' arithmetic is stated operation by operation (native/backend/cpu/kernels.h).
 CFLAGS_BASE := -std=c11 -D_GNU_SOURCE -O3 -g -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Werror
-TS_SRC := $(shell find src -name '*.ts' -o -name '*.tsx' -o -name '*.html' -o -name '*.css' 2>/dev/null) $(wildcard cards/*.toml) package.json
+TS_SRC := $(shell find src -name '*.ts' -o -name '*.tsx' -o -name '*.html' -o -name '*.css' 2>/dev/null) $(wildcard cards/*.toml) package.json NOTICE.txt
 
 MODEL_DIR := .models
 SMOLLM2 := $(MODEL_DIR)/smollm2
@@ -64,7 +64,7 @@ native-tests: $(NATIVE_TESTS) ## build the C tests (bun test runs them)
 # The executable takes neither settings (.env) nor code (bunfig.toml's preload) from the folder that it is run in.
 dist/caravan: $(LIB) $(TS_SRC) node_modules/.installed
 	@mkdir -p dist
-	$(BUN) build --compile --no-compile-autoload-dotenv --no-compile-autoload-bunfig --minify-syntax --minify-whitespace --root src src/main.ts src/chat/text-worker.ts $(LIB) --outfile $@.tmp
+	$(BUN) build --compile --no-compile-autoload-dotenv --no-compile-autoload-bunfig --minify-syntax --minify-whitespace --root src src/main.ts src/chat/text-worker.ts src/grammar/grammar-worker.ts $(LIB) --outfile $@.tmp
 	@mv $@.tmp $@
 
 dist: ## executables for Macs and Linux, with checksums (on Linux; release/dist.mk)
@@ -81,7 +81,7 @@ $(SMOLLM2)/config.json: | dist/caravan
 	@rm -rf $(MODEL_DIR)/download
 
 # Reference data that some tests use when it is there: the default model, and Llama 4's tokenizer (from PyPI packages).
-fixtures: $(SMOLLM2)/config.json build/llama4-tokenizer/tokenizer.json ## fetch what the tests would otherwise skip
+fixtures: $(SMOLLM2)/config.json build/llama4-tokenizer/tokenizer.json build/json-schema-suite/draft2020-12 ## fetch what the tests would otherwise skip
 	@ln -sfn ../$(SMOLLM2) build/smollm2
 
 build/venv/bin/python:
@@ -92,6 +92,13 @@ build/llama4-tokenizer/tokenizer.json: test/tools/make_llama4_tokenizer.py | bui
 	@build/venv/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.23.0 tokenizers tiktoken blobfile numpy safetensors
 	@build/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llama-models==0.3.0
 	@build/venv/bin/python test/tools/make_llama4_tokenizer.py build/llama4-tokenizer
+
+# The suite is part of the source package of jsonschema.
+build/json-schema-suite/draft2020-12: | build/venv/bin/python
+	@echo "== fetching the JSON Schema suite from PyPI"
+	@mkdir -p build/json-schema-suite
+	@build/venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary jsonschema --dest build/json-schema-suite jsonschema==4.26.0
+	@tar -xzf build/json-schema-suite/jsonschema-4.26.0.tar.gz -C build/json-schema-suite --strip-components=3 jsonschema-4.26.0/json/tests/draft2020-12
 
 run: dist/caravan $(SMOLLM2)/config.json ## answer PROMPT with the default model
 	./dist/caravan run $(SMOLLM2) "$(PROMPT)"

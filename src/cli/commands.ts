@@ -8,6 +8,7 @@ import { configCommand } from "./config.ts";
 import { doctor } from "./doctor.ts";
 import { importCommand } from "./import.ts";
 import { join } from "./join.ts";
+import { licenses } from "./licenses.ts";
 import { logits } from "./logits.ts";
 import { models } from "./models.ts";
 import { plan } from "./plan.ts";
@@ -39,6 +40,7 @@ export const commands: readonly Command[] = [
   doctor,
   configCommand,
   completion,
+  licenses,
   runner,
   rank,
 ];

@@ -26,6 +26,7 @@ const COMMANDS = [
   "doctor",
   "config",
   "completion",
+  "licenses",
 ];
 
 describe.skipIf(!built)("the executable", () => {
