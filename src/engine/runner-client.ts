@@ -117,6 +117,13 @@ export class RunnerClient implements Engine {
     this.#runner?.send({ type: "lost", error: errorRecord(error) });
   }
 
+  /** Ends the process now, even one that is stopped; `why` is what requests that run end with. */
+  async kill(why: CaravanError): Promise<void> {
+    const runner = this.#runner;
+    runner?.kill(why);
+    await runner?.ended;
+  }
+
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;

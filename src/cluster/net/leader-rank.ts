@@ -153,8 +153,11 @@ export class LeaderRank implements RunningRank {
       failure = this.#stop.signal.aborted ? undefined : asCaravanError(thrown);
     }
     this.#sizes.reject(failure ?? this.#stop.signal.reason);
-    if (failure !== undefined)
+    if (failure !== undefined) {
       log.warn("instance ended", { model: spec.model, epoch, reason: failure.message });
+      // Requests end with the reason, and a process that is stopped cannot hold them up.
+      await this.#engine?.kill(failure);
+    }
     await (this.#open ?? this.#engine)?.close();
     for (const { channel } of this.#followers.values()) channel.finish();
     reports.over(failure);

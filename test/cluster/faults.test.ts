@@ -1,0 +1,86 @@
+// What happens when parts of a cluster die in the middle of an answer: every request ends with an error within three
+// seconds, and the cluster heals by itself. Three nodes on loopback, real processes; the hosts of hosts.test.ts add networks.
+
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { ClusterLab, libraryHere, loopbackHosts, signalProcess } from "./cluster-lab.ts";
+
+/** The design's limit for an affected request. */
+const LIMIT_MS = 3000;
+/** Starting processes on a busy machine. */
+const SLOW_MS = 90_000;
+
+let lab: ClusterLab;
+beforeAll(async () => {
+  lab = new ClusterLab(libraryHere ? loopbackHosts(3) : []);
+  await lab.start();
+}, SLOW_MS);
+afterAll(async () => {
+  await lab.close();
+}, SLOW_MS);
+
+/** All nodes run, and a fresh instance does; who plays which part. */
+async function parts() {
+  await lab.revive();
+  const [first] = lab.nodes;
+  if (first === undefined) throw new Error("no nodes");
+  await lab.removeAll();
+  const instance = await lab.place(first, { tensor: 2, context: 262_144 });
+  const owner = await lab.nodeOf(instance.ranks[0]?.node ?? "");
+  const other = await lab.nodeOf(instance.ranks[1]?.node ?? "");
+  const third = lab.nodes.find((node) => node !== owner && node !== other);
+  if (third === undefined) throw new Error("no third node");
+  const text = await owner.say("tiny");
+  return { instance, owner, other, third, text };
+}
+
+const faults: [string, (p: Awaited<ReturnType<typeof parts>>) => void][] = [
+  [
+    "rank 0's process is killed",
+    ({ owner }) => owner.children("runner").map((pid) => signalProcess(pid, "SIGKILL")),
+  ],
+  [
+    "the other rank's process is killed",
+    ({ other }) => other.children("rank").map((pid) => signalProcess(pid, "SIGKILL")),
+  ],
+  [
+    "the other rank's process is stopped",
+    ({ other }) => other.children("rank").map((pid) => signalProcess(pid, "SIGSTOP")),
+  ],
+  [
+    "rank 0's process is stopped",
+    ({ owner }) => owner.children("runner").map((pid) => signalProcess(pid, "SIGSTOP")),
+  ],
+  ["the other rank's node is killed", ({ other }) => other.kill("SIGKILL")],
+  ["the owner's node is killed", ({ owner }) => owner.kill("SIGKILL")],
+  [
+    "the other rank's node and process are stopped",
+    ({ other }) => {
+      for (const pid of [...other.children(), other.pid]) signalProcess(pid, "SIGSTOP");
+    },
+  ],
+];
+
+describe.skipIf(!libraryHere)("in the middle of an answer", () => {
+  for (const [what, break_] of faults) {
+    test(
+      `${what}: the request ends with a retryable error in time, and the cluster answers again`,
+      async () => {
+        const p = await parts();
+        const { instance, third, text } = p;
+        // The client is at a node that computes nothing.
+        const stream = await third.longStream("tiny");
+        expect(stream.over).toBe(false);
+        const broken = performance.now();
+        break_(p);
+        const { atMs, error } = await stream.ended;
+        console.log(`  ${what}: ended after ${Math.round(atMs - broken)} ms: ${error?.slice(0, 200)}`);
+        expect(atMs - broken).toBeLessThan(LIMIT_MS);
+        expect(error).toMatch(/cluster_degraded|engine_failed/);
+        const healed = await lab.ready(third, instance.id, instance.epoch);
+        console.log(`  healed after ${Math.round(performance.now() - broken)} ms, epoch ${healed.epoch}`);
+        expect(await third.say("tiny")).toBe(text);
+      },
+      SLOW_MS,
+    );
+  }
+});
