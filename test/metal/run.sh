@@ -70,6 +70,7 @@ program() { # program NAME ARGUMENTS…
   tail -n 1 "$log"
 }
 checked() { FAKEMETAL_CHECKED=1 program "$@"; }
+counted() { FAKEMETAL_CHECKED=1 FAKEMETAL_LINES=1 program "$@"; }
 fast() { FAKEMETAL_FAST_MATH=1 program "$@"; }
 
 macos() { # the backend's C files, for the system that it is for
@@ -86,6 +87,7 @@ check "products, experts and logits have no races and stay in bounds" checked pr
 check "attention has no races and stays in bounds" checked attention_test 1
 check "products, experts and logits bear fast math" fast products_test 1
 check "attention bears fast math" fast attention_test 1
+check "weights are read once, in whole lines" counted counts_test
 check "real models' shapes: results, threadgroups" program shapes_test
 check "the backend compiles for arm64 macOS" macos
 echo " $passed pass"

@@ -17,7 +17,7 @@
 #include "device.h"
 #include "kernels/params.h"
 
-enum { CV_FEW = 16, FIRST_PAGES = 1 << 14, ROW_THREADS = 256 };
+enum { FIRST_PAGES = 1 << 14, ROW_THREADS = 256 };
 
 /* Tables of the running step, written by the host in begin. */
 typedef struct {
@@ -279,27 +279,24 @@ static void fill_token(metal *m, size_t t, const uint32_t first_page[2]) {
     }
 }
 
+/* Never fails by itself: what is wrong is said by the operations after it and, in words, by finish. */
 static int metal_begin(cv_backend *b, const cv_batch *batch) {
     metal *m = self(b);
     step_tables *s = &m->step;
     m->batch = batch;
-    int code = cv_metal_begin(m->d);
-    if (code) return code;
+    if (cv_metal_begin(m->d)) return CV_OK;
     size_t n = 0;
-    for (size_t i = 0; i < batch->n_seqs; i++) n += batch->seqs[i].n_full_pages + batch->seqs[i].n_chunk_pages;
-    if (grow_pages(m, most(n, 1))) {
-        cv_metal_refuse(m->d, CV_E_MEMORY, "no memory for the step's page table");
-        return CV_E_MEMORY;
+    for (size_t i = 0; i < batch->n_seqs; i++) {
+        n += batch->seqs[i].n_full_pages + batch->seqs[i].n_chunk_pages;
+        if (batch->seqs[i].first_position + batch->seqs[i].n_tokens > UINT32_MAX) cv_metal_refuse(m->d, CV_E_UNSUPPORTED, "the Metal kernels count positions with 32 bits");
     }
+    if (grow_pages(m, most(n, 1))) cv_metal_refuse(m->d, CV_E_MEMORY, "no memory for the step's page table");
+    if (cv_metal_failed(m->d)) return CV_OK;
     s->n_pages = 0;
     memset(s->n_tiles, 0, sizeof s->n_tiles);
     memset(s->n_parts, 0, sizeof s->n_parts);
     for (size_t i = 0; i < batch->n_seqs; i++) {
         const cv_seq *seq = &batch->seqs[i];
-        if (seq->first_position + seq->n_tokens > UINT32_MAX) {
-            cv_metal_refuse(m->d, CV_E_UNSUPPORTED, "the Metal kernels count positions with 32 bits");
-            return CV_E_UNSUPPORTED;
-        }
         const uint32_t first[2] = {(uint32_t)s->n_pages, (uint32_t)(s->n_pages + seq->n_full_pages)};
         memcpy(s->pages + s->n_pages, seq->full_pages, seq->n_full_pages * sizeof *s->pages);
         memcpy(s->pages + first[1], seq->chunk_pages, seq->n_chunk_pages * sizeof *s->pages);
@@ -481,7 +478,7 @@ static int up_few(metal *m, const cv_moe_weights *w) {
     enum { ROWS = 2 * CV_MATVEC_SIMDGROUPS };
     const cv_shape *s = m->base.shape;
     const cv_weight *const all[4] = {w->gate, w->up, w->shared_gate, w->shared_up};
-    size_t n = m->batch->n_tokens, inputs = n == 1 ? 1 : 4, k = s->experts_per_token;
+    size_t n = m->batch->n_tokens, inputs = n == 1 ? 1 : CV_MATVEC_INPUTS, k = s->experts_per_token, experts = least(n * k, s->n_experts);
     cv_metal_constants c = formats_of(all, 4);
     cv_up_params params = {.gate = matrix_of(w->gate), .up = matrix_of(w->up), .shared_gate = matrix_of(w->shared_gate), .shared_up = matrix_of(w->shared_up),
                            .n = (uint32_t)n, .n_experts = (uint32_t)s->n_experts, .chosen = (uint32_t)k, .eps = s->norm_eps};
@@ -492,7 +489,7 @@ static int up_few(metal *m, const cv_moe_weights *w) {
     bind_rows(m, 14, m->router_logits);
     bind_rows(m, 15, m->act);
     cv_metal_bytes(m->d, 16, &params, sizeof params);
-    dispatch(m, cut(most(w->gate->rows, w->shared_gate->rows), ROWS), cut(n, inputs), k + 1, CV_MATVEC_SIMDGROUPS * 32, 2 * (work_of(w->gate, n * k) + work_of(w->shared_gate, n)));
+    dispatch(m, cut(most(w->gate->rows, w->shared_gate->rows), ROWS), 1, experts + cut(n, inputs), CV_MATVEC_SIMDGROUPS * 32, 2 * (work_of(w->gate, n * k) + work_of(w->shared_gate, n)));
     return cv_metal_failed(m->d);
 }
 
@@ -506,10 +503,9 @@ static int metal_moe_up(cv_backend *b, const cv_moe_weights *w) {
 }
 
 static int down_few(metal *m, const cv_moe_weights *w, bool accumulate, void *h) {
-    enum { ROWS = 4 * CV_MATVEC_SIMDGROUPS };
     const cv_shape *s = m->base.shape;
     const cv_weight *const all[2] = {w->down, w->shared_down};
-    size_t n = m->batch->n_tokens, inputs = n == 1 ? 1 : 4;
+    size_t n = m->batch->n_tokens, inputs = n == 1 ? 1 : CV_MATVEC_INPUTS, rows = (n == 1 ? 4 : 2) * CV_MATVEC_SIMDGROUPS;
     cv_metal_constants c = formats_of(all, 2);
     cv_down_params params = {.down = matrix_of(w->down), .shared_down = matrix_of(w->shared_down), .n = (uint32_t)n, .n_experts = (uint32_t)s->n_experts, .chosen = (uint32_t)s->experts_per_token, .add = accumulate};
     use(m, &c, "experts_down", inputs);
@@ -519,7 +515,7 @@ static int down_few(metal *m, const cv_moe_weights *w, bool accumulate, void *h)
     bind_rows(m, 7, m->router_logits);
     bind_rows(m, 8, h);
     cv_metal_bytes(m->d, 9, &params, sizeof params);
-    dispatch(m, cut(s->hidden, ROWS), cut(n, inputs), 1, CV_MATVEC_SIMDGROUPS * 32, work_of(w->down, n * s->experts_per_token) + work_of(w->shared_down, n));
+    dispatch(m, cut(s->hidden, rows), 1, 1, CV_MATVEC_SIMDGROUPS * 32, work_of(w->down, n * s->experts_per_token) + work_of(w->shared_down, n));
     return cv_metal_failed(m->d);
 }
 

@@ -4,8 +4,6 @@
 
 #include "../backend.h"
 
-typedef cv_memory cv_metal_memory;
-
 /* CV_E_UNSUPPORTED where there is no Metal device or the shape has something that the kernels lack, CV_E_MEMORY when the
  * memory does not fit into what the GPU may use; err says what.
  * shared: all memory of the caller that operations will point into (weights, cache pools), in any order, kept where it is until close.

@@ -141,7 +141,7 @@ function executorObjects(): { objects?: string[]; problems: string[] } {
   mkdirSync(BUILD, { recursive: true });
   const headers = ["executor.h", "state.h", "fiber.h"].map((name) => join(EXECUTOR, name));
   const objects: string[] = [];
-  for (const name of ["executor", "checks"]) {
+  for (const name of ["executor", "checks", "lines"]) {
     const source = join(EXECUTOR, `${name}.cpp`);
     const object = join(BUILD, `${name}.o`);
     objects.push(object);

@@ -105,7 +105,10 @@ static __attribute__((noinline)) void check_access(uintptr_t p, size_t n, bool w
     R.fatal = true;
     return;
   }
-  if (!write && r->index >= 0 && r->kind != THREADGROUP_MEMORY) R.d->bytes_read[r->index] += n;
+  if (!write && r->index >= 0 && r->kind != THREADGROUP_MEMORY) {
+    R.d->bytes_read[r->index] += n;
+    if (R.d->flags & MSL_LINES) msl_lines_read(p, n, r->index, thread, pc);
+  }
   if (r->kind == READ_ONLY_MEMORY) {
     if (write && first_at(pc)) msl_report("WRITE to buffer %d, which the kernel declares const, thread %u @pc 0x%lx", r->index, thread, place(pc));
     return;

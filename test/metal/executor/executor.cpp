@@ -384,6 +384,7 @@ API int msl_run(const char* kernel, msl_dispatch* d, char* text, size_t text_siz
     at += d->threadgroup_lengths[i];
   }
   if (R.checking) add_memory_to_checks();
+  if (R.checking) msl_lines_begin();
   bool exact = d->grid[0] != 0;
   uint32_t groups[3];
   for (int k = 0; k < 3; k++) groups[k] = exact ? (d->grid[k] + d->threads[k] - 1) / d->threads[k] : d->groups[k];
@@ -400,6 +401,7 @@ API int msl_run(const char* kernel, msl_dispatch* d, char* text, size_t text_siz
         place_threads(group, groups, exact);
         run_threadgroup();
       }
+  if (R.checking) msl_lines_end();
   if (R.checking) msl_checks_end();
   free(memory);
   return report.lines ? 1 : 0;

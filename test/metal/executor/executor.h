@@ -10,8 +10,9 @@ extern "C" {
 enum { MSL_BUFFERS = 31 };
 typedef struct { void* p; size_t length; } msl_bound_buffer;
 
-// Flags: report races, bounds and the like (the library must be built with checks); run threads in a random order.
-enum { MSL_CHECK = 1, MSL_SHUFFLE = 2 };
+// Flags: report races, bounds and the like (the library must be built with checks); run threads in a random order; with MSL_CHECK,
+// count lines of memory (slow).
+enum { MSL_CHECK = 1, MSL_SHUFFLE = 2, MSL_LINES = 4 };
 
 typedef struct {
   uint32_t groups[3], threads[3];
@@ -20,6 +21,7 @@ typedef struct {
   size_t threadgroup_lengths[MSL_BUFFERS];
   uint32_t flags, seed;
   uint64_t bytes_read[MSL_BUFFERS]; // out, checked libraries only: by all threads together, repeats counted
+  uint64_t lines_touched[MSL_BUFFERS], lines_least[MSL_BUFFERS], distinct[MSL_BUFFERS]; // out, with MSL_LINES: see lines.cpp
 } msl_dispatch;
 
 // 0, else what went wrong is in `report`, a line each.

@@ -12,7 +12,7 @@ const DISPATCH = {
   flags: 784,
   seed: 788,
   bytesRead: 792,
-  size: 1040,
+  size: 1784,
 };
 const BUFFERS = 31;
 const REPORT_BYTES = 1 << 16;

@@ -56,3 +56,8 @@ enum memory_kind { DEVICE_MEMORY, THREADGROUP_MEMORY, IMAGE, READ_ONLY_MEMORY };
 void msl_checks_begin() __attribute__((visibility("hidden")));
 void msl_checks_add(const void* p, size_t n, memory_kind kind, int index, bool written) __attribute__((visibility("hidden")));
 void msl_checks_end() __attribute__((visibility("hidden")));
+
+// With MSL_LINES: around a dispatch, and at each read of a bound buffer.
+void msl_lines_begin() __attribute__((visibility("hidden")));
+void msl_lines_end() __attribute__((visibility("hidden")));
+void msl_lines_read(uintptr_t p, size_t n, int buffer, unsigned thread, uintptr_t pc) __attribute__((visibility("hidden")));

@@ -95,12 +95,23 @@ static void explain(const fake_library *library, const char *kernel, char *repor
     snprintf(report + used, REPORT - used, "in %s%s%s", kernel, *line ? ", first at " : "", line);
 }
 
+static msl_dispatch last_dispatch;
+
+/* Counts of one buffer in the dispatch that ran last: bytes and lines (FAKEMETAL_CHECKED with FAKEMETAL_LINES), as lines.cpp has them. */
+API uint64_t fakemetal_last(const char *what, unsigned buffer) {
+    if (buffer >= MSL_BUFFERS) fake_misuse("no buffer %u", buffer);
+    if (!strcmp(what, "distinct")) return last_dispatch.distinct[buffer];
+    if (!strcmp(what, "lines")) return last_dispatch.lines_touched[buffer];
+    if (!strcmp(what, "least")) return last_dispatch.lines_least[buffer];
+    fake_misuse("no count %s", what);
+}
+
 static bool run_dispatch(command *c, char *report) {
     object *function = c->pipeline->first;
     const fake_library *library = function->first->extra;
     bool checked = getenv("FAKEMETAL_CHECKED") != NULL;
     static uint32_t seed;
-    msl_dispatch d = {.flags = checked ? MSL_CHECK | MSL_SHUFFLE : 0, .seed = __atomic_add_fetch(&seed, 1, __ATOMIC_RELAXED)};
+    msl_dispatch d = {.flags = checked ? MSL_CHECK | MSL_SHUFFLE | (getenv("FAKEMETAL_LINES") ? MSL_LINES : 0) : 0, .seed = __atomic_add_fetch(&seed, 1, __ATOMIC_RELAXED)};
     for (int k = 0; k < 3; k++) {
         d.groups[k] = c->groups[k];
         d.threads[k] = c->threads[k];
@@ -124,6 +135,10 @@ static bool run_dispatch(command *c, char *report) {
     int code = library->run(function->memory, &d, report, REPORT);
     pthread_mutex_unlock(&executor_lock);
     memcpy(c->bytes_read, d.bytes_read, sizeof d.bytes_read);
+    memcpy(c->lines_touched, d.lines_touched, sizeof d.lines_touched);
+    memcpy(c->lines_least, d.lines_least, sizeof d.lines_least);
+    memcpy(c->distinct, d.distinct, sizeof d.distinct);
+    last_dispatch = d;
     __atomic_add_fetch(&fake_count.dispatches, 1, __ATOMIC_SEQ_CST);
     __atomic_add_fetch(&fake_count.threadgroups, (uint64_t)c->groups[0] * c->groups[1] * c->groups[2], __ATOMIC_SEQ_CST);
     if (code) explain(library, function->memory, report);
@@ -195,6 +210,10 @@ static bool run_command(command *c, char *report) {
     return true;
 }
 
+static void write_numbers(FILE *f, const uint64_t numbers[MSL_BUFFERS]) {
+    for (int k = 0; k < MSL_BUFFERS; k++) fprintf(f, "%s%llu", k ? "," : "", (unsigned long long)numbers[k]);
+}
+
 /* What a test reads: totals after each command buffer, a JSON object a line. */
 static void write_log(const object *command_buffer, bool failed) {
     const char *path = getenv("FAKEMETAL_LOG");
@@ -207,7 +226,7 @@ static void write_log(const object *command_buffer, bool failed) {
         const command *c = &list->all[i];
         if (c->kind != DISPATCH) continue;
         fprintf(f, "%s{\"name\":\"%s\",\"threadgroups\":%u,\"read\":[", i ? "," : "", (const char *)c->pipeline->first->memory, c->groups[0] * c->groups[1] * c->groups[2]);
-        for (int k = 0; k < MSL_BUFFERS; k++) fprintf(f, "%s%llu", k ? "," : "", (unsigned long long)c->bytes_read[k]);
+        write_numbers(f, c->bytes_read);
         fputs("]}", f);
     }
     fputs("]}\n", f);

@@ -38,6 +38,7 @@ typedef struct {
     size_t bytes_length[MSL_BUFFERS], threadgroup_lengths[MSL_BUFFERS];
     uint32_t groups[3], threads[3], grid[3];
     uint64_t bytes_read[MSL_BUFFERS]; /* by the dispatch, when it has run with checks */
+    uint64_t lines_touched[MSL_BUFFERS], lines_least[MSL_BUFFERS], distinct[MSL_BUFFERS]; /* with FAKEMETAL_LINES */
 } command;
 
 typedef struct {

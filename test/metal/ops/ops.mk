@@ -4,7 +4,7 @@ include Makefile
 
 METAL_OUT := build/metal
 FAKE_SRC := $(wildcard test/metal/fake/*.c)
-OPS := $(addprefix $(METAL_OUT)/,products_test attention_test shapes_test fake_test)
+OPS := $(addprefix $(METAL_OUT)/,products_test attention_test shapes_test counts_test fake_test)
 
 .PHONY: metal-tests
 metal-tests: $(METAL_OUT)/libfakemetal.so $(OPS)

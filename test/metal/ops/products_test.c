@@ -165,6 +165,32 @@ static void test_rows_alone(op_context *c, uint32_t type, const op_format *f) {
     op_close(&b.w);
 }
 
+/* So do the experts of a batch in which several tokens share them. */
+static void test_experts_alone(op_context *c, uint32_t type, const op_format *f, size_t n, size_t chosen) {
+    enum { HIDDEN_SIZE = 128, EXPERTS = 5 };
+    static const op_format router_format = {CV_FORMAT_F32, 0, 0, 0, false};
+    bench b;
+    open_bench(&b, c, type, HIDDEN_SIZE, EXPERTS, chosen, 128, n);
+    cv_weight *router = op_weight(c, &router_format, 1, EXPERTS, HIDDEN_SIZE);
+    cv_moe_weights w = {op_weight(c, f, EXPERTS, 128, HIDDEN_SIZE), op_weight(c, f, EXPERTS, 128, HIDDEN_SIZE), op_weight(c, f, EXPERTS, HIDDEN_SIZE, 128),
+                        op_weight(c, f, 1, 128, HIDDEN_SIZE), op_weight(c, f, 1, 128, HIDDEN_SIZE), op_weight(c, f, 1, HIDDEN_SIZE, 128)};
+    if (!b.w.gpu) return;
+    char err[256] = "";
+    float all[16 * HIDDEN_SIZE], start[16 * HIDDEN_SIZE];
+    memcpy(start, b.h_gpu, n * HIDDEN_SIZE * sizeof(float));
+    const cv_backend_ops *o = b.w.gpu->ops;
+    int code = o->begin(b.w.gpu, &b.w.batch) || o->norm_route(b.w.gpu, b.h_gpu, b.norm, router) || o->moe_up(b.w.gpu, &w) || o->moe_down(b.w.gpu, &w, true, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
+    memcpy(all, b.h_gpu, n * HIDDEN_SIZE * sizeof(float));
+    op_plain_batch(&b.w, 1);
+    for (size_t t = 0; t < n && !code; t++) {
+        memcpy(b.h_gpu, start + t * HIDDEN_SIZE, HIDDEN_SIZE * sizeof(float));
+        code = o->begin(b.w.gpu, &b.w.batch) || o->norm_route(b.w.gpu, b.h_gpu, b.norm, router) || o->moe_up(b.w.gpu, &w) || o->moe_down(b.w.gpu, &w, true, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
+        cv_check(&c->checks, !memcmp(all + t * HIDDEN_SIZE, b.h_gpu, HIDDEN_SIZE * sizeof(float)), "token %zu of %zu differs", t, n);
+    }
+    cv_check(&c->checks, !code, "%s", err);
+    op_close(&b.w);
+}
+
 int main(int argc, char **argv) {
     int rounds = argc > 1 ? atoi(argv[1]) : 1;
     op_context c = {.random = 88172645463325252ull};
@@ -192,6 +218,7 @@ int main(int argc, char **argv) {
     if (!getenv("FAKEMETAL_FAST_MATH")) { /* which the backend turns off for this very reason */
         cv_case(&c.checks, "a row has the same bits in a batch as alone");
         for (size_t i = 0; i < 3; i++) test_rows_alone(&c, types[i], &op_formats[5 + i]);
+        for (size_t i = 0; i < 3; i++) test_experts_alone(&c, types[i], &op_formats[5 + i], i == 0 ? 16 : 5 * i, 1 + i);
         cv_end_case(&c.checks);
     }
     return cv_report(&c.checks);

@@ -10,17 +10,79 @@ METAL_FUNC void gate_and_up(Format gate_format, Format up_format, constant cv_ma
   dot_rows<float, R, B, true>(gate_format, gate_shape, wg, sg, bg, row0, x, norm, lane, gate, squares);
 }
 
-// Hidden activations of token t: act[t][chosen * expert rows + shared rows], experts in the order of choice, shared last.
-// Threadgroup (row block, block of B tokens, slot); slots 0 … chosen-1 are experts, the last is the shared expert.
+// ---- the choice of a step of few tokens: pair t * chosen + k is token t's k-th expert; lane l has pairs l, l + 32, … ----
+
+constant constexpr uint PAIR_WORDS = CV_FEW * CV_MOST_CHOSEN / 32;
+
+METAL_FUNC void choose_pairs(device const float* logits, uint n, uint n_experts, uint chosen, uint lane, thread uint (&expert)[PAIR_WORDS]) {
+  for (uint j = 0; j < PAIR_WORDS; j++) expert[j] = n_experts;
+  for (uint pair = 0; pair < n * chosen; pair++) {
+    const uint e = chosen_expert(logits + ulong(pair / chosen) * n_experts, n_experts, pair % chosen, lane);
+    for (uint j = 0; j < PAIR_WORDS; j++)
+      if (pair == lane + 32 * j) expert[j] = e;
+  }
+}
+
+METAL_FUNC uint expert_of_pair(thread uint (&expert)[PAIR_WORDS], uint pair) {
+  uint e = 0;
+  for (uint j = 0; j < PAIR_WORDS; j++) {
+    const uint other = simd_shuffle(expert[j], ushort(pair % 32));
+    if (pair / 32 == j) e = other;
+  }
+  return e;
+}
+
+// Whether no pair before this one has its expert.
+METAL_FUNC bool is_first(thread uint (&expert)[PAIR_WORDS], uint pair, uint e, uint lane) {
+  bool before = false;
+  for (uint j = 0; j < PAIR_WORDS; j++) before = before || (lane + 32 * j < pair && expert[j] == e);
+  return !simd_any(before);
+}
+
+// Up to B of the pairs from `from` on that have expert e, in order; `from` becomes the place to go on. Returns how many.
+template <uint B>
+METAL_FUNC uint pairs_of(thread uint (&expert)[PAIR_WORDS], uint e, uint n_pairs, thread uint& from, thread uint (&list)[B]) {
+  uint n = 0;
+  for (; from < n_pairs && n < B; from++)
+    if (expert_of_pair(expert, from) == e) list[n++] = from;
+  for (uint b = n; b < B; b++) list[b] = n > 0 ? list[n - 1] : 0;
+  return n;
+}
+
+// ---- hidden activations: act[t][chosen * expert rows + shared rows], experts in the order of choice, shared last ----
+
+// Pairs list[0 … n-1], all of expert e; B at least n.
+template <typename T, uint R, uint B>
+METAL_FUNC void expert_up(device const uchar* wg, device const uchar* sg, device const uchar* bg, device const uchar* wu, device const uchar* su, device const uchar* bu, device const float* h, device const float* norm,
+                          device const float* logits, device T* act, constant cv_up_params& p, uint e, thread uint (&list)[CV_MATVEC_INPUTS], uint n, uint row0, uint lane) {
+  const uint cols = p.gate.cols;
+  const ulong width = ulong(p.chosen) * p.gate.rows + p.shared_gate.rows;
+  device const float* x[B];
+  for (uint b = 0; b < B; b++) x[b] = h + ulong(list[b] / p.chosen) * cols;
+  float gate[R][B], up[R][B], squares[B];
+  gate_and_up<R, B>(format_a(), SAME_FORMATS ? format_a() : format_b(), p.gate, p.up, expert_data(p.gate, wg, e), expert_scales(p.gate, sg, e), expert_biases(p.gate, bg, e), expert_data(p.up, wu, e), expert_scales(p.up, su, e),
+                    expert_biases(p.up, bu, e), row0, x, norm, lane, gate, up, squares);
+  if (lane != 0) return;
+  const float gate_global = global_scale(p.gate, bg, e), up_global = global_scale(p.up, bu, e);
+  for (uint b = 0; b < B && b < n; b++) {
+    const uint t = list[b] / p.chosen, slot = list[b] % p.chosen;
+    const float factor = rsqrt(squares[b] / float(cols) + p.eps) * expert_score(logits[ulong(t) * p.n_experts + e]);
+    for (uint r = 0; r < R && row0 + r < p.gate.rows; r++) act[t * width + ulong(slot) * p.gate.rows + row0 + r] = T(silu(gate[r][b] * factor * gate_global) * (up[r][b] * factor * up_global));
+  }
+}
+
+// Threadgroup (row block, 1, z): z counts the experts that the step's tokens have chosen, each once, then the shared expert's blocks of
+// B tokens. So an expert's weights are read once for all of its tokens, up to eight.
 template <typename T, uint R, uint B>
 kernel void experts_up(device const uchar* wg [[buffer(0)]], device const uchar* sg [[buffer(1)]], device const uchar* bg [[buffer(2)]], device const uchar* wu [[buffer(3)]], device const uchar* su [[buffer(4)]],
                        device const uchar* bu [[buffer(5)]], device const uchar* shared_wg [[buffer(6)]], device const uchar* shared_sg [[buffer(7)]], device const uchar* shared_bg [[buffer(8)]],
                        device const uchar* shared_wu [[buffer(9)]], device const uchar* shared_su [[buffer(10)]], device const uchar* shared_bu [[buffer(11)]], device const float* h [[buffer(12)]],
                        device const float* norm [[buffer(13)]], device const float* logits [[buffer(14)]], device T* act [[buffer(15)]], constant cv_up_params& p [[buffer(16)]],
                        uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint row0 = (group.x * CV_MATVEC_SIMDGROUPS + simdgroup) * R, slot = group.z, first = group.y * B, cols = p.gate.cols;
+  const uint row0 = (group.x * CV_MATVEC_SIMDGROUPS + simdgroup) * R, n_pairs = p.n * p.chosen, n_slots = min(n_pairs, p.n_experts), cols = p.gate.cols;
   const ulong width = ulong(p.chosen) * p.gate.rows + p.shared_gate.rows;
-  if (slot == p.chosen) {
+  if (group.z >= n_slots) {
+    const uint first = (group.z - n_slots) * B;
     if (row0 >= p.shared_gate.rows) return;
     device const float* x[B];
     for (uint b = 0; b < B; b++) x[b] = h + ulong(min(first + b, p.n - 1)) * cols;
@@ -36,53 +98,94 @@ kernel void experts_up(device const uchar* wg [[buffer(0)]], device const uchar*
     return;
   }
   if (row0 >= p.gate.rows) return;
-  for (uint t = first; t < min(first + B, p.n); t++) {
-    device const float* token_logits = logits + ulong(t) * p.n_experts;
-    const uint e = chosen_expert(token_logits, p.n_experts, slot, lane);
-    device const float* x[1] = {h + ulong(t) * cols};
-    float gate[R][1], up[R][1], squares[1];
-    gate_and_up<R, 1>(format_a(), SAME_FORMATS ? format_a() : format_b(), p.gate, p.up, expert_data(p.gate, wg, e), expert_scales(p.gate, sg, e), expert_biases(p.gate, bg, e), expert_data(p.up, wu, e), expert_scales(p.up, su, e),
-                      expert_biases(p.up, bu, e), row0, x, norm, lane, gate, up, squares);
-    if (lane != 0) continue;
-    const float factor = rsqrt(squares[0] / float(cols) + p.eps) * expert_score(token_logits[e]);
-    const float gate_global = global_scale(p.gate, bg, e), up_global = global_scale(p.up, bu, e);
-    for (uint r = 0; r < R && row0 + r < p.gate.rows; r++) act[t * width + ulong(slot) * p.gate.rows + row0 + r] = T(silu(gate[r][0] * factor * gate_global) * (up[r][0] * factor * up_global));
+  uint list[CV_MATVEC_INPUTS];
+  if (B == 1) { // one token: its experts are all different
+    const uint e = chosen_expert(logits, p.n_experts, group.z, lane);
+    list[0] = group.z;
+    expert_up<T, R, 1>(wg, sg, bg, wu, su, bu, h, norm, logits, act, p, e, list, 1, row0, lane);
+    return;
+  }
+  uint expert[PAIR_WORDS];
+  choose_pairs(logits, p.n, p.n_experts, p.chosen, lane, expert);
+  uint from = 0, e = 0, left = group.z + 1;
+  for (; from < n_pairs; from++) {
+    e = expert_of_pair(expert, from);
+    if (is_first(expert, from, e, lane) && --left == 0) break;
+  }
+  while (from < n_pairs) {
+    const uint n = pairs_of<CV_MATVEC_INPUTS>(expert, e, n_pairs, from, list);
+    if (n == 1) expert_up<T, R, 1>(wg, sg, bg, wu, su, bu, h, norm, logits, act, p, e, list, n, row0, lane);
+    else if (n == 2) expert_up<T, R, 2>(wg, sg, bg, wu, su, bu, h, norm, logits, act, p, e, list, n, row0, lane);
+    else if (n > 2) expert_up<T, R, CV_MATVEC_INPUTS>(wg, sg, bg, wu, su, bu, h, norm, logits, act, p, e, list, n, row0, lane);
   }
 }
 
-// h[t] (+)= Σ down_e · act_e + shared_down · act_shared, experts in the order of choice. Threadgroup (row block, block of B tokens).
+// ---- their product with the other matrix ----
+
+// pair_sums[r * stride + pair] = down_e · act of pairs list[0 … n-1], all of expert e; B at least n.
+template <typename T, uint R, uint B>
+METAL_FUNC void expert_down(device const uchar* w, device const uchar* s, device const uchar* b, device const T* act, device const float* unused, constant cv_down_params& p, uint e, thread uint (&list)[CV_MATVEC_INPUTS], uint n,
+                            uint row0, uint lane, threadgroup float* pair_sums, uint stride) {
+  const ulong width = ulong(p.chosen) * p.down.cols + p.shared_down.cols;
+  device const T* x[B];
+  for (uint i = 0; i < B; i++) x[i] = act + (list[i] / p.chosen) * width + ulong(list[i] % p.chosen) * p.down.cols;
+  float sums[R][B], squares[B];
+  dot_rows<T, R, B, false>(format_a(), p.down, expert_data(p.down, w, e), expert_scales(p.down, s, e), expert_biases(p.down, b, e), row0, x, unused, lane, sums, squares);
+  if (lane != 0) return;
+  const float global = global_scale(p.down, b, e);
+  for (uint i = 0; i < B && i < n; i++)
+    for (uint r = 0; r < R; r++) pair_sums[r * stride + list[i]] = sums[r][i] * global;
+}
+
+// h[t] (+)= Σ down_e · act_e + shared_down · act_shared, experts in the order of choice. Threadgroup (row block); a simdgroup has R rows
+// for all tokens, and reads each expert that they chose once for up to eight of them.
 template <typename T, uint R, uint B>
 kernel void experts_down(device const uchar* w [[buffer(0)]], device const uchar* s [[buffer(1)]], device const uchar* b [[buffer(2)]], device const uchar* shared_w [[buffer(3)]], device const uchar* shared_s [[buffer(4)]],
                          device const uchar* shared_b [[buffer(5)]], device const T* act [[buffer(6)]], device const float* logits [[buffer(7)]], device float* h [[buffer(8)]], constant cv_down_params& p [[buffer(9)]],
-                         uint2 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint row0 = (group.x * CV_MATVEC_SIMDGROUPS + simdgroup) * R, first = group.y * B;
+                         uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint PAIRS = (B == 1 ? 1 : CV_FEW) * CV_MOST_CHOSEN;
+  threadgroup float sums_of_pairs[CV_MATVEC_SIMDGROUPS * R * PAIRS];
+  const uint row0 = (group * CV_MATVEC_SIMDGROUPS + simdgroup) * R, n_pairs = p.n * p.chosen;
   if (row0 >= p.down.rows) return;
+  threadgroup float* pair_sums = sums_of_pairs + simdgroup * R * PAIRS;
   const ulong width = ulong(p.chosen) * p.down.cols + p.shared_down.cols;
-  float total[R][B];
-  for (uint t = 0; t < B; t++) {
-    const uint token = min(first + t, p.n - 1);
-    for (uint r = 0; r < R; r++) total[r][t] = 0.0f;
+  uint list[CV_MATVEC_INPUTS];
+  if (B == 1) {
     for (uint slot = 0; slot < p.chosen; slot++) {
-      const uint e = chosen_expert(logits + ulong(token) * p.n_experts, p.n_experts, slot, lane);
-      device const T* x[1] = {act + token * width + ulong(slot) * p.down.cols};
-      float sums[R][1], squares[1];
-      dot_rows<T, R, 1, false>(format_a(), p.down, expert_data(p.down, w, e), expert_scales(p.down, s, e), expert_biases(p.down, b, e), row0, x, h, lane, sums, squares);
-      const float global = global_scale(p.down, b, e);
-      for (uint r = 0; r < R; r++) total[r][t] += sums[r][0] * global;
+      list[0] = slot;
+      expert_down<T, R, 1>(w, s, b, act, h, p, chosen_expert(logits, p.n_experts, slot, lane), list, 1, row0, lane, pair_sums, PAIRS);
+    }
+  } else {
+    uint expert[PAIR_WORDS];
+    choose_pairs(logits, p.n, p.n_experts, p.chosen, lane, expert);
+    for (uint pair = 0; pair < n_pairs; pair++) {
+      const uint e = expert_of_pair(expert, pair);
+      if (!is_first(expert, pair, e, lane)) continue;
+      uint from = pair;
+      while (from < n_pairs) {
+        const uint n = pairs_of<CV_MATVEC_INPUTS>(expert, e, n_pairs, from, list);
+        if (n == 1) expert_down<T, R, 1>(w, s, b, act, h, p, e, list, n, row0, lane, pair_sums, PAIRS);
+        else if (n == 2) expert_down<T, R, 2>(w, s, b, act, h, p, e, list, n, row0, lane, pair_sums, PAIRS);
+        else if (n > 2) expert_down<T, R, CV_MATVEC_INPUTS>(w, s, b, act, h, p, e, list, n, row0, lane, pair_sums, PAIRS);
+      }
     }
   }
-  device const T* x[B];
-  for (uint t = 0; t < B; t++) x[t] = act + min(first + t, p.n - 1) * width + ulong(p.chosen) * p.down.cols;
-  float sums[R][B], squares[B];
-  dot_rows<T, R, B, false>(SAME_FORMATS ? format_a() : format_b(), p.shared_down, shared_w, shared_s, shared_b, row0, x, h, lane, sums, squares);
-  if (lane != 0) return;
-  const float global = global_scale(p.shared_down, shared_b, 0);
-  for (uint t = 0; t < B && first + t < p.n; t++)
-    for (uint r = 0; r < R && row0 + r < p.down.rows; r++) {
-      device float* out = h + ulong(first + t) * p.down.rows + row0 + r;
-      const float y = total[r][t] + sums[r][t] * global;
-      *out = p.add != 0 ? *out + y : y;
-    }
+  for (uint first = 0; first < p.n; first += B) {
+    device const T* x[B];
+    for (uint t = 0; t < B; t++) x[t] = act + min(first + t, p.n - 1) * width + ulong(p.chosen) * p.down.cols;
+    float sums[R][B], squares[B];
+    dot_rows<T, R, B, false>(SAME_FORMATS ? format_a() : format_b(), p.shared_down, shared_w, shared_s, shared_b, row0, x, h, lane, sums, squares);
+    if (lane != 0) continue; // lane 0 wrote the pairs' sums itself
+    const float global = global_scale(p.shared_down, shared_b, 0);
+    for (uint t = 0; t < B && first + t < p.n; t++)
+      for (uint r = 0; r < R && row0 + r < p.down.rows; r++) {
+        float total = 0.0f;
+        for (uint slot = 0; slot < p.chosen; slot++) total += pair_sums[r * PAIRS + (first + t) * p.chosen + slot];
+        device float* out = h + ulong(first + t) * p.down.rows + row0 + r;
+        const float y = total + sums[r][t] * global;
+        *out = p.add != 0 ? *out + y : y;
+      }
+  }
 }
 
 // Sorts the chosen (token, rank) pairs by expert: row r of the sorted rows is token row_token[r] with row_score[r]; pair
@@ -151,9 +254,9 @@ template [[host_name("experts_sum_add")]] [[kernel]] decltype(experts_sum<true>)
 
 #define EXPERTS_TYPE(T, suffix)                                                                                         \
   template [[host_name("experts_up_" suffix "_1")]] [[kernel]] decltype(experts_up<T, 2, 1>) experts_up<T, 2, 1>;       \
-  template [[host_name("experts_up_" suffix "_4")]] [[kernel]] decltype(experts_up<T, 2, 4>) experts_up<T, 2, 4>;       \
+  template [[host_name("experts_up_" suffix "_8")]] [[kernel]] decltype(experts_up<T, 2, 8>) experts_up<T, 2, 8>;       \
   template [[host_name("experts_down_" suffix "_1")]] [[kernel]] decltype(experts_down<T, 4, 1>) experts_down<T, 4, 1>; \
-  template [[host_name("experts_down_" suffix "_4")]] [[kernel]] decltype(experts_down<T, 4, 4>) experts_down<T, 4, 4>;
+  template [[host_name("experts_down_" suffix "_8")]] [[kernel]] decltype(experts_down<T, 2, 8>) experts_down<T, 2, 8>;
 EXPERTS_TYPE(float, "f32")
 EXPERTS_TYPE(half, "f16")
 #ifdef __HAVE_BFLOAT__ // macOS 14

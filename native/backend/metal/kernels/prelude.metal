@@ -118,7 +118,8 @@ METAL_FUNC void load16(Format f, device const uchar* row, uint chunk, thread flo
       break;
     default: {
       device const uint* p = (device const uint*)row + chunk * 2;
-      for (uint i = 0; i < 16; i++) v[i] = from_e2m1((p[i / 8] >> (4 * (i % 8))) & 15u);
+      const uint w[2] = {p[0], p[1]};
+      for (uint i = 0; i < 16; i++) v[i] = from_e2m1((w[i / 8] >> (4 * (i % 8))) & 15u);
     }
   }
 }
@@ -173,14 +174,16 @@ METAL_FUNC void dot_rows(Format f, constant cv_matrix& m, device const uchar* da
       s[r] = is_quantized(f) ? stored_float(f.scale, row_scales[r], g) : 1.0f;
       bias[r] = has_bias(f) ? stored_float(f.scale, row_biases[r], g) : 0.0f;
     }
+    float nv[16];
+    for (uint i = 0; i < 16; i++) nv[i] = USE_NORM ? norm[chunk * 16 + i] : 1.0f;
     for (uint b = 0; b < B; b++) {
       float xv[16];
       float total = 0.0f;
+      for (uint i = 0; i < 16; i++) xv[i] = float(x[b][chunk * 16 + i]);
       for (uint i = 0; i < 16; i++) {
-        xv[i] = float(x[b][chunk * 16 + i]);
         if (USE_NORM) {
           squares[b] = fma(xv[i], xv[i], squares[b]);
-          xv[i] *= norm[chunk * 16 + i];
+          xv[i] *= nv[i];
         }
         total += xv[i];
       }
