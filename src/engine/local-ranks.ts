@@ -38,8 +38,13 @@ export class LocalRanks implements Ranks {
     const lost = Promise.withResolvers<CaravanError>();
     this.lost = lost.promise;
     for (const each of processes)
-      each.ended.then((why) => {
-        if (why === undefined || this.#closed) return;
+      each.ended.then((reason) => {
+        if (this.#closed) return;
+        const why =
+          reason ??
+          new CaravanError("cluster_degraded", `the process of rank ${each.rank} ended`, {
+            retryAfterSeconds: 2,
+          });
         group.abort(why.message);
         lost.resolve(why);
       });

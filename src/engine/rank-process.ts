@@ -48,7 +48,8 @@ export class RankProcess {
   readonly rank: number;
   /** Opaque bytes for the other ranks. */
   readonly address: Promise<Uint8Array>;
-  /** Resolves when the process has ended; with the reason, where it was not asked to. Never rejects. */
+  /** Resolves when the process has ended: with the reason, or with nothing where it was asked to or rank 0 had closed its engine
+   * (exit code 0). Never rejects. */
   readonly ended: Promise<CaravanError | undefined>;
   readonly #options: RankProcessOptions;
   readonly #child: Bun.Subprocess<"pipe", "pipe", "pipe">;
@@ -154,11 +155,11 @@ export class RankProcess {
     this.#readLog();
     await this.#readMessages();
     const code = await this.#child.exited;
-    const why = this.#failure ?? (this.#leaving || code === 0 ? undefined : this.#crash(code));
-    const error = why ?? this.#gone("ended");
-    for (const { reject } of [this.#address, this.#connected, this.#ready]) reject(error);
-    // One that leaves without having been asked is lost to its group all the same.
-    return this.#leaving ? undefined : error;
+    const peaceful = this.#leaving || code === 0;
+    const why = this.#failure ?? (peaceful ? undefined : this.#crash(code));
+    for (const { reject } of [this.#address, this.#connected, this.#ready])
+      reject(why ?? this.#gone("ended"));
+    return this.#leaving ? undefined : why;
   }
 
   async #readMessages(): Promise<void> {

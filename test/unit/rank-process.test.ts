@@ -97,10 +97,11 @@ describe("a rank process", () => {
     expect(await rank.ended).toBe(error);
   });
 
-  test("that leaves without being asked is lost, even with exit code 0", async () => {
+  test("that leaves with exit code 0 has no more to do; whoever still waits for it hears that it ended", async () => {
     const rank = start("leave");
     await rank.load(LOAD);
-    expect((await rank.ended)?.message).toBe("the process of rank 1 ended");
+    expect(await rank.ended).toBeUndefined();
+    expect((await rejection(rank.connect(addresses, 1000))).message).toBe("the process of rank 1 ended");
   });
 
   test("that sends what cannot be read is ended", async () => {
