@@ -93,11 +93,15 @@ export class RankGroup {
     if (!this.#closed) groupFunctions().cv_group_abort(this.pointer, new TextEncoder().encode(`${why}\0`));
   }
 
+  /** The first failure as a sentence that names the rank; undefined while the group lives. */
+  failure(): string | undefined {
+    const { record, failure } = this.#read();
+    const failed = new DataView(record.buffer).getUint32(4, true) !== 0;
+    return failed ? failure || "the ranks of the model have lost each other" : undefined;
+  }
+
   stats(): GroupStats {
-    const record = new Uint8Array(STATS_BYTES);
-    const error = new Uint8Array(TEXT_BYTES);
-    const code = groupFunctions().cv_group_stats(this.pointer, record, error, error.length);
-    if (code !== 0) throw nativeError(code, error, "reading a group's statistics");
+    const { record } = this.#read();
     const view = new DataView(record.buffer);
     const long = (index: number): number => Number(view.getBigUint64(8 + index * 8, true));
     const [transport = "auto"] = Object.entries(TRANSPORTS).find(
@@ -114,6 +118,14 @@ export class RankGroup {
       macNs: long(5),
       roundTripUs: view.getUint32(56, true),
     };
+  }
+
+  #read(): { record: Uint8Array<ArrayBuffer>; failure: string } {
+    const record = new Uint8Array(STATS_BYTES);
+    const error = new Uint8Array(TEXT_BYTES);
+    const code = groupFunctions().cv_group_stats(this.pointer, record, error, error.length);
+    if (code !== 0) throw nativeError(code, error, "reading a group's statistics");
+    return { record, failure: text(error) };
   }
 
   /** Close the engine that uses the group first. Idempotent. */

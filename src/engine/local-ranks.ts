@@ -5,6 +5,7 @@
 import { randomBytes } from "node:crypto";
 import { CaravanError } from "../errors.ts";
 import { RankGroup } from "./group.ts";
+import { GroupWatch } from "./group-watch.ts";
 import { RankProcess, type RankReady } from "./rank-process.ts";
 import type { Connection, GroupOptions, RankLoad, TransportChoice } from "./rank-protocol.ts";
 import type { Ranks } from "./ranks.ts";
@@ -12,6 +13,9 @@ import type { Ranks } from "./ranks.ts";
 /** Processes start one after the other on a machine that is busy, each in well under a second. */
 const START_LIMIT_MS = 30_000;
 const CONNECT_LIMIT_MS = 20_000;
+/** A rank that is stopped is noticed after so long while somebody waits for it, after twice as long while nobody does; that is
+ * to be within 2 s. */
+const SILENCE_MS = 900;
 
 export interface LocalRanksOptions {
   /** Ranks a stage, and stages: at least 2 ranks in all. */
@@ -26,6 +30,7 @@ export interface LocalRanksOptions {
 
 export class LocalRanks implements Ranks {
   readonly lost: Promise<CaravanError>;
+  readonly #watch: GroupWatch;
   #closed = false;
 
   private constructor(
@@ -37,6 +42,7 @@ export class LocalRanks implements Ranks {
   ) {
     const lost = Promise.withResolvers<CaravanError>();
     this.lost = lost.promise;
+    this.#watch = new GroupWatch(group, lost.resolve);
     for (const each of processes)
       each.ended.then((reason) => {
         if (this.#closed) return;
@@ -60,6 +66,7 @@ export class LocalRanks implements Ranks {
       epoch: 1,
       key: randomBytes(32).toString("hex"),
       instance: randomBytes(16).toString("hex"),
+      silenceMs: SILENCE_MS,
     };
     const processes: RankProcess[] = [];
     const loading = new Array<number>(size).fill(0);
@@ -105,9 +112,15 @@ export class LocalRanks implements Ranks {
   async close(closeEngine: () => Promise<void>): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    this.#watch.stop();
     await closeEngine();
     await Promise.all(this.processes.map((each) => each.close()));
     this.group.close();
+  }
+
+  kill(): void {
+    this.#closed = true;
+    for (const each of this.processes) each.kill();
   }
 }
 

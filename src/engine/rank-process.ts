@@ -17,7 +17,8 @@ import {
 
 /** Characters of the log that are kept for the message about a crash. */
 const LOG_TAIL = 2000;
-const CLOSE_LIMIT_MS = 3000;
+/** Shorter than what a runner has itself. */
+const CLOSE_LIMIT_MS = 1500;
 
 export interface RankReady {
   memory: RankMemory;
@@ -33,7 +34,7 @@ export interface RankProcessOptions {
   onLog?: (text: string) => void;
   /** Bytes of weights in place while loading. */
   onLoading?: (bytes: number) => void;
-  /** Time for the process to leave when it is asked to; default 3 s. */
+  /** Time for the process to leave when it is asked to; default 1.5 s. */
   closeLimitMs?: number;
 }
 

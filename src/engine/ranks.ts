@@ -17,4 +17,6 @@ export interface Ranks {
   /** Ends rank 0's engine by `closeEngine`, behind which the other ranks leave in peace, then the group and what this
    * process has started. Idempotent. */
   close(closeEngine: () => Promise<void>): Promise<void>;
+  /** Ends the processes that this one has started at once, whatever state they are in. */
+  kill(): void;
 }

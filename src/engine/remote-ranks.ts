@@ -3,6 +3,7 @@
 
 import type { CaravanError } from "../errors.ts";
 import { RankGroup } from "./group.ts";
+import { GroupWatch } from "./group-watch.ts";
 import type { Connection, GroupOptions } from "./rank-protocol.ts";
 import type { Ranks } from "./ranks.ts";
 
@@ -11,6 +12,7 @@ export class RemoteRanks implements Ranks {
   readonly loadedBytes = 0;
   readonly #lose: (why: CaravanError) => void;
   #connection: Connection | undefined;
+  #watch: GroupWatch | undefined;
   #closed = false;
 
   /** Listens. Throws what opening the group does. */
@@ -35,6 +37,7 @@ export class RemoteRanks implements Ranks {
   /** addresses: of all ranks, this one's too, in order. */
   async connect(addresses: readonly Uint8Array[], timeoutMs: number): Promise<Connection> {
     this.#connection = await this.group.connect(addresses, timeoutMs);
+    this.#watch = new GroupWatch(this.group, this.#lose);
     return this.#connection;
   }
 
@@ -48,7 +51,11 @@ export class RemoteRanks implements Ranks {
   async close(closeEngine: () => Promise<void>): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    this.#watch?.stop();
     await closeEngine();
     this.group.close();
   }
+
+  /** Their nodes do that. */
+  kill(): void {}
 }

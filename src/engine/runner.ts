@@ -211,6 +211,8 @@ class Runner {
     if (this.#dying) return;
     this.#dying = true;
     this.#writer.add({ type: "fatal", error: errorRecord(error) });
+    // A rank that is stopped would not leave by itself.
+    this.#model.ranks?.kill();
     this.#writer.end().then(() => process.exit(1));
   }
 

@@ -164,6 +164,26 @@ describe.skipIf(!hasPgrep)("a rank that is killed", () => {
     expect(answered.at(-1)).toMatchObject({ type: "finish" });
   }, 30_000);
 
+  test("or stopped, busy or idle, is noticed within 2 s, named and ended", async () => {
+    const engine = client({ tensor: 2, transport: "tcp" });
+    await engine.ready();
+    const stream = collect(engine.generate(request("a", 30, 1900)));
+    await until(() => engine.status().running === 1, "the stream to run", 10_000);
+    const [busy] = childrenOf(engine.pid ?? 0);
+    process.kill(busy ?? 0, "SIGSTOP");
+    const stopped = performance.now();
+    const last = (await stream).at(-1);
+    expect(performance.now() - stopped).toBeLessThan(2000);
+    expect(last).toMatchObject({ type: "error", error: { code: "cluster_degraded" } });
+    expect(last?.type === "error" ? last.error.message : "").toContain("rank 1 has been silent");
+    const answered = await collect(engine.generate(request("b", 30, 4)));
+    expect(answered.at(-1)).toMatchObject({ type: "finish" });
+    const [idle] = childrenOf(engine.pid ?? 0);
+    process.kill(idle ?? 0, "SIGSTOP");
+    await until(() => engine.status().state === "failed", "the silence to be noticed", 2500);
+    await until(() => [busy, idle].every((pid) => !alive(pid ?? 0)), "the stopped ranks to end", 3000);
+  }, 30_000);
+
   test("goes with its rank 0: no rank outlives the runner", async () => {
     const engine = client({ tensor: 2, pipeline: 2 });
     await engine.ready();
