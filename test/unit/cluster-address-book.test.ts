@@ -42,6 +42,17 @@ test("of a node with several addresses one is tried at a time, and none while it
   expect(book.addressesOf(A)).toEqual(["i:1", "h:1"]);
 });
 
+test("a link-local address is tried where a better one does not answer", () => {
+  const book = new AddressBook();
+  book.learn("[fe80::1%eth0]:1", A, false, 0);
+  book.learn("10.0.0.1:1", A, false, 5);
+  const [first] = book.due(5, nobody);
+  expect(first?.address).toBe("10.0.0.1:1");
+  expect(book.addressesOf(A)).toEqual(["10.0.0.1:1", "[fe80::1%eth0]:1"]);
+  if (first !== undefined) book.failed(first, "x", 5);
+  expect(book.due(5, nobody).map(({ address }) => address)).toEqual(["[fe80::1%eth0]:1"]);
+});
+
 test("an address that beacons no longer name is forgotten, one that a person named is not", () => {
   const book = new AddressBook();
   book.learn("h:1", A, false, 0);

@@ -57,7 +57,7 @@ export class AddressBook {
     const chosen: Candidate[] = [];
     const busy = new Set<NodeId>();
     for (const { id, dialling } of this.#candidates.values()) if (dialling && id !== undefined) busy.add(id);
-    for (const candidate of this.#candidates.values()) {
+    for (const candidate of [...this.#candidates.values()].sort(byScope)) {
       const { id, dialling, nextTryMs, heardMs, lasting } = candidate;
       if (!lasting && nowMs - heardMs > BEACON_LIFE_MS) {
         this.#candidates.delete(candidate.address);
@@ -89,7 +89,7 @@ export class AddressBook {
   addressesOf(id: NodeId): string[] {
     return [...this.#candidates.values()]
       .filter((candidate) => candidate.id === id)
-      .sort((a, b) => a.failures - b.failures || b.heardMs - a.heardMs)
+      .sort((a, b) => a.failures - b.failures || byScope(a, b) || b.heardMs - a.heardMs)
       .map(({ address }) => address);
   }
 
@@ -106,4 +106,9 @@ export class AddressBook {
       .sort((a, b) => a.heardMs - b.heardMs)[0];
     return oldest !== undefined && this.#candidates.delete(oldest.address);
   }
+}
+
+/** Link-local IPv6 addresses last: they are as good, but say nothing to people and other machines. */
+function byScope(a: Candidate, b: Candidate): number {
+  return Number(a.address.startsWith("[fe80:")) - Number(b.address.startsWith("[fe80:"));
 }
