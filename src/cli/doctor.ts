@@ -11,14 +11,8 @@ import { resolvePaths } from "../paths.ts";
 import { loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import type { Command } from "./command.ts";
+import { type Check, clusterChecks } from "./doctor-cluster.ts";
 import { formatBytes } from "./progress.ts";
-
-interface Check {
-  name: string;
-  ok: boolean;
-  detail: string;
-  fix?: string;
-}
 
 function attempt(name: string, check: () => Omit<Check, "name">): Check {
   try {
@@ -99,7 +93,7 @@ export const doctor: Command = {
     selftest: { help: "run every kernel on the GPU", later: "the Metal backend" },
   },
   async run(args) {
-    const checks = runChecks();
+    const checks = [...runChecks(), ...(await clusterChecks())];
     if (args.flag("json")) {
       process.stdout.write(`${JSON.stringify(checks)}\n`);
     } else {
