@@ -96,6 +96,10 @@ typedef struct {
     /* Ends a step: everything recorded has been computed when it returns. */
     int (*finish)(cv_backend *b, char *err, size_t err_size);
 
+    /* Everything recorded so far has been computed when it returns, and recording goes on: between this and the next operation the
+     * caller may read and write device memory (sums over ranks). NULL: operations are computed when they return. */
+    int (*sync)(cv_backend *b);
+
     /* h[t] = table[token t] */
     int (*embed)(cv_backend *b, const cv_weight *table, void *h);
 

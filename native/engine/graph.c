@@ -49,24 +49,35 @@ typedef struct {
 /* Whether this rank adds to h (or, among tensor ranks, replaces it by its part of the sum). */
 static bool adds(const run_state *r) { return r->place->tensor_rank == 0; }
 
+/* Before the host touches h. */
+static int settle(const run_state *r) { return r->b->ops->sync ? r->b->ops->sync(r->b) : CV_OK; }
+
 /* What a rank without a part of a block adds: nothing, but the bias that tensor rank 0 holds. */
-static void add_nothing(const run_state *r, const float *bias) {
+static int add_nothing(const run_state *r, const float *bias) {
     float *h = r->a->h;
+    int code = settle(r);
+    if (code) return code;
     if (!adds(r)) memset(h, 0, r->n_tokens * r->hidden * sizeof *h);
     else if (bias)
         for (size_t t = 0; t < r->n_tokens; t++)
             for (size_t i = 0; i < r->hidden; i++) h[t * r->hidden + i] += bias[i];
+    return CV_OK;
 }
 
-static int join(const run_state *r) { return cv_place_splits(r->place) ? cv_place_reduce(r->place, r->a->h, r->n_tokens * r->hidden) : CV_OK; }
+/* The sum over the ranks, where there are several. */
+static int join(const run_state *r) {
+    if (!cv_place_splits(r->place)) return CV_OK;
+    int code = settle(r);
+    return code ? code : cv_place_reduce(r->place, r->a->h, r->n_tokens * r->hidden);
+}
 
 static int attention_block(const run_state *r, const cv_layer *l) {
     cv_backend *b = r->b;
     cv_activations *a = r->a;
     const cv_backend_ops *o = b->ops;
     if (!cv_layer_attends(l)) {
-        add_nothing(r, l->o_bias);
-        return join(r);
+        int code = add_nothing(r, l->o_bias);
+        return code ? code : join(r);
     }
     const cv_weight *const w[3] = {l->q, l->k, l->v};
     const float *const bias[3] = {l->q_bias, l->k_bias, l->v_bias};
@@ -83,8 +94,8 @@ static int feed_forward(const run_state *r, const cv_layer *l) {
     const cv_backend_ops *o = b->ops;
     int code;
     if (!cv_layer_feeds(l)) {
-        add_nothing(r, l->down_bias);
-        return join(r);
+        code = add_nothing(r, l->down_bias);
+        return code ? code : join(r);
     }
     if (l->flags & CV_LAYER_MOE) {
         code = o->norm_route(b, a->h, l->ffn_norm, l->router);

@@ -8,6 +8,9 @@
 
 /* The GPU is told beforehand of all memory that it will read: weights and cache. */
 static int open_metal(cv_model *m, cv_backend **out, cv_err err) {
+    for (size_t i = 0; i < m->n_layers; i++)
+        if (!m->layers[i].moe.gate != !m->layers[i].moe.shared_gate)
+            return cv_fail(err, CV_E_UNSUPPORTED, "layer %u: the Metal kernels need a part of the experts and of the shared expert on every rank, or none of both", m->layers[i].index);
     size_t n = cv_weights_extents(m->weights, NULL, 0);
     cv_memory *all = malloc((n + 2) * sizeof *all);
     if (!all) return cv_fail(err, CV_E_MEMORY, "no memory for the list of weights");
@@ -24,9 +27,6 @@ int cv_pass_open(const void *plan, size_t plan_size, cv_group *group, cv_load_pr
     if (code) return code;
     uint32_t device = ((const cv_plan *)plan)->device;
     code = cv_place_open(plan, group, &p->place, err);
-    /* The sums over ranks are made on the CPU between operations that a GPU only records. */
-    if (!code && device == CV_DEVICE_METAL && (cv_place_splits(&p->place) || p->place.n_stages > 1))
-        code = cv_fail(err, CV_E_UNSUPPORTED, "several ranks compute on the CPU only: Metal is not built for them yet");
     if (!code) code = device == CV_DEVICE_METAL ? open_metal(p->model, &p->backend, err) : cv_backend_cpu_open(&p->model->shape, &p->backend, err.text, err.size);
     if (!code) code = cv_graph_open(p->model, p->backend, &p->act, err);
     if (!code && (cv_step_open(p->model, &p->step) || cv_output_open(p->model, &p->output))) code = cv_fail(err, CV_E_MEMORY, "no memory for step tables");

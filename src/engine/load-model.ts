@@ -145,7 +145,6 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
   const threads = Math.min(options.threads ?? Math.max(1, Math.floor(cores / here)), MOST_THREADS);
   const chosen = chooseDevice(options.device ?? "auto", {
     config,
-    ranks: shares.length,
     kvType: (bfloat) => (options.kvBits === 8 ? "q8" : kvTypeOf(config, compute, bfloat)),
   });
   const { device, kvType, metal } = chosen;

@@ -96,8 +96,6 @@ export interface ChosenDevice {
 /** What is to run. */
 export interface DeviceRequest {
   config: ModelConfig;
-  /** Ranks that the model is split into. */
-  ranks: number;
   /** What the cache keeps on a device with or without bfloat16. */
   kvType: (bfloat: boolean) => KvType;
 }
@@ -105,15 +103,14 @@ export interface DeviceRequest {
 /** Chooses where a model runs. Throws where Metal was asked for and cannot be. */
 export function chooseDevice(
   asked: DeviceChoice,
-  { config, ranks, kvType }: DeviceRequest,
+  { config, kvType }: DeviceRequest,
   find: () => MetalDevice | { reason: string } = findMetal,
 ): ChosenDevice {
   const cpu = (reason: string): ChosenDevice => ({ device: "cpu", reason, kvType: kvType(true) });
   if (asked === "cpu") return cpu("the CPU, as asked");
   const metal = find();
   const type = kvType("reason" in metal || metal.bfloat);
-  const split = ranks > 1 ? "a model that is split over ranks does not run on Metal yet" : undefined;
-  const lacks = "reason" in metal ? metal.reason : (split ?? metalLacks(config, type));
+  const lacks = "reason" in metal ? metal.reason : metalLacks(config, type);
   if (!("reason" in metal) && lacks === undefined) {
     const limit = `${metal.name}, whose GPU may use ${(metal.workingSet / 1e9).toFixed(1)} GB`;
     return { device: "metal", reason: [limit, ...fallbacks(metal)].join("; "), kvType: type, metal };

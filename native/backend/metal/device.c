@@ -350,9 +350,9 @@ void cv_metal_dispatch(cv_metal_device *d, const size_t groups[3], size_t thread
     open_commands(d);
 }
 
-int cv_metal_finish(cv_metal_device *d, cv_err err) {
+/* Commits what is open, waits, and looks at how it ended. */
+static void complete(cv_metal_device *d) {
     enum { STATUS_COMPLETED = 4 };
-    if (!d->pool) return cv_fail(err, CV_E_STEP, "no step was begun");
     size_t committed = d->n_commands;
     if (d->code) { /* what has been recorded last is dropped */
         if (d->encoder) CV_SEND0(&d->objc, void, d->encoder, end_encoding);
@@ -366,6 +366,17 @@ int cv_metal_finish(cv_metal_device *d, cv_err err) {
         if (CV_SEND0(&d->objc, NSUInteger, d->commands[i], status) != STATUS_COMPLETED) fail(d, CV_E_STEP, "the GPU stopped", CV_SEND0(&d->objc, id, d->commands[i], error));
     for (size_t i = 0; i < d->n_commands; i++) release(d, d->commands[i]);
     d->n_commands = 0;
+}
+
+int cv_metal_sync(cv_metal_device *d) {
+    complete(d);
+    if (!d->code) open_commands(d);
+    return d->code;
+}
+
+int cv_metal_finish(cv_metal_device *d, cv_err err) {
+    if (!d->pool) return cv_fail(err, CV_E_STEP, "no step was begun");
+    complete(d);
     d->objc.pool_pop(d->pool);
     d->pool = NULL;
     return d->code ? cv_fail(err, d->code, "%s", d->text) : CV_OK;

@@ -42,6 +42,8 @@ void cv_metal_bind(cv_metal_device *d, unsigned index, const void *p, size_t byt
 void cv_metal_bytes(cv_metal_device *d, unsigned index, const void *p, size_t bytes);
 /* work: multiply-adds. When much has been gathered the command buffer is committed and another begun: none runs for long. */
 void cv_metal_dispatch(cv_metal_device *d, const size_t groups[3], size_t threads, double work);
+/* Waits for everything that has been recorded; recording goes on. */
+int cv_metal_sync(cv_metal_device *d);
 /* Waits for all commands. CV_E_STEP with the reason of the first failure. */
 int cv_metal_finish(cv_metal_device *d, cv_err err);
 /* Whether something has failed since begin. */

@@ -312,6 +312,8 @@ static int metal_finish(cv_backend *b, char *err, size_t err_size) {
     return cv_metal_finish(m->d, (cv_err){err, err_size});
 }
 
+static int metal_sync(cv_backend *b) { return cv_metal_sync(self(b)->d); }
+
 /* ---- operations ---- */
 
 static int metal_embed(cv_backend *b, const cv_weight *table, void *h) {
@@ -598,7 +600,7 @@ static int open_scratch(metal *m, cv_err err) {
 
 int cv_backend_metal_open(const cv_shape *shape, const cv_memory *shared, size_t n_shared, cv_backend **out, char *text, size_t text_size) {
     static const cv_backend_ops ops = {
-        .name = "metal", .close = metal_close, .alloc = metal_alloc, .free = metal_free, .begin = metal_begin, .finish = metal_finish, .embed = metal_embed, .norm_qkv = metal_norm_qkv,
+        .name = "metal", .close = metal_close, .alloc = metal_alloc, .free = metal_free, .begin = metal_begin, .finish = metal_finish, .sync = metal_sync, .embed = metal_embed, .norm_qkv = metal_norm_qkv,
         .rope_store = metal_rope_store, .attention = metal_attention, .linear = metal_linear, .norm_mlp = metal_norm_mlp, .norm_route = metal_norm_route, .moe_up = metal_moe_up,
         .moe_down = metal_moe_down, .head = metal_head,
     };
