@@ -1,6 +1,7 @@
 // caravan pull: a model from the Hugging Face hub, resumable and checked by hash.
 
 import { type PullOptions, type PullResult, pullModel } from "../model/download/pull.ts";
+import { licenceText } from "../model/licence.ts";
 import type { Command } from "./command.ts";
 import { interruptible } from "./interrupt.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
@@ -54,6 +55,7 @@ export const pull: Command = {
       }
       process.stdout.write(`${result.path}\n`);
       if (result.downloadedBytes === 0) process.stderr.write("it was here already, whole\n");
+      if (result.licence !== undefined) process.stderr.write(`${licenceText(result.licence)}\n`);
       process.stderr.write(`run it with: caravan run ${name}\n`);
       return 0;
     });

@@ -3,6 +3,7 @@
 import * as v from "valibot";
 import { CaravanError } from "../../errors.ts";
 import { COMMIT } from "../hub-cache.ts";
+import type { HubLicence } from "../licence.ts";
 import type { RemoteEntry } from "./plan.ts";
 import { PassingFault, RetryBudget, type RetryLimits } from "./retry.ts";
 import { openTransfer, type TransferOptions } from "./transfer.ts";
@@ -15,7 +16,19 @@ export interface HubApiOptions extends TransferOptions {
 const MAX_JSON_BYTES = 64 * 1024 * 1024;
 const MAX_PAGES = 100;
 
-const INFO_SCHEMA = v.object({ sha: v.pipe(v.string(), v.regex(COMMIT)) });
+const INFO_SCHEMA = v.object({
+  sha: v.pipe(v.string(), v.regex(COMMIT)),
+  /** The head of the repository's page, as its authors wrote it: nothing in it is relied on. */
+  cardData: v.fallback(
+    v.nullish(
+      v.object({
+        license: v.fallback(v.nullish(v.string()), undefined),
+        license_name: v.fallback(v.nullish(v.string()), undefined),
+      }),
+    ),
+    undefined,
+  ),
+});
 
 const size = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
 const TREE_SCHEMA = v.array(
@@ -29,11 +42,17 @@ const TREE_SCHEMA = v.array(
   }),
 );
 
-/** The commit that `revision` of model `id` stands for now. */
-export async function fetchCommit(id: string, revision: string, options: HubApiOptions): Promise<string> {
+/** The commit that `revision` of model `id` stands for now, and what its page says of the licence. */
+export async function fetchCommit(
+  id: string,
+  revision: string,
+  options: HubApiOptions,
+): Promise<{ commit: string; licence: HubLicence }> {
   const url = `${options.endpoint}/api/models/${id}/revision/${encodeURIComponent(revision)}`;
-  const { value } = await fetchJson(url, INFO_SCHEMA, options);
-  return value.sha;
+  const { sha, cardData } = (await fetchJson(url, INFO_SCHEMA, options)).value;
+  const { license, license_name } = cardData ?? {};
+  const name = license === "other" ? license_name : license;
+  return { commit: sha, licence: { name: name ?? undefined } };
 }
 
 /** Every file of a commit, with sizes and hashes. */

@@ -15,6 +15,7 @@ import {
   repoFolder,
   snapshotFolder,
 } from "../hub-cache.ts";
+import { type HubLicence, type Licence, licenceOf } from "../licence.ts";
 import { inspectFolder } from "../model-folder.ts";
 import { isAligned, readSafetensorsHeader } from "../safetensors.ts";
 import { FileDownload, type FileDownloadOptions } from "./file-download.ts";
@@ -66,6 +67,8 @@ export interface PullResult {
   /** Weight files with tensors that do not start on a multiple of their element's size. They are loaded into memory
    * instead of mapped; the shared cache is left as the hub has it. */
   misaligned: string[];
+  /** As far as it is known. */
+  licence?: Licence;
 }
 
 const CONNECTIONS = 4;
@@ -85,7 +88,8 @@ export async function pullModel(model: string | Card, options: PullOptions = {})
   checkRevision(revision);
   const hub = options.hub ?? resolvePaths(env).hub;
   const around = hubEnvironment(env);
-  if (around.offline) return offlineResult(hub, id, revision);
+  const baseModel = loadCards(resolvePaths(env).cards).cards.find((card) => card.model_id === id)?.base_model;
+  if (around.offline) return offlineResult(hub, id, revision, baseModel);
 
   const stop = new AbortController();
   const signal = options.signal === undefined ? stop.signal : AbortSignal.any([options.signal, stop.signal]);
@@ -99,7 +103,8 @@ export async function pullModel(model: string | Card, options: PullOptions = {})
   };
   try {
     signal.throwIfAborted();
-    return await pull(hub, id, revision, api, stop, options);
+    const { licence, ...result } = await pull(hub, id, revision, api, stop, options);
+    return { ...result, ...knownLicence(result.path, licence, baseModel) };
   } catch (error) {
     stop.abort();
     if (options.signal?.aborted === true) {
@@ -135,13 +140,19 @@ function hubIdOf(model: string | Card, env: Environment): { id: string; named: s
   return { id: card.model_id, named: undefined };
 }
 
-async function offlineResult(hub: string, id: string, revision: string): Promise<PullResult> {
+async function offlineResult(
+  hub: string,
+  id: string,
+  revision: string,
+  baseModel: string | undefined,
+): Promise<PullResult> {
   const commit = cachedCommit(repoFolder(hub, id), revision);
   const path = commit === undefined ? undefined : snapshotFolder(repoFolder(hub, id), commit);
   const state = path === undefined ? undefined : inspectFolder(path);
   if (commit !== undefined && path !== undefined && state?.missing.length === 0) {
     const misaligned = await misalignedFiles(path);
-    return { path, id, commit, totalBytes: state.bytes, downloadedBytes: 0, misaligned };
+    const base = { path, id, commit, totalBytes: state.bytes, downloadedBytes: 0, misaligned };
+    return { ...base, ...knownLicence(path, undefined, baseModel) };
   }
   throw new CaravanError("download_failed", "HF_HUB_OFFLINE is set and the model is not here", {
     where: id,
@@ -156,8 +167,8 @@ async function pull(
   api: HubApiOptions,
   stop: AbortController,
   options: PullOptions,
-): Promise<PullResult> {
-  const commit = await fetchCommit(id, revision, api);
+): Promise<Omit<PullResult, "licence"> & { licence: HubLicence }> {
+  const { commit, licence } = await fetchCommit(id, revision, api);
   const files = planDownload(id, await fetchTree(id, commit, api));
   const repo = repoFolder(hub, id);
   makeFolder(join(repo, "blobs"), "download models");
@@ -166,10 +177,20 @@ async function pull(
     const downloadedBytes = await fetchMissing(repo, id, commit, files, api, stop, options);
     const path = await writeSnapshot(repo, commit, revision, files);
     const totalBytes = files.reduce((sum, file) => sum + file.size, 0);
-    return { path, id, commit, totalBytes, downloadedBytes, misaligned: await misalignedFiles(path) };
+    const misaligned = await misalignedFiles(path);
+    return { path, id, commit, totalBytes, downloadedBytes, misaligned, licence };
   } finally {
     await lock.release();
   }
+}
+
+function knownLicence(
+  path: string,
+  hub: HubLicence | undefined,
+  baseModel: string | undefined,
+): { licence?: Licence } {
+  const licence = licenceOf(path, hub, baseModel);
+  return licence === undefined ? {} : { licence };
 }
 
 /** Fetches what is not in blobs/ yet; returns the bytes received. */
