@@ -10,7 +10,7 @@ import { type GenerateRequest, GREEDY } from "../../src/engine/protocol.ts";
 import { PromptLookup } from "../../src/scheduler/prompt-lookup.ts";
 import { Generator } from "./generate.ts";
 import { type GoldenCase, goldenCases } from "./golden-case.ts";
-import { largestDifference } from "./read-golden.ts";
+import { goldenFolders, integers, largestDifference, readGolden } from "./read-golden.ts";
 
 const TOLERANCE = 2e-4;
 const TIME_LIMIT_MS = 60_000;
@@ -24,7 +24,10 @@ const grid = (tensor: number, pipeline: number, transport: Grid["transport"] = "
   transport,
 });
 
-const GRIDS = [grid(2, 1), grid(4, 1), grid(1, 2), grid(1, 3), grid(1, 4), grid(2, 2)];
+const GRIDS = [
+  ...[grid(2, 1), grid(4, 1), grid(1, 2), grid(1, 3), grid(1, 4), grid(2, 2)],
+  ...[grid(2, 1, "tcp"), grid(2, 2, "tcp")],
+];
 /** For every run of the tests: shapes and formats with unlike slices, one or two grids each. */
 const FEW: Record<string, Grid[]> = {
   "scout-4bit": [grid(2, 1), grid(2, 2, "tcp")],
@@ -79,6 +82,21 @@ describe.each(cases)("$name", ({ load, grids }) => {
         ).toBeLessThan(TOLERANCE);
     },
     TIME_LIMIT_MS,
+  );
+});
+
+describe.skipIf(!ALL).each(ALL ? goldenFolders("golden_edge.safetensors") : [])("$name", ({ dir }) => {
+  test.each([grid(2, 1), grid(1, 2), grid(2, 2)])(
+    "on $tensor × $pipeline ranks has one rank's logits over the edges of chunks of 8192 tokens",
+    async (ranks) => {
+      const tokens = integers(await readGolden(`${dir}/golden_edge.safetensors`), "tokens");
+      const run = async (more: { ranks?: Grid }) => {
+        const options = { modelDir: dir, tokens, prefill: tokens.length - 200, piece: 512, threads: 1 };
+        return (await runLogits({ ...options, compute: "exact", ...more })).data;
+      };
+      expect(largestDifference(await run({ ranks }), await run({}))).toBeLessThan(TOLERANCE);
+    },
+    300_000,
   );
 });
 
