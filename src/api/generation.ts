@@ -3,6 +3,7 @@
 
 import type { GenerateEvent, Sampling, Timing, TopLogprobs, Usage } from "../engine/protocol.ts";
 import { CaravanError } from "../errors.ts";
+import type { GrammarSpec } from "../grammar/spec.ts";
 import type { LoadedModel } from "./model-directory.ts";
 
 export interface GenerationOptions {
@@ -24,6 +25,8 @@ export interface GenerationOptions {
   /** Control tokens that appear by name although the others do not. */
   keepSpecials?: readonly string[];
   deadlineMs?: number;
+  /** What the answer has to follow. */
+  grammar?: GrammarSpec;
   /** Called for each token that the engine gives, an end token included, before its text. */
   onToken?: () => void;
   /** Cancels the engine's request at once; the iteration then throws the signal's reason. */
@@ -142,6 +145,7 @@ export async function* generate(
     ...(options.ignoreEos ? { ban_stop_tokens: true } : {}),
     ...(options.logprobs === undefined ? {} : { logprobs: options.logprobs }),
     ...(options.promptLogprobs ? { prompt_logprobs: true } : {}),
+    ...(options.grammar === undefined ? {} : { grammar: options.grammar }),
     ...(options.deadlineMs === undefined ? {} : { deadline_ms: options.deadlineMs }),
   });
   const reader = new InterruptibleReader(stream[Symbol.asyncIterator]());

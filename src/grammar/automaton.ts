@@ -30,6 +30,8 @@ export class Nfa {
   readonly #atStart: number[][] = [];
   readonly #atEnd: number[][] = [];
   readonly #budget: BuildBudget;
+  readonly #marks: number[] = [];
+  #round = 0;
 
   constructor(budget: BuildBudget) {
     this.#budget = budget;
@@ -132,22 +134,24 @@ export class Nfa {
   }
 
   #closure(from: readonly number[], atStart: boolean, atEnd: boolean): number[] {
-    const seen = new Set(from);
-    const stack = [...seen];
-    for (let state = stack.pop(); state !== undefined; state = stack.pop()) {
-      this.#budget.spend(1);
-      for (const edges of [
-        this.#always[state],
-        atStart ? this.#atStart[state] : undefined,
-        atEnd ? this.#atEnd[state] : undefined,
-      ])
-        for (const to of edges ?? [])
-          if (!seen.has(to)) {
-            seen.add(to);
-            stack.push(to);
-          }
+    // A mark a state instead of a set: most closures are small and there are many.
+    const round = ++this.#round;
+    const marks = this.#marks;
+    const found: number[] = [];
+    const add = (state: number): void => {
+      if (marks[state] === round) return;
+      marks[state] = round;
+      found.push(state);
+    };
+    for (const state of from) add(state);
+    for (let i = 0; i < found.length; i++) {
+      const state = found[i] as number;
+      for (const to of this.#always[state] ?? []) add(to);
+      if (atStart) for (const to of this.#atStart[state] ?? []) add(to);
+      if (atEnd) for (const to of this.#atEnd[state] ?? []) add(to);
     }
-    return [...seen].sort((a, b) => a - b);
+    this.#budget.spend(found.length);
+    return found.length < 2 ? found : found.sort((a, b) => a - b);
   }
 
   /** The bytes that leave a set of states, cut where the targets change. */

@@ -71,6 +71,19 @@ export function addCharacters(nfa: Nfa, from: number, to: number, set: Character
   }
 }
 
+/** Edges from `from` to `to` for each character of the set, as it stands in plain text. */
+export function addRawCharacters(nfa: Nfa, from: number, to: number, set: CharacterSet): void {
+  for (const [low, high] of rangesOf(set))
+    for (const [first, last] of [
+      [0, 0xd7ff],
+      [0xe000, LAST_CHARACTER],
+    ] as const) {
+      const a = Math.max(low, first);
+      const b = Math.min(high, last);
+      if (a <= b) addUtf8(nfa, from, to, a, b);
+    }
+}
+
 /** UTF-8 of the characters from `low` to `high`, cut so that each piece is a product of byte ranges. */
 function addUtf8(nfa: Nfa, from: number, to: number, low: number, high: number): void {
   for (const edge of [0x7f, 0x7ff, 0xffff])

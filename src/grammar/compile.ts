@@ -1,7 +1,8 @@
 // From a specification to a grammar: what the grammar worker does for a request. Pure; bounded by limits.ts.
 
 import { CaravanError } from "../errors.ts";
-import { BuildBudget, type Nfa } from "./automaton.ts";
+import { BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
+import { ANY_CHARACTER, addRawCharacters, characterSet, inverse } from "./characters.ts";
 import { type Grammar, GrammarBuilder, type Part } from "./grammar.ts";
 import { SchemaError, TooLarge } from "./limits.ts";
 import { closing, colon, SchemaGrammar, spaced } from "./schema-grammar.ts";
@@ -26,7 +27,7 @@ function rootOf(spec: GrammarSpec, builder: GrammarBuilder, budget: BuildBudget)
 
 /** One to `most` calls, one behind the other. */
 function toolCalls(
-  { tools, most }: Extract<GrammarSpec, { type: "tool_calls" }>,
+  { tools, most, orText }: Extract<GrammarSpec, { type: "tool_calls" }>,
   builder: GrammarBuilder,
   budget: BuildBudget,
 ): number {
@@ -46,6 +47,15 @@ function toolCalls(
   }
   const start = builder.node();
   addCalls([""], start, last);
+  if (orText === true) {
+    const text = plainText(budget);
+    const write = (nfa: Nfa, from: number): number => {
+      const end = nfa.state();
+      nfa.insert(from, text, [end]);
+      return end;
+    };
+    builder.term(start, [{ key: "text", write, target: builder.node(true) }], "#");
+  }
   return start;
 
   function addCalls(separators: readonly string[], from: number, end: number): void {
@@ -62,6 +72,33 @@ function toolCalls(
     });
     builder.term(from, parts, "#");
   }
+}
+
+/** Marks that begin a call anywhere in an answer, and characters that do at its start (see chat/tool-calls.ts). */
+const CALL_MARKS = ["<function=", "<tool_call>"];
+const CALL_STARTS = characterSet(
+  ["{", "[", "<", " ", "\n", "\t", "\r"].map((c) => [c.charCodeAt(0), c.charCodeAt(0)]),
+);
+
+/** UTF-8 text that no parser of calls would take for one. */
+function plainText(budget: BuildBudget): Dfa {
+  const nfa = new Nfa(budget);
+  const start = nfa.state();
+  const end = nfa.state();
+  addRawCharacters(nfa, start, end, inverse(CALL_STARTS));
+  addRawCharacters(nfa, end, end, ANY_CHARACTER);
+  const marked = new Nfa(budget);
+  const anywhere = marked.state();
+  const found = marked.state();
+  addRawCharacters(marked, anywhere, anywhere, ANY_CHARACTER);
+  addRawCharacters(marked, found, found, ANY_CHARACTER);
+  for (const mark of CALL_MARKS) marked.epsilon(marked.text(anywhere, mark), found);
+  const text = nfa.determinise(start, new Map([[end, 0]]));
+  const calls = marked.determinise(anywhere, new Map([[found, 0]]));
+  const plain =
+    text === undefined || calls === undefined ? undefined : combine(text, calls, "not second", budget);
+  if (plain === undefined) throw new TooLarge("no text is left");
+  return plain;
 }
 
 /** `{"name": "…", "parameters": ` */

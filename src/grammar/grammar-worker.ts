@@ -6,7 +6,6 @@
 import { makeTable } from "../chat/tokenizer.ts";
 import { readTokenizerFiles } from "../chat/tokenizer-files.ts";
 import { asCaravanError } from "../errors.ts";
-import { BuildBudget } from "./automaton.ts";
 import { compileGrammar } from "./compile.ts";
 import type { Grammar } from "./grammar.ts";
 import type { FromGrammarWorker, ToGrammarWorker, Vocabulary } from "./grammar-protocol.ts";
@@ -28,7 +27,7 @@ function send(message: FromGrammarWorker): void {
 async function load(dir: string, size: number): Promise<void> {
   const table = makeTable(await readTokenizerFiles(dir));
   const trie = buildTokenTrie(table, size);
-  vocabulary = { table, trie, stringStates: stringStates(new BuildBudget()) };
+  vocabulary = { table, trie, stringStates: stringStates() };
   // Strings are in almost every grammar, and their states the most work.
   const any = compileGrammar({ type: "json_object", param: "" });
   const strings = new Map<number, InsideTokens>();

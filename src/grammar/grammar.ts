@@ -1,7 +1,7 @@
 // A compiled grammar: plain arrays that can be handed to another thread. Two levels: nodes with edges, which call each
 // other with a stack (values in values), and below them the states of deterministic automata over bytes.
 
-import { type BuildBudget, type Dfa, Nfa } from "./automaton.ts";
+import { BuildBudget, type Dfa, Nfa } from "./automaton.ts";
 import { MOST_NODES, MOST_STATES, SchemaError, TooLarge } from "./limits.ts";
 
 /** Kinds of an edge and what its three numbers are: */
@@ -125,7 +125,7 @@ class Assembler {
 
   constructor(budget: BuildBudget) {
     this.#budget = budget;
-    this.#place(stringAutomaton(budget));
+    this.#place(stringAutomaton());
   }
 
   add(edge: Edge, alive: Uint8Array): void {
@@ -194,9 +194,16 @@ class Assembler {
   }
 }
 
+let anyString: Dfa | undefined;
+
 /** Any JSON string, in every spelling; no half of a surrogate pair. Its second state is "between two characters". */
-export function stringAutomaton(budget: BuildBudget): Dfa {
-  const nfa = new Nfa(budget);
+export function stringAutomaton(): Dfa {
+  anyString ??= buildStringAutomaton();
+  return anyString;
+}
+
+function buildStringAutomaton(): Dfa {
+  const nfa = new Nfa(new BuildBudget());
   const start = nfa.state();
   const body = nfa.state();
   const end = nfa.state();

@@ -2,7 +2,6 @@
 // inside the automaton, and the places in the vocabulary's tree where it may be left. The first is what takes time, and
 // it depends on the state alone, so it is kept.
 
-import type { BuildBudget } from "./automaton.ts";
 import { type Grammar, STRING_START, stringAutomaton } from "./grammar.ts";
 import type { TokenTrie } from "./token-trie.ts";
 
@@ -190,6 +189,6 @@ function bitsOf(tokens: Int32Array, vocab: number): Uint32Array {
 }
 
 /** How many states the string automaton has in front of every grammar's own. */
-export function stringStates(budget: BuildBudget): number {
-  return stringAutomaton(budget).edges.length;
+export function stringStates(): number {
+  return stringAutomaton().edges.length;
 }

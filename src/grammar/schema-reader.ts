@@ -17,7 +17,6 @@ export type Conjunction = readonly Flat[];
 
 /** Say nothing about validity. */
 const ANNOTATIONS: ReadonlySet<string> = new Set([
-  "$schema",
   "$id",
   "$anchor",
   "$comment",
@@ -45,6 +44,9 @@ const TYPES: ReadonlySet<unknown> = new Set([
   "object",
 ]);
 
+/** Other dialects may give keywords another meaning, or none. */
+const DIALECTS = /^https?:\/\/json-schema\.org\/(draft\/2020-12|draft\/2019-09|draft-07)\/schema#?$/;
+
 type Check = (value: unknown) => boolean;
 const isCount: Check = (value) => typeof value === "number" && Number.isInteger(value) && value >= 0;
 const isNumber: Check = (value) => typeof value === "number";
@@ -65,6 +67,7 @@ const ENFORCED: ReadonlyMap<string, [is: Check, what: string]> = new Map<string,
       "a type or a list of types",
     ],
   ],
+  ["$schema", [(value) => DIALECTS.test(String(value)), "a dialect of JSON Schema from draft 7 to 2020-12"]],
   ["enum", [(value) => Array.isArray(value) && value.length > 0, "a list of values"]],
   ["const", [() => true, "a value"]],
   ["anyOf", [isSchemas, "a list of schemas"]],

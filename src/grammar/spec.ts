@@ -16,6 +16,8 @@ export const GrammarSpecSchema = v.variant("type", [
       v.array(v.strictObject({ name: v.string(), parameters: v.exactOptional(v.unknown()), param })),
       v.minLength(1),
     ),
+    /** Text that does not look like a call will do, too. */
+    orText: v.exactOptional(v.boolean()),
     most: v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(128)),
   }),
 ]);

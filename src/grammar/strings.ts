@@ -1,6 +1,6 @@
 // JSON strings with a pattern, a length, or names that they must not be, as automata over what stands between the quotes.
 
-import { type BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
+import { BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import { ANY_CHARACTER, addCharacters } from "./characters.ts";
 import { TooLarge } from "./limits.ts";
 import { addPattern } from "./pattern.ts";
@@ -41,6 +41,8 @@ export function lengthAutomaton(min: number, max: number, budget: BuildBudget): 
   return nfa.determinise(start, new Map([[end, 0]]));
 }
 
+let anything: Dfa | undefined;
+
 /** Strings that every pattern is found in, of a length. Throws PatternError, TooLarge. */
 export function matchingStrings(
   patterns: readonly string[],
@@ -49,8 +51,12 @@ export function matchingStrings(
   budget: BuildBudget,
 ): Dfa | undefined {
   const counted = min > 0 || max < Number.POSITIVE_INFINITY;
+  if (!counted && patterns.length === 0) {
+    anything ??= lengthAutomaton(0, Number.POSITIVE_INFINITY, new BuildBudget());
+    return anything;
+  }
   const all = patterns.map((pattern) => patternAutomaton(pattern, budget));
-  if (counted || all.length === 0) all.push(lengthAutomaton(min, max, budget));
+  if (counted) all.push(lengthAutomaton(min, max, budget));
   return all.reduce((a, b) =>
     a === undefined || b === undefined ? undefined : combine(a, b, "both", budget),
   );

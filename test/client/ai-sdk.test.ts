@@ -59,6 +59,7 @@ test("an agent that calls tools ends, whole and streamed", async () => {
 
 test("what is refused throws with the parameter's name", async () => {
   const model = setup(sayScript("x"));
-  const forced = generateText({ model, prompt: "x", tools, toolChoice: "required", maxRetries: 0 });
+  const imagined = { type: "tool" as const, toolName: "none" as never };
+  const forced = generateText({ model, prompt: "x", tools, toolChoice: imagined, maxRetries: 0 });
   await expect(forced).rejects.toThrow("tool_choice");
 });

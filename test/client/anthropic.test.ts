@@ -144,7 +144,7 @@ test("errors have Anthropic's form, the request's id and the parameter's name", 
   const cases: [changes: object, status: number, type: string, words: string][] = [
     [{ model: "none" }, 404, "not_found_error", "none"],
     [{ thinking: { type: "enabled", budget_tokens: 2000 } }, 400, "invalid_request_error", "thinking"],
-    [{ tool_choice: { type: "any" }, tools }, 400, "invalid_request_error", "tool_choice"],
+    [{ tool_choice: { type: "any" } }, 400, "invalid_request_error", "tool_choice"],
     [{ no_such: 1 }, 400, "invalid_request_error", "no_such"],
     [{ max_tokens: 5000 }, 400, "invalid_request_error", "context"],
     [

@@ -128,7 +128,7 @@ test("what is wrong or not built is refused in Ollama's form", async () => {
   const { client } = setup(sayScript("x"));
   const refused: [request: object, words: string][] = [
     [{ model: "none" }, "none"],
-    [{ format: "json" }, "format"],
+    [{ format: "yaml" }, "format"],
     [{ think: true }, "think"],
     [{ options: { num_ctx: 1e6 } }, "options.num_ctx"],
     [{ options: { mirostat: 2 } }, "options.mirostat"],

@@ -102,9 +102,8 @@ test("what refers to an earlier reply, and what is not built, is refused by name
   const refused: [changes: object, param: string][] = [
     [{ previous_response_id: "resp_1" }, "previous_response_id"],
     [{ store: true }, "store"],
-    [{ tool_choice: "required" }, "tool_choice"],
     [{ tools: [{ type: "web_search" }] }, "tools[0].type"],
-    [{ text: { format: { type: "json_object" } } }, "text"],
+    [{ text: { verbosity: "high" } }, "text.verbosity"],
     [{ input: [{ type: "item_reference", id: "x" }] }, "input[0].type"],
     [{ input: [{ role: "user", content: [{ type: "input_image" }] }] }, "input[0].content[0].type"],
     [{ no_such: 1 }, "no_such"],

@@ -1,7 +1,6 @@
 // A model that knows nothing but the masks of a grammar: draws tokens of a small vocabulary until the answer ends.
 
 import { buildTokenTable, bytesOf, FLAG_SPECIAL, type TokenTable } from "../../src/chat/token-table.ts";
-import { BuildBudget } from "../../src/grammar/automaton.ts";
 import { compileGrammar } from "../../src/grammar/compile.ts";
 import { Automata, type InsideTokens, stringStates } from "../../src/grammar/inside-tokens.ts";
 import { GrammarMatcher } from "../../src/grammar/matcher.ts";
@@ -31,7 +30,7 @@ export function smallVocabulary(words: readonly string[]): SmallVocabulary {
     trie: buildTokenTrie(table, entries.length),
     end: entries.length - 1,
     strings: new Map(),
-    stringStates: stringStates(new BuildBudget()),
+    stringStates: stringStates(),
   };
 }
 
@@ -93,10 +92,11 @@ export const JSON_WORDS: readonly string[] = [
   ],
 ];
 
-export function newMatcher(spec: GrammarSpec, vocabulary: SmallVocabulary): GrammarMatcher {
+/** Matchers of one grammar. */
+export function matcherSource(spec: GrammarSpec, vocabulary: SmallVocabulary): () => GrammarMatcher {
   const grammar = compileGrammar(spec);
   const automata = new Automata(grammar, vocabulary.trie, vocabulary.strings, vocabulary.stringStates);
-  return new GrammarMatcher(automata, vocabulary.table);
+  return () => new GrammarMatcher(automata, vocabulary.table);
 }
 
 /** Tokens whose bit is set. */

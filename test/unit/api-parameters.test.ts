@@ -41,12 +41,8 @@ async function refusal(response: Response): Promise<[number, unknown, unknown]> 
 
 describe("what is not built", () => {
   const refused: [name: string, value: unknown][] = [
-    ["tool_choice", "required"],
-    ["tool_choice", { type: "function", function: { name: "f" } }],
     ["functions", [{ name: "f" }]],
     ["function_call", { name: "f" }],
-    ["response_format", { type: "json_schema", json_schema: { name: "x" } }],
-    ["response_format", { type: "json_object" }],
     ["modalities", ["text", "audio"]],
     ["audio", { voice: "x", format: "wav" }],
     ["prediction", { type: "content", content: "x" }],

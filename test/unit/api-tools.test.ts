@@ -126,9 +126,7 @@ describe("answers", () => {
 
 describe("what is refused", () => {
   const unbuilt: [body: object, param: string][] = [
-    [{ tool_choice: "required" }, "tool_choice"],
-    [{ tool_choice: { type: "function", function: { name: "add" } } }, "tool_choice"],
-    [{ tools: [{ type: "function", function: { name: "f", strict: true } }] }, "tools[0].function.strict"],
+    [{ tool_choice: { type: "allowed_tools", mode: "auto", tools: [] } }, "tool_choice.type"],
     [{ tools: [{ type: "custom", custom: { name: "f" } }] }, "tools[0].type"],
     [{ logprobs: true }, "logprobs"],
   ];

@@ -1,5 +1,6 @@
 // POST /v1/messages and /v1/messages/count_tokens.
 
+import type { GrammarSpec } from "../../grammar/spec.ts";
 import { readJsonObject } from "../limits.ts";
 import type { LoadedModel } from "../model-directory.ts";
 import { checkMessageCount } from "../openai/request-checks.ts";
@@ -7,6 +8,7 @@ import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
+import { callGrammar, oneGrammar, schemaGrammar } from "../structured-output.ts";
 import { toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
 import { anthropicErrorFrame } from "./errors.ts";
 import { promptOf } from "./prompt.ts";
@@ -49,10 +51,37 @@ async function prepare(
     plans: [
       { promptIds: ids, maxTokens, sampling: resolveSampling(Object.fromEntries(asked), model.defaults) },
     ],
-    options: { stop: request.stop_sequences ?? [], ...toolGenerationOptions(tools) },
+    options: { stop: request.stop_sequences ?? [], ...toolGenerationOptions(tools), ...formOf(request) },
     frames: (events) => messageFrames(withToolCalls(events, answers), model, ids.length),
     whole: (events) => messageReply(withToolCalls(events, answers), model),
   };
+}
+
+/** What the answer has to follow. */
+function formOf({ tools = [], tool_choice, output_config }: MessagesRequest): { grammar?: GrammarSpec } {
+  const type = tool_choice?.type ?? "auto";
+  const calls = callGrammar({
+    tools: tools.map(({ name, input_schema, strict }, index) => ({
+      name,
+      parameters: input_schema,
+      strict: strict === true,
+      param: `tools[${index}].input_schema`,
+    })),
+    choice:
+      tool_choice?.type === "tool"
+        ? { name: tool_choice.name }
+        : type === "any"
+          ? "required"
+          : type === "none"
+            ? "none"
+            : "auto",
+    param: "tool_choice",
+    parallel: tool_choice?.disable_parallel_tool_use !== true,
+  });
+  const param = "output_config.format";
+  const schema = output_config?.format?.schema;
+  const format = schema === undefined ? undefined : schemaGrammar(schema, `${param}.schema`);
+  return oneGrammar(format, calls, tools.length > 0 && type !== "none", param);
 }
 
 /** Counts as the model's own template and tokenizer make it of the messages; loads the model if need be. */

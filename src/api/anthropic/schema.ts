@@ -49,7 +49,7 @@ const toolSchema = v.strictObject({
   name,
   description: v.nullish(v.string()),
   input_schema: anyObject,
-  strict: v.nullish(v.literal(false)),
+  strict: v.nullish(v.boolean()),
   cache_control: cacheControl,
 });
 
@@ -59,10 +59,17 @@ const promptEntries = {
   system: v.optional(v.union([v.string(), v.array(textBlock)])),
   tools: v.optional(v.pipe(v.array(toolSchema), v.maxLength(128))),
   tool_choice: v.optional(
-    v.strictObject({
-      type: v.picklist(["auto", "none"]),
-      disable_parallel_tool_use: v.nullish(v.boolean()),
-    }),
+    v.variant("type", [
+      v.strictObject({
+        type: v.picklist(["auto", "none", "any"]),
+        disable_parallel_tool_use: v.nullish(v.boolean()),
+      }),
+      v.strictObject({
+        type: v.literal("tool"),
+        name,
+        disable_parallel_tool_use: v.nullish(v.boolean()),
+      }),
+    ]),
   ),
   cache_control: cacheControl,
 };
@@ -79,6 +86,11 @@ export const messagesSchema = v.strictObject({
   temperature: v.optional(range(0, 1)),
   top_p: v.optional(samplingValues.top_p),
   top_k: v.optional(samplingValues.top_k),
+  output_config: v.optional(
+    v.strictObject({
+      format: v.nullish(v.strictObject({ type: v.literal("json_schema"), schema: anyObject })),
+    }),
+  ),
   metadata: v.optional(v.strictObject({ user_id: v.nullish(v.string()) })),
 });
 
@@ -91,22 +103,18 @@ const isDisabled = (value: unknown): boolean =>
 export const MESSAGES_UNBUILT: Record<string, Unbuilt> = {
   thinking: { feature: "thinking", harmless: isDisabled },
   service_tier: { feature: "choosing a service tier", harmless: isOneOf("auto", "standard_only") },
-  output_config: { feature: "structured output" },
   container: { feature: "running code" },
   mcp_servers: { feature: "calling MCP servers", harmless: isEmptyArray },
   speed: { feature: "choosing a speed", harmless: isOneOf("standard") },
 };
 
 /** Refuses by name what the schema would only call wrong. Throws unsupported_parameter. */
-export function refuseUnbuilt({ messages, tools, tool_choice }: Record<string, unknown>): void {
-  const choice = field(tool_choice, "type");
-  if (choice === "any" || choice === "tool") throw unsupported("tool_choice", "forcing a tool call");
+export function refuseUnbuilt({ messages, tools, output_config }: Record<string, unknown>): void {
+  if (field(output_config, "effort") != null) throw unsupported("output_config.effort", "setting the effort");
   eachOf(tools, (tool, index) => {
     const type = field(tool, "type");
     if (typeof type === "string" && type !== "custom")
       throw unsupported(`tools[${index}].type`, `a tool of type ${JSON.stringify(type)}`);
-    if (field(tool, "strict") === true)
-      throw unsupported(`tools[${index}].strict`, "keeping arguments to their schema");
   });
   eachOf(messages, (message, index) => {
     const refuse = (content: unknown, path: string): void =>

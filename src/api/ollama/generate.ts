@@ -1,5 +1,6 @@
 // POST /api/chat and /api/generate. Streams unless told not to, as Ollama does.
 
+import type { GrammarSpec } from "../../grammar/spec.ts";
 import { requireScope } from "../auth.ts";
 import { readJsonObject } from "../limits.ts";
 import type { ChatMessage, ChatTool, ChatToolCall, LoadedModel } from "../model-directory.ts";
@@ -9,6 +10,7 @@ import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
+import { oneGrammar, schemaGrammar } from "../structured-output.ts";
 import { toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
 import { modelName } from "./models.ts";
 import {
@@ -114,7 +116,7 @@ async function serve(
     const answers = { tools, parallel: true };
     return {
       plans: [{ promptIds, maxTokens, sampling: resolveSampling(samplingOf(options), model.defaults) }],
-      options: { stop: stopsOf(options), ...toolGenerationOptions(tools) },
+      options: { stop: stopsOf(options), ...toolGenerationOptions(tools), ...formOf(request, tools) },
       frames: (events) => ollamaFrames(withToolCalls(events, answers), model.id, piece),
       whole: (events) => ollamaReply(withToolCalls(events, answers), model.id, piece),
     };
@@ -126,6 +128,16 @@ async function serve(
     { model, stream: request.stream ?? true, wire: OLLAMA_WIRE },
     prepare,
   );
+}
+
+/** What the answer has to follow. */
+function formOf(
+  { format = "" }: { format?: string | object | undefined },
+  tools: ChatTool[],
+): { grammar?: GrammarSpec } {
+  if (format === "") return {};
+  const grammar = schemaGrammar(format === "json" ? undefined : format, "format");
+  return oneGrammar(grammar, undefined, tools.length > 0, "format");
 }
 
 /** Ollama's clients need not name calls: those without an id get one by their place. */

@@ -34,6 +34,8 @@ const commonEntries = {
   model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)),
   stream: v.optional(v.boolean()),
   options: v.optional(optionsSchema),
+  /** "json": any object; or a JSON Schema. */
+  format: v.optional(v.union([v.picklist(["", "json"]), anyObject])),
   /** How long a model stays loaded is the node's setting; only 0 in a request without a prompt has an effect. */
   keep_alive: v.optional(v.union([v.string(), v.number()])),
 };
@@ -92,7 +94,6 @@ export type OllamaGenerateRequest = v.InferOutput<typeof generateSchema>;
 type Options = v.InferOutput<typeof optionsSchema>;
 
 const COMMON_UNBUILT: Record<string, Unbuilt> = {
-  format: { feature: "structured output", harmless: isOneOf("") },
   think: { feature: "thinking", harmless: isOneOf(false) },
   logprobs: { feature: "showing log-probabilities", harmless: isOneOf(false) },
   top_logprobs: { feature: "showing log-probabilities", harmless: isOneOf(0) },

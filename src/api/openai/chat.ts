@@ -1,5 +1,6 @@
 // POST /v1/chat/completions.
 
+import type { GrammarSpec } from "../../grammar/spec.ts";
 import { readJsonObject } from "../limits.ts";
 import type { ChatToolCall, LoadedModel } from "../model-directory.ts";
 import { parseParameters, unsupported } from "../parameters.ts";
@@ -7,6 +8,7 @@ import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling, samplingOfChoice } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
+import { callGrammar, oneGrammar, responseGrammar } from "../structured-output.ts";
 import {
   type GroupAnswerEvent,
   type ToolAnswerOptions,
@@ -83,11 +85,30 @@ async function prepareChat(
       stop: stopsOf(request),
       ignoreEos: request.ignore_eos ?? false,
       ...toolGenerationOptions(tools),
+      ...formOf(request),
       ...(request.logprobs ? { logprobs: request.top_logprobs ?? 0 } : {}),
     },
     frames: (events) => chatFrames(withToolCalls(events, answers), request, model),
     whole: (events) => chatReply(withToolCalls(events, answers), request, model),
   };
+}
+
+/** What the answer has to follow. */
+function formOf(request: ChatRequest): { grammar?: GrammarSpec } {
+  const { tools = [], tool_choice: choice = "auto", parallel_tool_calls: parallel = true } = request;
+  const calls = callGrammar({
+    tools: tools.map(({ function: called }, index) => ({
+      name: called.name,
+      parameters: called.parameters,
+      strict: called.strict === true,
+      param: `tools[${index}].function.parameters`,
+    })),
+    choice: typeof choice === "string" ? choice : { name: choice.function.name },
+    param: "tool_choice",
+    parallel,
+  });
+  const offers = tools.length > 0 && choice !== "none";
+  return oneGrammar(responseGrammar(request.response_format), calls, offers, "response_format");
 }
 
 async function* chatFrames(

@@ -15,6 +15,7 @@ import {
 } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
+import { oneGrammar, responseGrammar } from "../structured-output.ts";
 import { type EchoedPrompt, echoPrompt, type ReplyEvent, replyEvents } from "./echo.ts";
 import { completionLogprobs, type ShownToken } from "./logprobs.ts";
 import { checkBias, checkTogether, checkTokenIds, invalid } from "./request-checks.ts";
@@ -121,6 +122,7 @@ async function prepareCompletion(
     options: {
       stop: stopsOf(request),
       ignoreEos: request.ignore_eos ?? false,
+      ...oneGrammar(responseGrammar(request.response_format), undefined, false, "response_format"),
       ...(request.logprobs === undefined ? {} : { logprobs: request.logprobs }),
       ...(request.echo && wantsLogprobs ? { promptLogprobs: true } : {}),
     },

@@ -4,6 +4,7 @@
 import * as v from "valibot";
 import { anyObject, isEmptyArray, isOneOf, objectOf, type Unbuilt, unsupported } from "../parameters.ts";
 import { samplingValues } from "../sampling-ranges.ts";
+import { textFormatSchema } from "../structured-output.ts";
 import { functionName, MAX_TOOLS } from "./schema.ts";
 
 const label = v.optional(v.string());
@@ -45,7 +46,7 @@ const toolSchema = v.strictObject({
   name: functionName,
   description: v.nullish(v.string()),
   parameters: v.nullish(anyObject),
-  strict: v.nullish(v.literal(false)),
+  strict: v.nullish(v.boolean()),
 });
 
 export const responsesSchema = v.strictObject({
@@ -56,7 +57,18 @@ export const responsesSchema = v.strictObject({
   temperature: v.optional(samplingValues.temperature),
   top_p: v.optional(samplingValues.top_p),
   tools: v.optional(v.pipe(v.array(toolSchema), v.maxLength(MAX_TOOLS))),
-  tool_choice: v.optional(v.picklist(["auto", "none"])),
+  tool_choice: v.optional(
+    v.union([
+      v.picklist(["auto", "none", "required"]),
+      v.strictObject({ type: v.literal("function"), name: functionName }),
+    ]),
+  ),
+  text: v.optional(
+    v.strictObject({
+      format: v.nullish(textFormatSchema),
+      verbosity: v.nullish(v.literal("medium")),
+    }),
+  ),
   parallel_tool_calls: v.optional(v.boolean()),
   stream: v.optional(v.boolean()),
   metadata: v.optional(objectOf(v.string())),
@@ -67,20 +79,12 @@ export const responsesSchema = v.strictObject({
 
 export type ResponsesRequest = v.InferOutput<typeof responsesSchema>;
 
-const isPlainText = (value: unknown): boolean => {
-  const format = field(value, "format");
-  return (
-    (format === undefined || field(format, "type") === "text") && field(value, "verbosity") === undefined
-  );
-};
-
 export const RESPONSES_UNBUILT: Record<string, Unbuilt> = {
   previous_response_id: { feature: "keeping replies between requests" },
   conversation: { feature: "keeping conversations" },
   store: { feature: "storing replies", harmless: isOneOf(false) },
   background: { feature: "working in the background", harmless: isOneOf(false) },
   prompt: { feature: "stored prompts" },
-  text: { feature: "structured output", harmless: isPlainText },
   reasoning: { feature: "reasoning" },
   include: { feature: "including more in the reply", harmless: isEmptyArray },
   max_tool_calls: { feature: "built-in tools" },
@@ -95,15 +99,16 @@ export const RESPONSES_UNBUILT: Record<string, Unbuilt> = {
 };
 
 /** Refuses by name what the schema would only call wrong. Throws unsupported_parameter. */
-export function refuseUnbuiltItems({ input, tools, tool_choice }: Record<string, unknown>): void {
-  if (tool_choice === "required" || (typeof tool_choice === "object" && tool_choice !== null))
-    throw unsupported("tool_choice", "forcing a tool call");
+export function refuseUnbuiltItems({ input, tools, tool_choice, text }: Record<string, unknown>): void {
+  const verbosity = field(text, "verbosity") ?? "medium";
+  if (verbosity !== "medium") throw unsupported("text.verbosity", "setting the verbosity");
+  const choice = field(tool_choice, "type");
+  if (typeof choice === "string" && choice !== "function")
+    throw unsupported("tool_choice.type", `a choice of type ${JSON.stringify(choice)}`);
   eachOf(tools, (tool, index) => {
     const type = field(tool, "type");
     if (typeof type === "string" && type !== "function")
       throw unsupported(`tools[${index}].type`, `a tool of type ${JSON.stringify(type)}`);
-    if (field(tool, "strict") === true)
-      throw unsupported(`tools[${index}].strict`, "keeping arguments to their schema");
   });
   eachOf(input, (item, index) => {
     const type = field(item, "type");

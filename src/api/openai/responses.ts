@@ -1,5 +1,6 @@
 // POST /v1/responses: text and function calls, whole or as events. Nothing is kept between requests.
 
+import type { GrammarSpec } from "../../grammar/spec.ts";
 import { readJsonObject } from "../limits.ts";
 import type { ChatMessage, ChatTool, LoadedModel } from "../model-directory.ts";
 import { parseParameters } from "../parameters.ts";
@@ -7,6 +8,7 @@ import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
+import { callGrammar, oneGrammar, textGrammar } from "../structured-output.ts";
 import { type GroupAnswerEvent, toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
 import { checkMessageCount, invalid } from "./request-checks.ts";
 import { type ResponseEvent, ResponseOutput } from "./responses-output.ts";
@@ -48,7 +50,7 @@ async function prepare(
   const head = responseHead(request, model, sampling);
   return {
     plans: [{ promptIds: ids, maxTokens, sampling }],
-    options: { ...toolGenerationOptions(tools) },
+    options: { ...toolGenerationOptions(tools), ...formOf(request) },
     frames: (events) => responseFrames(withToolCalls(events, answers), head),
     whole: async (events) => {
       const output = new ResponseOutput();
@@ -56,6 +58,24 @@ async function prepare(
       return responseBody(head, output);
     },
   };
+}
+
+/** What the answer has to follow. */
+function formOf(request: ResponsesRequest): { grammar?: GrammarSpec } {
+  const { tools = [], tool_choice: choice = "auto", parallel_tool_calls: parallel = true, text } = request;
+  const calls = callGrammar({
+    tools: tools.map(({ name, parameters, strict }, index) => ({
+      name,
+      parameters,
+      strict: strict === true,
+      param: `tools[${index}].parameters`,
+    })),
+    choice: typeof choice === "string" ? choice : { name: choice.name },
+    param: "tool_choice",
+    parallel,
+  });
+  const offers = tools.length > 0 && choice !== "none";
+  return oneGrammar(textGrammar(text?.format ?? undefined), calls, offers, "text.format");
 }
 
 /** Calls belong to the assistant's message before them. Throws invalid_argument for a result without a call. */
@@ -130,9 +150,9 @@ function responseHead(
     store: false,
     temperature: sampling.temperature,
     top_p: sampling.top_p,
-    text: { format: { type: "text" } },
+    text: { format: request.text?.format ?? { type: "text" } },
     tool_choice: request.tool_choice ?? "auto",
-    tools: (request.tools ?? []).map((tool) => ({ parameters: null, ...tool, strict: false })),
+    tools: (request.tools ?? []).map((tool) => ({ parameters: null, ...tool, strict: tool.strict ?? false })),
     truncation: "disabled",
   };
 }

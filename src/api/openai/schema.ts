@@ -6,6 +6,7 @@ import { MAX_CHOICES } from "../generation-group.ts";
 import { anyObject, isEmptyArray, isOneOf, objectOf, type Unbuilt, unsupported } from "../parameters.ts";
 import type { SamplingRequest } from "../sampling-defaults.ts";
 import { range, samplingValues, whole } from "../sampling-ranges.ts";
+import { responseFormatSchema } from "../structured-output.ts";
 
 const MAX_STOPS = 16;
 const MAX_STOP_LENGTH = 1024;
@@ -73,7 +74,7 @@ const toolSchema = v.strictObject({
     name: functionName,
     description: v.nullish(v.string()),
     parameters: v.nullish(anyObject),
-    strict: v.nullish(v.literal(false)),
+    strict: v.nullish(v.boolean()),
   }),
 });
 export const toolsSchema = v.pipe(v.array(toolSchema), v.maxLength(MAX_TOOLS));
@@ -107,7 +108,16 @@ export const chatSchema = v.strictObject({
   logprobs: v.optional(v.boolean()),
   top_logprobs: v.optional(whole(0, MAX_TOP_LOGPROBS)),
   tools: v.optional(toolsSchema),
-  tool_choice: v.optional(v.picklist(["auto", "none"])),
+  tool_choice: v.optional(
+    v.union([
+      v.picklist(["auto", "none", "required"]),
+      v.strictObject({
+        type: v.literal("function"),
+        function: v.strictObject({ name: functionName }),
+      }),
+    ]),
+  ),
+  response_format: v.optional(responseFormatSchema),
   parallel_tool_calls: v.optional(v.boolean()),
   metadata: v.optional(objectOf(v.string())),
   safety_identifier: label,
@@ -116,15 +126,12 @@ export const chatSchema = v.strictObject({
 
 export type ChatRequest = v.InferOutput<typeof chatSchema>;
 
-const isTextFormat = (value: unknown): boolean =>
-  typeof value === "object" && value !== null && "type" in value && value.type === "text";
 const isTextOnly = (value: unknown): boolean =>
   Array.isArray(value) && value.every((item) => item === "text");
 
 export const CHAT_UNBUILT: Record<string, Unbuilt> = {
   functions: { feature: "the old form of tools", harmless: isEmptyArray },
   function_call: { feature: "the old form of tool_choice", harmless: isOneOf("none", "auto") },
-  response_format: { feature: "structured output", harmless: isTextFormat },
   modalities: { feature: "output other than text", harmless: isTextOnly },
   audio: { feature: "audio" },
   prediction: { feature: "predicted output" },
@@ -138,19 +145,22 @@ export const CHAT_UNBUILT: Record<string, Unbuilt> = {
   prompt_cache_retention: { feature: "setting the prompt cache", harmless: isOneOf("in_memory") },
 };
 
-/** tool_choice that forces a call, and functions with strict: true, need structured output. Throws unsupported_parameter. */
+/** Throws unsupported_parameter for tools that are no functions, and choices among some of them. */
 export function refuseUnbuiltTools({ tools, tool_choice }: Record<string, unknown>): void {
-  if (tool_choice === "required" || (typeof tool_choice === "object" && tool_choice !== null))
-    throw unsupported("tool_choice", "forcing a tool call");
+  const choice = typeOf(tool_choice);
+  if (choice !== undefined && choice !== "function")
+    throw unsupported("tool_choice.type", `a choice of type ${JSON.stringify(choice)}`);
   if (!Array.isArray(tools)) return;
   tools.forEach((tool: unknown, index) => {
-    if (typeof tool !== "object" || tool === null) return;
-    const { type, function: called } = tool as Record<string, unknown>;
-    if (typeof type === "string" && type !== "function")
+    const type = typeOf(tool);
+    if (type !== undefined && type !== "function")
       throw unsupported(`tools[${index}].type`, `a tool of type ${JSON.stringify(type)}`);
-    if (typeof called === "object" && called !== null && "strict" in called && called.strict === true)
-      throw unsupported(`tools[${index}].function.strict`, "keeping arguments to their schema");
   });
+}
+
+function typeOf(value: unknown): string | undefined {
+  if (typeof value !== "object" || value === null || !("type" in value)) return undefined;
+  return typeof value.type === "string" ? value.type : undefined;
 }
 
 /**
@@ -187,6 +197,8 @@ export const completionSchema = v.strictObject({
   /** 0 only together with echo: the prompt is scored and nothing is generated. */
   max_tokens: v.optional(whole(0)),
   logprobs: v.optional(whole(0, MAX_TOP_LOGPROBS)),
+  /** Extension, as in chat. */
+  response_format: v.optional(responseFormatSchema),
   echo: v.optional(v.boolean()),
   best_of: v.optional(whole(1, MAX_CHOICES)),
 });
