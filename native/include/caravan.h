@@ -292,6 +292,7 @@ typedef struct {
  * rank r % tensor_size of pipeline stage r / tensor_size. */
 typedef struct cv_group cv_group;
 
+enum { CV_RDMA_UC = 1, CV_RDMA_RC = 2, CV_RDMA_APPLE_RULES = 4 /* refuse what Apple's devices refuse (tests) */ };
 enum { CV_TRANSPORT_AUTO = 0, CV_TRANSPORT_SHM = 1, CV_TRANSPORT_RDMA = 2, CV_TRANSPORT_TCP = 3 };
 
 typedef struct {
@@ -302,10 +303,12 @@ typedef struct {
     uint8_t key[32];       /* session key from the control plane: MAC of every TCP frame */
     uint8_t instance[16];  /* id of the instance; the same on all ranks */
     char host[256];        /* numeric address under which the other ranks reach this one over TCP, IPv6 without scope; "" = 127.0.0.1, loopback only */
-    char rdma_device[64];  /* "" = any that has a port that is up */
+    char rdma_device[64];  /* device for each other rank: one name, names by rank with commas ("", for this one), or a pattern with %r (this rank) and
+                              %p (the other); "" = the devices whose IPv4 addresses are nearest to each other */
     uint32_t silence_ms;   /* a peer that sends nothing for this long while somebody waits is dead; 0 = 1000 */
     uint32_t max_message;  /* bytes of the largest message, 0 = 64 MiB */
-    uint32_t reserved[6];
+    uint32_t rdma_flags;   /* CV_RDMA_*, the same on all ranks; 0 = unreliable queue pairs on macOS, reliable ones elsewhere */
+    uint32_t reserved[5];
 } cv_group_options; /* 424 bytes */
 
 typedef struct {

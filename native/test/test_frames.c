@@ -9,6 +9,10 @@
 #include "check.h"
 #include "ranks.h"
 
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0
+#endif
+
 /* ---- frames ---- */
 
 static atomic_uint_fast64_t mac_ns;

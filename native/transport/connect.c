@@ -22,7 +22,10 @@ static int control_progress(cv_group *g, cv_transfer *t) {
     return cv_group_fail(g, CV_E_GROUP, (int)t->peer, "rank %u %s while the group connected: %s", t->peer, r == CV_CONN_BROKEN ? "broke the protocol" : "ended", c->why);
 }
 
-static void control_wait(cv_group *g, cv_transfer *t, size_t n, uint64_t until_ns) { cv_wait_for_conns(g, control_of, t, n, until_ns); }
+static void control_wait(cv_group *g, cv_transfer *t, size_t n, uint64_t until_ns, uint64_t idle_ns) {
+    (void)idle_ns;
+    cv_wait_for_conns(g, control_of, t, n, until_ns);
+}
 
 const cv_wire cv_control_wire = {.progress = control_progress, .wait = control_wait};
 
@@ -120,7 +123,16 @@ typedef struct {
     char why[WHY_BYTES];
 } outcome;
 
-/* One candidate on all ranks. 1: taken, 0: not, with the first rank's reason in the note. */
+/* Takes a transport that works here but not everywhere down again. */
+static void drop_wire(cv_group *g) {
+    const cv_wire *wire = g->wire;
+    pthread_mutex_lock(&g->lock);
+    g->wire = NULL;
+    pthread_mutex_unlock(&g->lock);
+    wire->close(g);
+}
+
+/* One candidate on all ranks. 1: taken, 0: not, with the reason of the first rank that has one in the note. */
 static int try_candidate(cv_group *g, const candidate *c, uint64_t until_ns) {
     outcome mine = {0}, all[CV_MAX_RANKS];
     int r = c->attempt(g, until_ns, mine.why, sizeof mine.why);
@@ -128,22 +140,15 @@ static int try_candidate(cv_group *g, const candidate *c, uint64_t until_ns) {
     mine.works = r == 1;
     int code = cv_gather(g, &mine, sizeof mine, all, until_ns);
     if (code != CV_OK) return code;
-    for (uint32_t k = 0; k < g->size; k++) {
-        if (all[k].works) continue;
-        all[k].why[WHY_BYTES - 1] = 0;
-        char why[WHY_BYTES + 32];
-        snprintf(why, sizeof why, "%s (rank %u)", all[k].why, k);
-        add_note(g, c->name, why);
-        if (mine.works) {
-            const cv_wire *wire = g->wire;
-            pthread_mutex_lock(&g->lock);
-            g->wire = NULL;
-            pthread_mutex_unlock(&g->lock);
-            wire->close(g);
-        }
-        return 0;
-    }
-    return 1;
+    const outcome *cause = NULL;
+    for (uint32_t k = 0; k < g->size; k++)
+        if (!all[k].works && (!cause || (!cause->why[0] && all[k].why[0]))) cause = &all[k];
+    if (!cause) return 1;
+    char why[WHY_BYTES + 32];
+    snprintf(why, sizeof why, "%.*s (rank %u)", WHY_BYTES - 1, cause->why, (uint32_t)(cause - all));
+    add_note(g, c->name, why);
+    if (mine.works) drop_wire(g);
+    return 0;
 }
 
 static bool one_host(const cv_group *g) {

@@ -85,7 +85,7 @@ static int run(cv_group *g, const cv_wire *wire, cv_transfer *t, size_t n, uint6
         if (!idle_since) idle_since = now;
         if (now - idle_since < SPIN_NS) cv_cpu_relax();
         else if (now - idle_since < YIELD_NS) sched_yield();
-        else wire->wait(g, t, n, until < now + LONGEST_SLEEP_NS ? until : now + LONGEST_SLEEP_NS);
+        else wire->wait(g, t, n, until < now + LONGEST_SLEEP_NS ? until : now + LONGEST_SLEEP_NS, now - idle_since);
     }
 }
 

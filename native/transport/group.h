@@ -27,8 +27,8 @@
 typedef struct {
     uint32_t kind; /* CV_TRANSPORT_* */
     int (*progress)(cv_group *g, cv_transfer *t);
-    /* Sleeps until one of the transfers may move, the group fails or until_ns. May return early. */
-    void (*wait)(cv_group *g, cv_transfer *transfers, size_t n, uint64_t until_ns);
+    /* Sleeps until one of the transfers may move, the group fails or until_ns. May return early. idle_ns: nothing has moved for so long. */
+    void (*wait)(cv_group *g, cv_transfer *transfers, size_t n, uint64_t until_ns, uint64_t idle_ns);
     void (*wake)(cv_group *g);  /* wakes all sleepers of this rank; NULL when g->wake is enough */
     void (*beat)(cv_group *g);  /* called by the monitor a few times within the silence; may be NULL */
     void (*close)(cv_group *g); /* frees what the transport holds; no other call runs */

@@ -232,7 +232,8 @@ static bool can_move(shm *s, cv_transfer *t) {
     return waiting(l, 1) >= (l->open ? 1 : sizeof(message_head));
 }
 
-static void wait_for(cv_group *g, cv_transfer *t, size_t n, uint64_t until_ns) {
+static void wait_for(cv_group *g, cv_transfer *t, size_t n, uint64_t until_ns, uint64_t idle_ns) {
+    (void)idle_ns;
     shm *s = g->wire_state;
     cv_doorbell *bell = &s->head->bells[g->rank];
     uint32_t seen = cv_doorbell_lie_down(bell);

@@ -20,7 +20,10 @@ static int progress(cv_group *g, cv_transfer *t) {
     return cv_group_suspect(g, t->peer, c->why);
 }
 
-static void wait_for(cv_group *g, cv_transfer *t, size_t n, uint64_t until_ns) { cv_wait_for_conns(g, conn_of, t, n, until_ns); }
+static void wait_for(cv_group *g, cv_transfer *t, size_t n, uint64_t until_ns, uint64_t idle_ns) {
+    (void)idle_ns;
+    cv_wait_for_conns(g, conn_of, t, n, until_ns);
+}
 
 static void close_all(cv_group *g) {
     tcp *s = g->wire_state;

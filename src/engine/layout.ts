@@ -159,6 +159,7 @@ export const GROUP_OPTIONS = {
   rdma_device: 328,
   silence_ms: 392,
   max_message: 396,
+  rdma_flags: 400,
 } as const;
 
 export const GROUP_STATS = {
