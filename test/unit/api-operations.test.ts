@@ -158,8 +158,9 @@ describe("request traces", () => {
     const running = begin("running");
     for (const id of ["a", "b", "c", "d"]) log.end(begin(id), undefined);
     expect(log.get("a")).toBeUndefined();
-    expect(log.list(10).map((trace) => trace.about.id)).toEqual(["running", "d", "c", "b"]);
-    expect(log.get("running")).toBe(running);
+    expect(log.list(10)).toMatchObject(["running", "d", "c", "b"].map((id) => ({ id })));
+    expect(log.get("running")).toEqual(running.toJSON());
+    expect(log.measured("running")).toBe(running);
   });
 });
 

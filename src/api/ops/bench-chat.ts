@@ -19,7 +19,7 @@ export function benchChatRoute(deps: ApiDependencies) {
         hint: "Leave the parameter out.",
       });
     }
-    const trace = deps.traces.get(context.get("requestId"));
+    const trace = deps.traces.measured(context.get("requestId"));
     if (!reply.ok || trace === undefined) return reply;
     const body = (await reply.json()) as object;
     const peaks = deps.models.statuses().map(({ model, peak_resident_bytes: peak }) => ({ model, peak }));

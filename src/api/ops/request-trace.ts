@@ -153,10 +153,11 @@ function rounded(ms: number): number {
   return Math.round(ms * 1000) / 1000;
 }
 
-/** The last requests by id. Running ones are always there: their number has a limit of its own. */
+/** The last requests by id. Running ones are always there: their number has a limit of its own. Ended ones are kept as JSON
+ * text, a few hundred bytes each, except those that are measured. */
 export class TraceLog {
   readonly #running = new Map<string, RequestTrace>();
-  readonly #ended = new Map<string, RequestTrace>();
+  readonly #ended = new Map<string, RequestTrace | string>();
 
   constructor(
     private readonly metrics: ServingMetrics,
@@ -175,18 +176,31 @@ export class TraceLog {
     const { id } = trace.about;
     if (this.#running.get(id) === trace) this.#running.delete(id);
     this.#ended.delete(id);
-    this.#ended.set(id, trace);
+    this.#ended.set(id, trace.intervals === undefined ? JSON.stringify(trace) : trace);
     if (this.#ended.size <= this.kept) return;
     const oldest = this.#ended.keys().next().value;
     if (oldest !== undefined) this.#ended.delete(oldest);
   }
 
-  get(id: string): RequestTrace | undefined {
-    return this.#running.get(id) ?? this.#ended.get(id);
+  /** What is known of a request, as /requests/{id} says it. */
+  get(id: string): object | undefined {
+    const trace = this.#running.get(id) ?? this.#ended.get(id);
+    return trace === undefined ? undefined : asObject(trace);
+  }
+
+  /** A running or measured request. */
+  measured(id: string): RequestTrace | undefined {
+    const trace = this.#running.get(id) ?? this.#ended.get(id);
+    return trace instanceof RequestTrace ? trace : undefined;
   }
 
   /** Newest first, running ones before those that ended. */
-  list(most: number): RequestTrace[] {
-    return [...[...this.#running.values()].reverse(), ...[...this.#ended.values()].reverse()].slice(0, most);
+  list(most: number): object[] {
+    const all = [...[...this.#running.values()].reverse(), ...[...this.#ended.values()].reverse()];
+    return all.slice(0, most).map(asObject);
   }
+}
+
+function asObject(trace: RequestTrace | string): object {
+  return typeof trace === "string" ? (JSON.parse(trace) as object) : trace.toJSON();
 }
