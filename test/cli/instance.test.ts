@@ -61,9 +61,16 @@ interface Placed {
 }
 
 /** What the nodes of an instance do between them. */
-async function place(tensor: number, pipeline: number, wrongKey = false): Promise<Placed> {
+async function place(
+  tensor: number,
+  pipeline: number,
+  { wrongKey = false, weights }: { wrongKey?: boolean; weights?: number[] } = {},
+): Promise<Placed> {
   const plan = makeLoadPlan(readModelConfig(dir), await openCheckpoint(dir));
-  const shares = evenShares(plan, tensor, pipeline);
+  const shares = evenShares(plan, tensor, pipeline).map((share) => ({
+    ...share,
+    weight: weights?.[share.tensorRank] ?? 1,
+  }));
   const sizes = instanceSizes(plan, { context: load.context, streams: 3, compute: "exact", kvType: "f32" });
   const group = (rank: number): GroupOptions => ({
     rank,
@@ -100,15 +107,17 @@ async function place(tensor: number, pipeline: number, wrongKey = false): Promis
 
 describe("ranks that nodes start", () => {
   test.each([
-    [2, 1],
-    [2, 2],
-  ])(
-    "%d × %d generate what one rank generates",
-    async (tensor, pipeline) => {
+    [2, 1, [1, 1]],
+    [2, 2, [1, 1]],
+    [2, 1, [1, 3]],
+    [3, 1, [0, 1, 0.01]],
+  ] as [number, number, number[]][])(
+    "%d × %d generate what one rank generates, with shares like %p",
+    async (tensor, pipeline, weights) => {
       const requests = [request("a", 40, 20), request("b", 9, 20), request("c", 90, 20)];
       const all = async (runner: RunnerClient) =>
         (await Promise.all(requests.map((each) => collect(runner.generate(each))))).map(tokensOf);
-      const { runner } = await place(tensor, pipeline);
+      const { runner } = await place(tensor, pipeline, { weights });
       expect(runner.status()).toMatchObject({
         state: "ready",
         context: load.context,
@@ -152,7 +161,7 @@ describe("ranks that nodes start", () => {
   test(
     "of another key are refused",
     async () => {
-      const refused = await place(2, 1, true).then(
+      const refused = await place(2, 1, { wrongKey: true }).then(
         () => undefined,
         (thrown) => thrown,
       );
