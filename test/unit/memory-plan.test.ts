@@ -93,6 +93,29 @@ describe("what is planned is what the engine counts", () => {
   });
 });
 
+test.each([
+  ["scout-4bit", 2, 1],
+  ["llama-4bit", 4, 1],
+  ["maverick-4bit", 2, 2],
+])("%s on %d × %d ranks of this machine, to the byte", async (name, tensor, pipeline) => {
+  const loaded = await loadModel({
+    ...{ model: name, modelDir: join(DATA, name), context: 300, streams: 3, threads: 1, tensor, pipeline },
+    piece: () => 64,
+  });
+  try {
+    const { memory, memoryPlan } = loaded;
+    expect({ mapped: memory.weights_mapped, copied: memory.weights_copied, kv: memory.kv }).toEqual({
+      mapped: memoryPlan.weightsMapped,
+      copied: memoryPlan.weightsCopied,
+      kv: memoryPlan.kvBytes,
+    });
+    expect(memoryPlan.weightsCopied).toBeGreaterThan(0);
+    expect(memoryPlan.scratchBytes).toBeGreaterThanOrEqual(memory.scratch);
+  } finally {
+    await loaded.close();
+  }
+});
+
 describe("pages", () => {
   test("have 64 tokens, or the largest power of two from 16 on that divides the chunk", () => {
     expect([8192, 64, 16, 32, 48, 96, 160].map(pageTokensOf)).toEqual([64, 64, 16, 32, 16, 32, 32]);
