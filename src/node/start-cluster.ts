@@ -2,6 +2,7 @@
 // it costs nothing but a look at the disk twice a second.
 
 import { availableParallelism, hostname } from "node:os";
+import { join } from "node:path";
 import type { ModelDirectory } from "../api/model-directory.ts";
 import { clusterFolder } from "../cluster/net/identity.ts";
 import { ASSUMED_SPEED } from "../cluster/predict.ts";
@@ -48,6 +49,7 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
     driver: {
       // By name only: what another node says must not open any folder of this machine.
       model: (name) => resolveModel(store(), name),
+      partsFolder: join(resolvePaths().data, "parts"),
       models: () => {
         const now = performance.now();
         if (listed === undefined || now - listed.atMs > MODELS_MS)

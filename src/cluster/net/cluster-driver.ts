@@ -22,9 +22,11 @@ import type { ClusterWork } from "./cluster-node.ts";
 import type { Peer, Purpose } from "./hello.ts";
 import type { Link as PeerLink } from "./link.ts";
 import type { Mesh } from "./mesh.ts";
+import { ModelSourceChannel, serveModelFiles } from "./model-files.ts";
 import { ModelTermsCache } from "./model-source.ts";
 import { machineInfo } from "./node-info.ts";
 import { ProcessRanks } from "./rank-runner.ts";
+import { fetchShard } from "./shard-store.ts";
 import { ExchangeSchema, InstanceCallSchema } from "./wire.ts";
 
 /** The slow parts of this node's record (memory, models, links) are read anew this often. */
@@ -39,6 +41,8 @@ export interface ClusterDriverOptions {
   incarnation: () => number;
   /** The model's files on this node. Throws model_not_found. */
   model: (name: string) => InstalledModel;
+  /** Where parts of models that other nodes have are kept. */
+  partsFolder: string;
   models: () => ModelPresence[];
   links: () => Link[];
   run: RunOptions;
@@ -65,6 +69,8 @@ export class ClusterDriver implements ClusterWork {
   readonly #ledger: MemoryLedger;
   readonly #terms: ModelTermsCache;
   readonly #open = new Map<string, OpenInstance>();
+  /** Parts of models that were fetched for ranks, by name. */
+  readonly #parts = new Map<string, InstalledModel>();
   /** Ends the answer of a request that this node passed on. */
   readonly #failRequest = new Map<string, (error: CaravanError) => void>();
   #logic: ClusterLogic | undefined;
@@ -76,15 +82,20 @@ export class ClusterDriver implements ClusterWork {
   constructor(options: ClusterDriverOptions) {
     this.#options = options;
     this.#ledger = new MemoryLedger(availableMemory().available);
-    this.#terms = new ModelTermsCache(options.model, options.run, () => this.#logic?.turn());
+    this.#terms = new ModelTermsCache(
+      (name) => this.#model(name),
+      options.run,
+      () => this.#logic?.turn(),
+    );
     const turn = () => this.#logic?.turn();
     this.#ranks = new ProcessRanks({
-      model: options.model,
+      prepare: (order, onProgress, signal) => this.#prepare(order, onProgress, signal),
+      fetching: (instance, epoch) => this.#isFetching(instance, epoch),
       run: options.run,
       compute: options.compute,
       nodeName: (id) => this.nameOf(id),
-      progress: (instance, epoch, fraction) => {
-        this.#logic?.ranks.progress(instance, epoch, "loading", fraction);
+      progress: (instance, epoch, phase, fraction) => {
+        this.#logic?.ranks.progress(instance, epoch, phase, fraction);
       },
       ready: (instance, epoch) => {
         this.#logic?.ranks.ready(instance, epoch);
@@ -262,6 +273,10 @@ export class ClusterDriver implements ClusterWork {
   }
 
   onChannel(channel: Channel, peer: Peer, purpose: Purpose): boolean {
+    if (purpose === "file") {
+      void serveModelFiles(channel, (model) => this.#options.model(model).path);
+      return true;
+    }
     return this.#ranks.onChannel(channel, peer, purpose);
   }
 
@@ -272,6 +287,71 @@ export class ClusterDriver implements ClusterWork {
       });
     }
     return this.#logic;
+  }
+
+  /** A model whose files, or a part of them, are here. Throws model_not_found. */
+  #model(name: string): InstalledModel {
+    try {
+      return this.#options.model(name);
+    } catch (thrown) {
+      const part = this.#parts.get(name);
+      if (part === undefined) throw thrown;
+      return part;
+    }
+  }
+
+  async #prepare(
+    order: RankOrder,
+    onProgress: (fraction: number) => void,
+    signal: AbortSignal,
+  ): Promise<InstalledModel> {
+    const { model: name, ranks } = order.spec;
+    try {
+      return this.#options.model(name);
+    } catch (thrown) {
+      if (asCaravanError(thrown).code !== "model_not_found") throw thrown;
+      const holders = this.#holdersOf(name);
+      if (holders.length === 0 || this.#mesh === undefined) throw thrown;
+      let last: unknown = thrown;
+      for (const holder of holders) {
+        try {
+          const source = await ModelSourceChannel.ask(await this.#mesh.open(holder, "file", signal), name);
+          this.#options.log.info("fetching a part of a model", { model: name, from: this.nameOf(holder) });
+          const { partsFolder } = this.#options;
+          const fetch = { source, model: name, shares: ranks, rank: order.rank, onProgress, signal };
+          const path = await fetchShard(partsFolder, fetch).finally(() => source.close());
+          const part: InstalledModel = { name, path, source: "folder", bytes: 0, created: 0 };
+          this.#parts.set(name, part);
+          return part;
+        } catch (failed) {
+          signal.throwIfAborted();
+          last = failed;
+        }
+      }
+      throw last;
+    }
+  }
+
+  /** Nodes that have all of the model, the nearest first. */
+  #holdersOf(model: string): NodeId[] {
+    const trip = (id: NodeId) => this.#mesh?.linkTo(id)?.roundTripUs ?? Number.POSITIVE_INFINITY;
+    return this.members()
+      .filter(
+        ({ self, direct, record }) =>
+          !self &&
+          direct &&
+          record.info.models.some((each) => each.model === model && each.bytes >= each.total),
+      )
+      .map(({ record }) => record.info.id)
+      .sort((a, b) => trip(a) - trip(b));
+  }
+
+  #isFetching(instance: string, epoch: number): boolean {
+    return this.members().some(({ record }) =>
+      record.info.ranks.some(
+        (rank) => rank.instance === instance && rank.epoch === epoch && rank.phase === "fetching",
+      ),
+    );
   }
 
   #isMine(instance: string): boolean {

@@ -21,8 +21,8 @@ export interface FollowerOptions {
   ask: RankAsk;
   /** Opens a connection of purpose "rank" to the owner. */
   open: (signal: AbortSignal) => Promise<Channel>;
-  /** Folder of the model on this node. Throws model_not_found. */
-  modelDir: () => string;
+  /** Has the rank's part of the model on this node, fetched if need be; its folder. Rejects with model_not_found and others. */
+  prepare: (signal: AbortSignal) => Promise<string>;
   /** What this machine computes with. */
   compute: () => Pick<RankLoad, "threads" | "device">;
   /** Planned bytes of the rank: what progress is measured against. */
@@ -58,8 +58,11 @@ export class FollowerRank implements RunningRank {
     let channel: Channel | undefined;
     let failure: CaravanError | undefined;
     try {
+      // Files first: they may take an hour, and the owner waits for the process only half a minute.
+      const modelDir = await this.#options.prepare(this.#stop.signal);
+      reports.loading(0);
       channel = await this.#options.open(this.#stop.signal);
-      await this.#run(channel);
+      await this.#run(channel, modelDir);
     } catch (thrown) {
       failure = asCaravanError(thrown);
     }
@@ -76,11 +79,10 @@ export class FollowerRank implements RunningRank {
   }
 
   /** Resolves when the rank is let go, rejects when it fails. */
-  async #run(channel: Channel): Promise<void> {
+  async #run(channel: Channel, modelDir: string): Promise<void> {
     const { ask, reports, log, bytes, command } = this.#options;
     channel.send(ask);
     const begin = await this.#begin(channel);
-    const modelDir = this.#options.modelDir();
     const rank = new RankProcess({
       group: { ...begin.group, rank: ask.rank, host: groupHost(channel.socket) },
       ...(command === undefined ? {} : { command }),

@@ -25,10 +25,15 @@ import {
   START_LIMIT_MS,
 } from "./rank-order.ts";
 
+const START_LOOK_MS = 500;
+
 export interface LeaderOptions {
   spec: InstanceSpec;
   epoch: number;
-  model: () => InstalledModel;
+  /** Has this rank's part of the model here, fetched if need be. */
+  prepare: (signal: AbortSignal) => Promise<InstalledModel>;
+  /** Whether a node of the instance still gets its files: its rank starts after that. */
+  fetching: () => boolean;
   run: RunOptions;
   /** Under which the other ranks reach this machine; "" = it is the only one. */
   host: () => string;
@@ -166,7 +171,8 @@ export class LeaderRank implements RunningRank {
   /** Until the instance is stopped or lost: always rejects. */
   async #run(): Promise<never> {
     const { spec, reports, onOpen } = this.#options;
-    const model = this.#options.model();
+    const model = await Promise.race([this.#options.prepare(this.#stop.signal), this.#lost.promise]);
+    reports.loading(0);
     const opening = spec.ranks.length === 1 ? this.#openAlone(model) : this.#openTogether(model);
     const open = await Promise.race([opening, this.#lost.promise]).catch((thrown) => {
       opening.then((late) => late.close()).catch(() => undefined);
@@ -226,7 +232,11 @@ export class LeaderRank implements RunningRank {
   /** Once every rank has given its address, all connect at the same time. */
   async #connect(opening: Promise<unknown>): Promise<void> {
     const late = Promise.withResolvers<never>();
-    const timer = setTimeout(() => late.reject(this.#missing()), START_LIMIT_MS);
+    let waitedMs = 0;
+    const timer = setInterval(() => {
+      waitedMs = this.#options.fetching() ? 0 : waitedMs + START_LOOK_MS;
+      if (waitedMs >= START_LIMIT_MS) late.reject(this.#missing());
+    }, START_LOOK_MS);
     try {
       const all = Promise.all(this.#addresses.map(({ promise }) => promise));
       const failed = opening.then(() => new Promise<never>(() => undefined));
@@ -238,7 +248,7 @@ export class LeaderRank implements RunningRank {
         CONNECT_LIMIT_MS,
       );
     } finally {
-      clearTimeout(timer);
+      clearInterval(timer);
     }
   }
 

@@ -4,6 +4,8 @@ import type { CaravanError } from "../../errors.ts";
 import type { RankState } from "../types.ts";
 
 export interface RankReports {
+  /** 0 to 1, of the files that this node has to get first. */
+  fetching: (fraction: number) => void;
   /** 0 to 1. */
   loading: (fraction: number) => void;
   ready: () => void;

@@ -25,12 +25,18 @@ const LEADER_WAIT_MS = 5000;
 const LEADER_POLL_MS = 20;
 
 export interface RankRunnerOptions {
-  /** The model's files on this node. Throws model_not_found. */
-  model: (name: string) => InstalledModel;
+  /** Has what the rank reads of the model on this node, fetched from another one if need be. Rejects with why not. */
+  prepare: (
+    order: RankOrder,
+    onProgress: (fraction: number) => void,
+    signal: AbortSignal,
+  ) => Promise<InstalledModel>;
+  /** Whether any rank of the epoch still gets its files. */
+  fetching: (instance: string, epoch: number) => boolean;
   run: RunOptions;
   compute: () => Pick<RankLoad, "threads" | "device">;
   nodeName: (id: NodeId) => string;
-  progress: (instance: string, epoch: number, fraction: number) => void;
+  progress: (instance: string, epoch: number, phase: "fetching" | "loading", fraction: number) => void;
   ready: (instance: string, epoch: number) => void;
   failed: (
     instance: string,
@@ -99,7 +105,8 @@ export class ProcessRanks implements RankRunner, ClusterWork {
     const { epoch, rank } = order;
     let stopped = false;
     return {
-      loading: (fraction) => this.#options.progress(id, epoch, fraction),
+      fetching: (fraction) => this.#options.progress(id, epoch, "fetching", fraction),
+      loading: (fraction) => this.#options.progress(id, epoch, "loading", fraction),
       ready: () => this.#options.ready(id, epoch),
       over: (error: CaravanError | undefined) => {
         if (stopped) return;
@@ -117,7 +124,8 @@ export class ProcessRanks implements RankRunner, ClusterWork {
     return new LeaderRank({
       spec,
       epoch,
-      model: () => this.#options.model(spec.model),
+      prepare: (signal) => this.#options.prepare(order, reports.fetching, signal),
+      fetching: () => this.#options.fetching(spec.id, epoch),
       run: this.#options.run,
       host: () => this.#hostFor(spec.ranks.find(({ rank }) => rank > 0)?.node),
       nodeName: this.#options.nodeName,
@@ -137,7 +145,7 @@ export class ProcessRanks implements RankRunner, ClusterWork {
           return Promise.reject(new Failure("cluster_degraded", "this node has left the cluster"));
         return this.#mesh.open(owner, "rank", signal);
       },
-      modelDir: () => this.#options.model(spec.model).path,
+      prepare: async (signal) => (await this.#options.prepare(order, reports.fetching, signal)).path,
       compute: this.#options.compute,
       bytes: spec.bytes[rank] ?? 0,
       reports,
