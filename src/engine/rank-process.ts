@@ -2,6 +2,7 @@
 // step rejects with the reason when the process fails or ends; nothing here retries.
 
 import { CaravanError } from "../errors.ts";
+import { childEnvironment } from "./child-environment.ts";
 import { isCompiled } from "./library.ts";
 import { LineSplitter } from "./line-splitter.ts";
 import {
@@ -69,7 +70,12 @@ export class RankProcess {
     this.rank = options.group.rank;
     const command = options.command ?? rankCommand();
     try {
-      this.#child = Bun.spawn([...command], { stdin: "pipe", stdout: "pipe", stderr: "pipe" });
+      this.#child = Bun.spawn([...command], {
+        env: childEnvironment(),
+        stdin: "pipe",
+        stdout: "pipe",
+        stderr: "pipe",
+      });
     } catch (cause) {
       throw new CaravanError("engine_failed", `the process of rank ${this.rank} cannot be started`, {
         where: command[0] ?? "",

@@ -2,6 +2,7 @@
 // runner-client.ts decides when to start one and what its end means.
 
 import { CaravanError } from "../errors.ts";
+import { childEnvironment } from "./child-environment.ts";
 import { isCompiled } from "./library.ts";
 import { LineSplitter } from "./line-splitter.ts";
 import type { RunnerCommand, RunnerMessage } from "./protocol.ts";
@@ -45,7 +46,12 @@ export class RunnerProcess {
   constructor(options: RunnerProcessOptions) {
     this.#options = options;
     try {
-      this.#child = Bun.spawn([...options.command], { stdin: "pipe", stdout: "pipe", stderr: "pipe" });
+      this.#child = Bun.spawn([...options.command], {
+        env: childEnvironment(),
+        stdin: "pipe",
+        stdout: "pipe",
+        stderr: "pipe",
+      });
     } catch (cause) {
       throw new CaravanError("engine_failed", "the runner process cannot be started", {
         where: options.command[0] ?? "",

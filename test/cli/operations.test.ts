@@ -1,7 +1,7 @@
 // What an operator does at the terminal: several nodes, keys, TLS, unloading and stopping, checking the configuration.
 
 import { afterAll, afterEach, beforeAll, describe, expect, test } from "bun:test";
-import { existsSync, readdirSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { built, isAlive, type Node, Place, runnersOf } from "../tools/built-caravan.ts";
 import { selfSigned } from "../tools/self-signed.ts";
@@ -38,6 +38,8 @@ describe.skipIf(!built)("nodes on this machine", () => {
   test("are listed with their models, unload one, and end; nothing is left behind", async () => {
     const node = await serve(["first"], KEYS);
     await until(() => node.err().includes("model ready"), "the model is loaded", 10_000);
+    for (const runner of process.platform === "linux" ? runnersOf(node.pid) : [])
+      expect(readFileSync(`/proc/${runner}/environ`, "utf8")).not.toContain("CARAVAN_ADMIN_KEYS");
     const listed = await place.run(["ps"], { env: KEYS });
     expect(listed.out).toMatch(new RegExp(`${node.url} +${node.pid} +first +ready`));
     const json = JSON.parse((await place.run(["ps", "--json"], { env: KEYS })).out);
