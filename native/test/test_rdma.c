@@ -1,6 +1,6 @@
 /* test_rdma.c — groups over real verbs calls. Alone it checks what needs no device: votes that say why there is no RDMA, and the wrapper that
- * enforces Apple's rules (over a table of fakes). With `guest RANKS` it runs in the virtual machine of test/rdma, where rank a's
- * software device towards rank b is m<a>_<b> and a cable can be pulled. */
+ * enforces Apple's rules (over a table of fakes). With `guest` it runs in the virtual machine of test/rdma, where rank a's
+ * software device towards rank b is m<a>_<b> and a cable can be pulled; `compare NAME ONE.npy OTHER.npy` compares logits there. */
 #if defined(__linux__)
 #include <sys/mount.h>
 #endif
@@ -42,8 +42,8 @@ static void cable_pulled(cv_checks *c, uint32_t flags) {
     rank_world *w = rdma_world(3, flags);
     ranks_start(w, body_busy);
     cv_check(c, ranks_await(&w->count, 3, 30000), "the ranks did not begin: %s", w->rank[0].text);
-    atomic_store(&w->stamp_ns, cv_now());
     cv_check(c, shell("ip link set vm0_1 down"), "the cable cannot be pulled");
+    atomic_store(&w->stamp_ns, cv_now()); /* not before: an emulated shell takes its time */
     cv_check(c, ranks_finish(w), "a rank did not end in time, or badly");
     for (uint32_t r = 0; r < 3; r++) check_fault(c, w, r, CV_E_GROUP, "rank ", 2.0);
     shell("ip link set vm0_1 up");
@@ -124,6 +124,60 @@ static void without_device(cv_checks *c) {
     cv_end_case(c);
 }
 
+/* ---- logits ---- */
+
+typedef struct {
+    float *values;
+    size_t rows, columns;
+} logits;
+
+/* A version 1 .npy file of float32 [rows, columns]. */
+static bool read_npy(const char *path, logits *out) {
+    FILE *f = fopen(path, "rb");
+    unsigned char head[10];
+    char text[1024] = "";
+    if (!f || fread(head, 1, sizeof head, f) != sizeof head || memcmp(head, "\x93NUMPY\x01", 7)) return false;
+    size_t n = (size_t)(head[8] | head[9] << 8);
+    const char *shape;
+    bool ok = n < sizeof text && fread(text, 1, n, f) == n && strstr(text, "<f4") && (shape = strstr(text, "'shape': (")) && sscanf(shape + 10, "%zu, %zu", &out->rows, &out->columns) == 2;
+    size_t count = ok ? out->rows * out->columns : 0;
+    out->values = malloc(count * sizeof(float) + 1);
+    ok = ok && count > 0 && fread(out->values, sizeof(float), count, f) == count;
+    fclose(f);
+    return ok;
+}
+
+static size_t best(const float *row, size_t n) {
+    size_t at = 0;
+    for (size_t i = 1; i < n; i++)
+        if (row[i] > row[at]) at = i;
+    return at;
+}
+
+/* The same token at each position, and no logit farther away than 2e-4. */
+static int compare(const char *name, const char *one_path, const char *other_path) {
+    logits one, other;
+    if (!read_npy(one_path, &one) || !read_npy(other_path, &other) || one.rows != other.rows || one.columns != other.columns) {
+        printf("not ok - %s: %s or %s cannot be read, or they differ in shape\n", name, one_path, other_path);
+        return 1;
+    }
+    double farthest = 0;
+    size_t tokens = 0;
+    for (size_t r = 0; r < one.rows; r++) {
+        const float *a = one.values + r * one.columns, *b = other.values + r * one.columns;
+        tokens += best(a, one.columns) != best(b, one.columns);
+        for (size_t i = 0; i < one.columns; i++) {
+            double d = a[i] > b[i] ? a[i] - b[i] : b[i] - a[i];
+            if (!(d <= farthest)) farthest = d;
+        }
+    }
+    bool same = tokens == 0 && farthest <= 2e-4;
+    printf("%s - %s: %zu positions, farthest logit %.1e, other tokens at %zu\n", same ? "ok" : "not ok", name, one.rows, farthest, tokens);
+    free(one.values);
+    free(other.values);
+    return !same;
+}
+
 int main(int argc, char **argv) {
     cv_checks c = {0};
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -133,7 +187,7 @@ int main(int argc, char **argv) {
         return cv_report(&c);
     }
 #endif
-    (void)argc, (void)argv;
+    if (argc == 5 && strcmp(argv[1], "compare") == 0) return compare(argv[2], argv[3], argv[4]);
     without_device(&c);
     apple_cases(&c);
     return cv_report(&c);

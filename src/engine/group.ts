@@ -20,12 +20,15 @@ const OPTIONS = {
   host: 72,
   rdma_device: 328,
   silence_ms: 392,
+  rdma_flags: 400,
 } as const;
 /** cv_group_stats_record. */
 const STATS_BYTES = 64;
 const ADDRESS_BYTES = 4096;
 const TEXT_BYTES = 1024;
 const TRANSPORTS = { auto: 0, shm: 1, rdma: 2, tcp: 3 } as const;
+/** CV_RDMA_*. */
+const RDMA_FLAGS = { uc: 1, rc: 2, "uc-apple-rules": 5 } as const;
 const CV_E_AGAIN = -6;
 const POLL_MS = 2;
 
@@ -150,5 +153,6 @@ function encode(options: GroupOptions): Uint8Array {
   bytes.set(new TextEncoder().encode(options.host ?? "").subarray(0, 255), OPTIONS.host);
   bytes.set(new TextEncoder().encode(options.rdmaDevice ?? "").subarray(0, 63), OPTIONS.rdma_device);
   u32(OPTIONS.silence_ms, options.silenceMs ?? 0);
+  u32(OPTIONS.rdma_flags, options.rdmaQueuePairs === undefined ? 0 : RDMA_FLAGS[options.rdmaQueuePairs]);
   return bytes;
 }

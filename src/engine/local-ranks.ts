@@ -7,7 +7,13 @@ import { CaravanError } from "../errors.ts";
 import { RankGroup } from "./group.ts";
 import { GroupWatch } from "./group-watch.ts";
 import { RankProcess, type RankReady } from "./rank-process.ts";
-import type { Connection, GroupOptions, RankLoad, TransportChoice } from "./rank-protocol.ts";
+import {
+  type Connection,
+  type GroupOptions,
+  type RankLoad,
+  RDMA_QUEUE_PAIRS,
+  type TransportChoice,
+} from "./rank-protocol.ts";
 import type { Ranks } from "./ranks.ts";
 
 /** Processes start one after the other on a machine that is busy, each in well under a second. */
@@ -66,6 +72,7 @@ export class LocalRanks implements Ranks {
       epoch: 1,
       key: randomBytes(32).toString("hex"),
       instance: randomBytes(16).toString("hex"),
+      ...queuePairs(process.env.CARAVAN_RDMA_QUEUE_PAIRS),
       silenceMs: SILENCE_MS,
     };
     const processes: RankProcess[] = [];
@@ -160,4 +167,15 @@ async function within<T>(promise: Promise<T>, limitMs: number, late: string): Pr
   } finally {
     clearTimeout(timer);
   }
+}
+
+/** What the environment asks for, which is for tests: a system has one kind that works. */
+function queuePairs(asked: string | undefined): Pick<GroupOptions, "rdmaQueuePairs"> {
+  if (asked === undefined || asked === "") return {};
+  const known = RDMA_QUEUE_PAIRS.find((each) => each === asked);
+  if (known === undefined)
+    throw new CaravanError("invalid_argument", `CARAVAN_RDMA_QUEUE_PAIRS is ${asked}`, {
+      hint: `one of ${RDMA_QUEUE_PAIRS.join(", ")}`,
+    });
+  return { rdmaQueuePairs: known };
 }

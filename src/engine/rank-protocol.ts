@@ -8,6 +8,8 @@ import type { ErrorRecord } from "./protocol.ts";
 export const TRANSPORTS = ["auto", "shm", "rdma", "tcp"] as const;
 export type TransportChoice = (typeof TRANSPORTS)[number];
 
+export const RDMA_QUEUE_PAIRS = ["uc", "rc", "uc-apple-rules"] as const;
+
 const count = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(most));
 const index = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(most));
 const hex = (bytes: number) => v.pipe(v.string(), v.regex(new RegExp(`^[0-9a-f]{${2 * bytes}}$`)));
@@ -29,6 +31,8 @@ export const GroupOptionsSchema = v.strictObject({
   host: v.exactOptional(v.pipe(v.string(), v.maxLength(255))),
   /** Absent = any that has a port that is up. */
   rdmaDevice: v.exactOptional(v.pipe(v.string(), v.maxLength(63))),
+  /** Queue pairs, the same on all ranks: unreliable (under the rules of Apple's devices, too) or reliable. Absent = the system's. */
+  rdmaQueuePairs: v.exactOptional(v.picklist(RDMA_QUEUE_PAIRS)),
   /** A peer that sends nothing for so long while somebody waits is dead. */
   silenceMs: v.exactOptional(count(600_000)),
 });

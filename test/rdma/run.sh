@@ -26,16 +26,31 @@ exec 9>build/rdma/lock
 flock -w 600 9 || { echo "another run of $here/run.sh has been busy for ten minutes" >&2; exit 1; }
 $here/fetch_kernel.sh .tools/rdma >build/rdma/fetch.log 2>&1 || skip "the kernel package cannot be fetched: $(tail -n 1 build/rdma/fetch.log)"
 
-log=build/rdma/guest.log
-$here/guest.sh -t 150 -f $here/mesh_up.sh -f build/test/test_rdma -c "sh $PWD/$here/mesh_up.sh 4 && $PWD/build/test/test_rdma guest" >$log 2>&1
-code=$?
-grep -E '^(ok|not ok|#)' $log
-p=$(grep -c '^ok' $log) f=$(grep -c '^not ok' $log)
-passed=$((passed + p)) failed=$((failed + f))
-if [ $code -ne 0 ] && [ "$f" -eq 0 ]; then
-  echo "not ok - the guest ended with $code (124: out of time, 125: it did not boot); its last lines:"
-  tail -n 30 $log
-  failed=$((failed + 1))
+# guest NAME OPTIONS…: one boot; its ok lines count.
+guest() {
+  local log=build/rdma/$1.log code p f
+  shift
+  $here/guest.sh "$@" >"$log" 2>&1
+  code=$?
+  grep -E '^(ok|not ok|#)' "$log"
+  p=$(grep -c '^ok' "$log") f=$(grep -c '^not ok' "$log")
+  passed=$((passed + p)) failed=$((failed + f))
+  if [ $code -ne 0 ] && [ "$f" -eq 0 ]; then
+    echo "not ok - the guest ended with $code (124: out of time, 125: it did not boot); its last lines:"
+    tail -n 30 "$log"
+    failed=$((failed + 1))
+  fi
+}
+
+tests=build/test/test_rdma
+guest transport -t 120 -f $here/mesh_up.sh -f $tests -c "sh $PWD/$here/mesh_up.sh 4 && $PWD/$tests guest"
+if [ -x dist/caravan ]; then
+  model=test/golden/data/scout-4bit
+  guest models -t 120 -m 1536 -f $here/mesh_up.sh -f $here/guest_models.sh -f $tests -f dist/caravan -f $model/config.json -f $model/model.safetensors \
+    -f $model/model.safetensors.index.json -c "sh $PWD/$here/mesh_up.sh 4 && sh $PWD/$here/guest_models.sh $PWD"
+else
+  echo "skipped: models over RDMA: dist/caravan is not built"
+  skipped=$((skipped + 1))
 fi
 echo " $passed pass"
 [ $skipped -eq 0 ] || echo " $skipped skip"
