@@ -18,6 +18,7 @@ import { rank } from "./rank.ts";
 import { run } from "./run.ts";
 import { runner } from "./runner.ts";
 import { serve } from "./serve.ts";
+import { service } from "./service.ts";
 import { stop } from "./stop.ts";
 import { template } from "./template.ts";
 import { tokenize } from "./tokenize.ts";
@@ -32,6 +33,7 @@ export const commands: readonly Command[] = [
   models,
   cluster,
   join,
+  service,
   plan,
   bench,
   logits,

@@ -1,0 +1,76 @@
+// caravan service with a home of its own and a service manager that only writes down what it is told.
+
+import { afterEach, beforeEach, expect, test } from "bun:test";
+import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { launchdAgent, systemdUnit } from "../../src/cli/service-unit.ts";
+
+const MAIN = join(import.meta.dir, "../../src/main.ts");
+const linux = process.platform === "linux";
+if (!linux) console.log("skipped: the fake manager plays systemd, this is not Linux");
+
+let home = "";
+beforeEach(() => {
+  home = mkdtempSync(join(tmpdir(), "caravan-service-"));
+  mkdirSync(join(home, "bin"));
+  manager("exit 0");
+});
+afterEach(() => rmSync(home, { recursive: true, force: true }));
+
+/** Writes down its arguments, then does what the shell line says. */
+function manager(line: string): void {
+  const path = join(home, "bin", "systemctl");
+  writeFileSync(path, `#!/bin/sh\necho "$*" >> "${home}/told"\n${line}\n`);
+  chmodSync(path, 0o755);
+}
+
+function told(): string[] {
+  const path = join(home, "told");
+  return existsSync(path) ? readFileSync(path, "utf8").trim().split("\n") : [];
+}
+
+function caravan(...args: string[]): { code: number; text: string } {
+  const { exitCode, stdout, stderr } = Bun.spawnSync([process.execPath, MAIN, "service", ...args], {
+    env: { HOME: home, PATH: `${join(home, "bin")}:/usr/bin:/bin` },
+  });
+  return { code: exitCode, text: stdout.toString() + stderr.toString() };
+}
+
+const unit = () => join(home, ".config/systemd/user/caravan.service");
+
+test.skipIf(!linux)("is installed, seen and removed as one file, and the manager is told", () => {
+  expect(caravan("status")).toMatchObject({ code: 3, text: expect.stringContaining("not installed") });
+  expect(caravan("install").code).toBe(0);
+  expect(readFileSync(unit(), "utf8")).toContain(`ExecStart=${process.execPath} ${MAIN} serve\n`);
+  expect(told()).toEqual(["--user daemon-reload", "--user enable --now caravan.service"]);
+  expect(caravan("status")).toMatchObject({ code: 0, text: expect.stringContaining("running") });
+  writeFileSync(unit(), "old");
+  expect(caravan("status").text).toContain("brings it up to date");
+  expect(caravan("uninstall").code).toBe(0);
+  expect(existsSync(unit())).toBe(false);
+  expect(told().at(-1)).toBe("--user disable --now caravan.service");
+  expect(caravan("uninstall")).toMatchObject({ code: 0, text: expect.stringContaining("not installed") });
+});
+
+test.skipIf(!linux)(
+  "that the manager refuses says what to run, and one that stands still ends with 3",
+  () => {
+    manager('echo "no bus" >&2; exit 1');
+    const refused = caravan("install");
+    expect(refused.code).toBe(1);
+    expect(refused.text).toContain("`systemctl --user daemon-reload` failed: no bus");
+    expect(caravan("status")).toMatchObject({ code: 3, text: expect.stringContaining("not running") });
+  },
+);
+
+test("commands with strange characters reach the program as they are", () => {
+  const command = ['/opt/my apps/50% "a\\b" $HOME/caravan', "serve"];
+  expect(systemdUnit(command, 30)).toContain(
+    'ExecStart="/opt/my apps/50%% \\"a\\\\b\\" $$HOME/caravan" serve\n',
+  );
+  expect(systemdUnit(command, 30)).toContain("TimeoutStopSec=40");
+  expect(launchdAgent(["/a & <b>/caravan", "serve"], 30, "/log")).toContain(
+    "<string>/a &amp; &lt;b&gt;/caravan</string>\n    <string>serve</string>",
+  );
+});
