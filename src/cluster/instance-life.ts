@@ -57,6 +57,8 @@ interface Owned {
   attempts: number;
   /** The cluster as it was when loading was given up. */
   givenUp: string | undefined;
+  /** Somebody has just asked for it, so idle instances may go. What is placed again by itself takes nothing from others. */
+  mayUnload: boolean;
   /** What it waits to be unloaded since. */
   unloadSince: number | undefined;
   /** Why it stops: to end, or to move. */
@@ -90,6 +92,8 @@ export class InstanceLife {
       ...{ spec, phase: "placing", epoch: 0, progress: 0, reason: "", outstandingTokens: 0 },
       ...{ lost: [], unload: [], usedAt: 0 },
     });
+    const owned = this.#owned.get(id);
+    if (owned !== undefined) owned.mayUnload = true;
   }
 
   /** Takes over what another node owned. */
@@ -160,7 +164,7 @@ export class InstanceLife {
     this.#owned.set(state.spec.id, {
       state,
       ...{ since: now, notBefore: now, attempts: 0, givenUp: undefined, unloadSince: undefined },
-      ...{ stopping: undefined, progress: 0, progressAt: now, checkedAt: now },
+      ...{ mayUnload: false, stopping: undefined, progress: 0, progressAt: now, checkedAt: now },
     });
   }
 
@@ -204,7 +208,9 @@ export class InstanceLife {
       return;
     }
     owned.notBefore = now() + UNLOAD_CHECK_MS;
-    if (this.#unloadOthers(owned, candidates)) return;
+    if (owned.mayUnload && this.#unloadOthers(owned, candidates)) return;
+    owned.mayUnload = false;
+    owned.state = { ...owned.state, unload: [] };
     this.#enter(owned, "failed", result.reason);
     owned.notBefore = now() + REFUSED_MS;
   }
@@ -216,10 +222,13 @@ export class InstanceLife {
       ...owned.state,
       epoch: epoch + 1,
       spec: { ...spec, ...placement },
-      lost: lost.filter((node) => !nodes.includes(node)),
+      lost: [...new Set([...lost, ...spec.ranks.map(({ node }) => node)])].filter(
+        (id) => !nodes.includes(id),
+      ),
       unload: [],
     };
     owned.unloadSince = undefined;
+    owned.mayUnload = false;
     this.#enter(owned, "fetching", "");
   }
 
@@ -228,7 +237,6 @@ export class InstanceLife {
     const { placer, now, id: self } = this.#options;
     const { spec } = owned.state;
     if (owned.unloadSince !== undefined && now() - owned.unloadSince > UNLOAD_MS) {
-      owned.state = { ...owned.state, unload: [] };
       owned.unloadSince = undefined;
       return false;
     }
@@ -322,7 +330,7 @@ export class InstanceLife {
     );
   }
 
-  /** A lost node is back for a while, and with it the instance would be faster. */
+  /** A lost node is back for a while, and with it the instance would be faster, or as it was asked for. */
   #wouldGain({ state }: Owned, members: readonly Member[]): boolean {
     const { spec, lost } = state;
     const direct = members.filter((member) => member.direct);
@@ -333,9 +341,11 @@ export class InstanceLife {
     const { placer, id: first } = this.#options;
     const best = placer.place(spec.model, spec.asked, direct, { first, freed: [state] });
     if (best.kind !== "placed") return false;
-    const uses = best.placement.ranks.some(({ node }) => back.some(({ record }) => record.info.id === node));
-    const now = placer.speed(spec, direct);
-    return uses && best.speed > MOVE_GAIN * now;
+    const ids = back.map(({ record }) => record.info.id);
+    if (!best.placement.ranks.some(({ node }) => ids.includes(node))) return false;
+    // What was asked for by its shape is kept to, whatever is predicted of it.
+    if (!hasShape(spec, spec.asked) && hasShape(best.placement, spec.asked)) return true;
+    return best.speed > MOVE_GAIN * placer.speed(spec, direct);
   }
 
   #drain(owned: Owned, members: readonly Member[]): void {
@@ -434,6 +444,13 @@ const GIVEN_UP_NOW = "";
 /** Changes when a node comes, goes or starts anew. */
 function clusterStamp(members: readonly Member[]): string {
   return members.map(({ record }) => `${record.info.id} ${record.boot}`).join();
+}
+
+function hasShape(
+  placed: { tensor: number; pipeline: number },
+  { tensor = placed.tensor, pipeline = placed.pipeline }: PlacementRequest,
+): boolean {
+  return placed.tensor === tensor && placed.pipeline === pipeline;
 }
 
 /** Somebody stopped it, maybe where this node was cut off from. */

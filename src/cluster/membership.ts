@@ -12,7 +12,8 @@ import type { Digest, Exchange, Link, NodeId, NodeInfo, NodeRecord } from "./typ
 export const BEAT_MS = 500;
 /** A beat that has not risen for so long is a node that is gone. With a beat's and a message's time the limit of 10 s holds. */
 export const GONE_MS = 6000;
-/** A turn that comes so late means that this process slept, and that it heard nobody because of that. */
+/** A turn that comes so late means that this process slept: it heard nobody because of that, and what it hears first on
+ * waking has waited for nobody knows how long of it. */
 const SLEPT_MS = 2000;
 /** Most nodes that are kept; discovery is bounded below that. */
 const MOST_NODES = 256;
@@ -61,8 +62,10 @@ export class Membership {
   #own: NodeRecord;
   #beat = 0;
   #lastTurn: number;
+  /** The last sleep: how long, and when it ended. */
+  #slept = { ms: 0, endedAt: Number.NEGATIVE_INFINITY };
   /** Another run of this node's own id, while its beat rises. */
-  #double: { run: Run; beat: number; seenAt: number; rising: boolean; name: string } | undefined;
+  #double: { run: Run; beat: number; seenAt: number; rising: boolean; name?: string } | undefined;
   #left = false;
   /** Counts changes of the view. */
   #changes = 0;
@@ -85,7 +88,7 @@ export class Membership {
   get conflict(): string | undefined {
     const double = this.#double;
     if (double === undefined || !double.rising || compareRuns(double.run, this.#run) < 0) return undefined;
-    return `another running node has this node's identity (${double.name}, start ${double.run.incarnation}; this one is start ${this.#run.incarnation}): its key file was copied; delete it on one of them`;
+    return `another running node has this node's identity (${double.name ?? "name unknown"}, start ${double.run.incarnation}; this one is start ${this.#run.incarnation}): its key file was copied; delete it on one of them`;
   }
 
   /** Nodes that spoke and were not let in, with the reason. */
@@ -141,10 +144,11 @@ export class Membership {
     const now = this.#options.now();
     const pause = now - this.#lastTurn;
     this.#lastTurn = now;
-    if (pause > SLEPT_MS) for (const known of this.#known.values()) known.heardAt += pause - BEAT_MS;
+    if (pause > SLEPT_MS) this.#slept = { ms: pause, endedAt: now };
     let changed = false;
+    // After a sleep the others have their time again to be heard; what is told of them keeps its true age.
     for (const [id, { heardAt }] of this.#known)
-      if (now - heardAt > GONE_MS) {
+      if (now - Math.max(heardAt, this.#slept.endedAt) > GONE_MS) {
         this.#bury(id, false);
         changed = true;
       }
@@ -183,7 +187,9 @@ export class Membership {
     }
     const before = this.#changes;
     const wanted: NodeId[] = [];
-    for (const digest of message.digests) if (this.#hear(from, digest)) wanted.push(digest.id);
+    const waited = this.#waitedMs();
+    for (const digest of message.digests)
+      if (this.#hear(from, { ...digest, ageMs: digest.ageMs + waited })) wanted.push(digest.id);
     for (const record of message.records) this.#take(record);
     const missing = wanted.filter((id) => {
       const digest = message.digests.find((each) => each.id === id);
@@ -202,13 +208,21 @@ export class Membership {
     if (this.#changes !== before) this.#options.onChange?.();
   }
 
+  /** How long a message that is read now may have lain here unread. */
+  #waitedMs(): number {
+    const now = this.#options.now();
+    const late = now - this.#lastTurn;
+    if (late > SLEPT_MS) return late;
+    return now - this.#slept.endedAt < BEAT_MS ? this.#slept.ms : 0;
+  }
+
   /** Takes note of a digest; true where its record is newer than what is here. */
   #hear(from: NodeId, digest: Digest): boolean {
     const run = runOf(digest);
     const now = this.#options.now();
     if (digest.id === this.id) {
       this.#hearOfSelf(digest, run);
-      return false;
+      return this.conflict !== undefined && this.#double?.name === undefined;
     }
     if (digest.ageMs > GONE_MS || !this.#graves.allows(digest.id, run, digest.beat, from === digest.id))
       return false;
@@ -236,7 +250,7 @@ export class Membership {
     const now = this.#options.now();
     const known = this.#double;
     if (known === undefined || compareRuns(run, known.run) > 0) {
-      this.#double = { run, beat, seenAt: now - ageMs, rising: false, name: this.#own.info.name };
+      this.#double = { run, beat, seenAt: now - ageMs, rising: false };
       return;
     }
     if (compareRuns(run, known.run) < 0 || beat <= known.beat) return;

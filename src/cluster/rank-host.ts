@@ -20,11 +20,19 @@ export interface RankRunner {
   stop(instance: string, epoch: number): void;
 }
 
+interface Wanted extends RankOrder {
+  /** Run of the owner. */
+  boot: string;
+}
+
+/** Ended epochs that are remembered. */
+const MOST_ENDED = 256;
+
 /** Phases of an instance in which its ranks compute. */
 const ACTIVE: readonly InstancePhase[] = ["fetching", "loading", "ready", "stopping"];
 
 interface Held {
-  order: RankOrder;
+  order: Wanted;
   state: RankState;
   /** over: nothing runs any more, the state is for the owner to read. */
   life: "running" | "stopping" | "over";
@@ -41,16 +49,17 @@ export interface RankHostOptions {
 export class RankHost {
   /** By instance: a node computes at most one rank of an instance. */
   readonly #held = new Map<string, Held>();
+  /** The last epoch that ended here, by instance and run of its owner: its other ranks have lost this one for good. */
+  readonly #ended = new Map<string, number>();
   readonly #options: RankHostOptions;
 
   constructor(options: RankHostOptions) {
     this.#options = options;
   }
 
+  /** Also of those that are on their way out: they hold memory until they are gone. */
   states(): RankState[] {
-    return [...this.#held.values()]
-      .filter(({ life }) => life !== "stopping")
-      .map(({ state }) => ({ ...state }));
+    return [...this.#held.values()].map(({ state }) => ({ ...state }));
   }
 
   /** What runs here or is on its way out. */
@@ -114,46 +123,60 @@ export class RankHost {
   }
 
   /** Of two owners of one instance the newer one holds: both know that the other has to give way. */
-  #wanted(members: readonly Member[]): Map<string, RankOrder> {
-    const wanted = new Map<string, RankOrder>();
+  #wanted(members: readonly Member[]): Map<string, Wanted> {
+    const wanted = new Map<string, Wanted>();
     for (const { record } of members)
       for (const { spec, phase, epoch } of record.info.instances) {
         if (!ACTIVE.includes(phase)) continue;
         const share = spec.ranks.find(({ node }) => node === this.#options.id);
         if (share === undefined) continue;
-        const order = { spec, epoch, owner: record.info.id, rank: share.rank };
+        const order = { spec, epoch, owner: record.info.id, rank: share.rank, boot: record.boot };
         const other = wanted.get(spec.id);
         if (other === undefined || isNewer(order, other)) wanted.set(spec.id, order);
       }
     return wanted;
   }
 
-  #begin(instance: string, order: RankOrder): boolean {
+  #begin(instance: string, order: Wanted): boolean {
     const { ledger, runner, now } = this.#options;
     const { spec, epoch, owner, rank } = order;
     const bytes = spec.bytes[rank] ?? 0;
+    if (epoch <= (this.#ended.get(endKey(order)) ?? 0)) {
+      this.#refuse(instance, order, "group", "its rank of this epoch has ended");
+      return true;
+    }
     const refusal = ledger.reserve({ key: instance, label: spec.model, bytes, busy: true, usedAt: now() });
     // Memory on its way back is waited for; the owner has a limit for ranks that do not begin.
     if (refusal !== undefined && [...this.#held.values()].some(({ life }) => life === "stopping"))
       return false;
+    if (refusal !== undefined) {
+      this.#refuse(instance, order, "memory", refusal);
+      return true;
+    }
     const state: RankState = {
-      instance,
-      epoch,
-      owner,
-      rank,
-      phase: refusal === undefined ? "fetching" : "failed",
-      progress: 0,
-      reason: refusal ?? "",
-      cause: refusal === undefined ? "none" : "memory",
-      bytes: refusal === undefined ? bytes : 0,
+      ...{ instance, epoch, owner, rank, bytes },
+      ...{ phase: "fetching", progress: 0, reason: "", cause: "none" },
     };
-    this.#held.set(instance, { order, state, life: refusal === undefined ? "running" : "over" });
-    if (refusal === undefined) runner.start(order);
+    this.#held.set(instance, { order, state, life: "running" });
+    runner.start({ spec, epoch, owner, rank });
     return true;
+  }
+
+  #refuse(instance: string, order: Wanted, cause: "memory" | "group", reason: string): void {
+    const { epoch, owner, rank } = order;
+    const state: RankState = {
+      ...{ instance, epoch, owner, rank, bytes: 0 },
+      ...{ phase: "failed", progress: 0, reason, cause },
+    };
+    this.#held.set(instance, { order, state, life: "over" });
   }
 
   #end(instance: string, held: Held): boolean {
     if (held.life === "stopping") return false;
+    const key = endKey(held.order);
+    this.#ended.delete(key);
+    this.#ended.set(key, held.order.epoch);
+    if (this.#ended.size > MOST_ENDED) this.#ended.delete(this.#ended.keys().next().value ?? key);
     if (held.life === "over") {
       this.#held.delete(instance);
       return true;
@@ -162,6 +185,10 @@ export class RankHost {
     this.#options.runner.stop(instance, held.order.epoch);
     return true;
   }
+}
+
+function endKey({ spec, boot }: Wanted): string {
+  return `${spec.id} ${boot}`;
 }
 
 export interface Claim {

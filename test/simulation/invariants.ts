@@ -3,9 +3,8 @@
 import { isNewer } from "../../src/cluster/rank-host.ts";
 import type { InstanceState } from "../../src/cluster/types.ts";
 import { groupWorks, type SimulatedNode } from "./simulated-node.ts";
+import { Violation } from "./violation.ts";
 import type { World } from "./world.ts";
-
-export class Violation extends Error {}
 
 /** An instance that was stopped on purpose. */
 export interface Ended {
@@ -19,11 +18,28 @@ const GONE_LIMIT_MS = 10_000;
 const REQUEST_LIMIT_MS = 3000;
 const GRAIN_MS = 200;
 
-/** Since when a running request's group has been broken, by request. */
+/** Since when a running request has not been computed, and since when a ready instance has not, by their names. */
 const broken = new WeakMap<World, Map<string, number>>();
 
+/** Nodes that an owner's instances ran on, by instance. */
+const everUsed = new WeakMap<SimulatedNode["logic"], Map<string, string[]>>();
+
+function noteUse(world: World): void {
+  for (const { logic } of world.living) {
+    const used = everUsed.get(logic) ?? new Map<string, string[]>();
+    everUsed.set(logic, used);
+    for (const { spec, phase } of logic.instances.states())
+      if (phase === "ready")
+        used.set(spec.id, [
+          ...new Set([...(used.get(spec.id) ?? []), ...spec.ranks.map(({ node }) => node)]),
+        ]);
+  }
+}
+
 export function checkAlways(world: World): void {
+  noteUse(world);
   checkRanks(world);
+  checkReady(world);
   checkGone(world);
   checkRequests(world);
 }
@@ -55,6 +71,33 @@ function checkRanks(world: World): void {
         throw new Violation(`${node.id} owns ${state.spec.id}, but ${state.spec.ranks[0]?.node} has rank 0`);
 }
 
+/** What is called ready computes, or is found out within the limit. */
+function checkReady(world: World): void {
+  const since = broken.get(world) ?? new Map<string, number>();
+  broken.set(world, since);
+  for (const node of world.living) {
+    for (const { instance, epoch, phase } of node.logic.ranks.states()) {
+      if (phase !== "ready") continue;
+      const process = node.processes.get(instance);
+      if (process?.order.epoch !== epoch || !process.ready)
+        throw new Violation(`${node.id} calls its rank of ${instance} epoch ${epoch} ready, which it is not`);
+    }
+    for (const { spec, epoch, phase } of node.logic.instances.states()) {
+      const key = `${spec.id} epoch ${epoch} of ${node.boot}`;
+      if (phase !== "ready" || node.paused || groupWorks(world, spec.id, epoch, node.id)) {
+        since.delete(key);
+        continue;
+      }
+      const at = since.get(key) ?? world.time.now;
+      since.set(key, at);
+      if (world.time.now - Math.max(at, node.pausedUntil) > REQUEST_LIMIT_MS + GRAIN_MS)
+        throw new Violation(
+          `${key} is called ready, but has not computed for ${Math.round(world.time.now - at)} ms`,
+        );
+    }
+  }
+}
+
 /** A node that is gone is gone from every view. One that slept itself needs a turn to notice. */
 function checkGone(world: World): void {
   for (const [id, since] of world.downSince) {
@@ -78,7 +121,8 @@ function checkRequests(world: World): void {
       if (world.requests.get(id)?.end !== undefined) throw new Violation(`request ${id} runs after its end`);
       const works =
         (owner === node.id || world.network.connected(node.id, owner)) &&
-        groupWorks(world, instance, epoch, owner);
+        groupWorks(world, instance, epoch, owner) &&
+        world.nodeOf(owner)?.serves(id) === true;
       if (works) {
         since.delete(id);
         continue;
@@ -87,7 +131,7 @@ function checkRequests(world: World): void {
       since.set(id, at);
       if (world.time.now - at > REQUEST_LIMIT_MS + GRAIN_MS)
         throw new Violation(
-          `request ${id} at ${node.id} hangs: ${instance} epoch ${epoch} of ${owner} has been broken for ${Math.round(world.time.now - at)} ms`,
+          `request ${id} at ${node.id} hangs: ${instance} epoch ${epoch} of ${owner} has not computed it for ${Math.round(world.time.now - at)} ms`,
         );
     }
     for (const request of world.open.values())
@@ -159,12 +203,28 @@ function checkInstances(
       const result = world.placer.place(state.spec.model, state.spec.asked, node.logic.members, {
         first: node.id,
       });
-      if (result.kind === "placed") throw new Violation(`${id} fits but is given up: ${state.reason}`);
+      // Loading that failed so often is not tried again until the cluster changes or somebody asks.
+      const givenUp = world.loadsFailed && state.reason.startsWith("given up after");
+      if (result.kind === "placed" && !givenUp)
+        throw new Violation(`${id} fits but is given up: ${state.reason}`);
     } else if (state.phase !== "ready" && state.phase !== "stopping")
       throw new Violation(`${id} is still ${state.phase} on ${node.id}: ${state.reason}`);
     if (state.phase === "ready" && !groupWorks(world, id, state.epoch, node.id))
       throw new Violation(`${id} is called ready, but its ranks do not compute`);
+    if (state.phase === "ready") checkUse(world, node, state);
   }
+}
+
+/** A node that was lost is used again where that pays. */
+function checkUse({ placer }: World, { id: first, logic }: SimulatedNode, state: InstanceState): void {
+  const { spec } = state;
+  const used = everUsed.get(logic)?.get(spec.id) ?? [];
+  const best = placer.place(spec.model, spec.asked, logic.members, { first, freed: [state] });
+  if (best.kind !== "placed" || best.speed < 1.15 * placer.speed(spec, logic.members)) return;
+  const back = best.placement.ranks.find(
+    ({ node }) => used.includes(node) && !spec.ranks.some((r) => r.node === node),
+  );
+  if (back !== undefined) throw new Violation(`${spec.id} does not use ${back.node} again, which is back`);
 }
 
 function instancesSeen(node: SimulatedNode): string {

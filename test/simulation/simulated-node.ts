@@ -9,6 +9,7 @@ import { ALIVE_MS } from "../../src/cluster/requests.ts";
 import type { Exchange, Link, NodeInfo } from "../../src/cluster/types.ts";
 import { asCaravanError, CaravanError } from "../../src/errors.ts";
 import type { Network, Station } from "./network.ts";
+import { Violation } from "./violation.ts";
 import type { Dice, VirtualTime } from "./virtual-time.ts";
 
 export interface Hardware {
@@ -78,6 +79,7 @@ export class SimulatedNode implements Station {
   pausedUntil = 0;
   /** How much slower it loads and computes. */
   slow = 1;
+  readonly #epochs = new Map<string, number>();
   readonly #world: Surroundings;
   readonly #clockStart: number;
   readonly #clockRate: number;
@@ -235,6 +237,10 @@ export class SimulatedNode implements Station {
     this.#world.open.delete(id);
   }
 
+  serves(id: string): boolean {
+    return this.#serving.has(id);
+  }
+
   // ---- owner of an instance
 
   #serve(gateway: string, { id, instance, epoch, tokens }: Extract<Parcel, { kind: "request" }>): void {
@@ -303,6 +309,7 @@ export class SimulatedNode implements Station {
     };
     this.processes.set(spec.id, process);
     check(this);
+    this.#checkOrder(order);
     const fetch = dice.chance(0.3) ? dice.between(100, 3000) : 0;
     const load = dice.between(200, 3000) * this.slow;
     const fault = (["memory", "files", "process"] as const).find((cause) => dice.chance(loadFaults[cause]));
@@ -318,6 +325,14 @@ export class SimulatedNode implements Station {
         this.#connect(process, time.now + CONNECT_LIMIT_MS);
       });
     });
+  }
+
+  /** No run of an owner goes back to an earlier epoch, so no node may be told to. */
+  #checkOrder({ spec, epoch, owner }: RankOrder): void {
+    const key = `${spec.id} of ${this.#world.nodeOf(owner)?.boot}`;
+    const before = this.#epochs.get(key) ?? 0;
+    if (epoch <= before) throw new Violation(`${this.id} starts epoch ${epoch} of ${key} after ${before}`);
+    this.#epochs.set(key, epoch);
   }
 
   /** Waits for the other ranks, then is ready and keeps an eye on them. */
@@ -391,6 +406,9 @@ export class SimulatedNode implements Station {
         this.logic.ranks.stopped(instance, epoch);
         this.logic.turn();
       });
+    // What it said before it died may be read late.
+    if (dice.chance(0.5))
+      time.after(dice.between(0, 1500), () => this.#run(() => this.logic.ranks.ready(instance, epoch)));
     if (process !== undefined) process.ended = true;
     time.after(dice.between(20, 500), over);
   }

@@ -3,10 +3,11 @@
 
 import { DRAIN_MS, RETURN_MS } from "../../src/cluster/instance-life.ts";
 import { GONE_MS } from "../../src/cluster/membership.ts";
-import { checkAlways, checkPeace, checkSettled, type Ended, Violation } from "./invariants.ts";
+import { checkAlways, checkPeace, checkSettled, type Ended } from "./invariants.ts";
 import { MODELS, placer } from "./models.ts";
 import { Network } from "./network.ts";
 import { type ClientRequest, type Hardware, SimulatedNode, type Surroundings } from "./simulated-node.ts";
+import { Violation } from "./violation.ts";
 import { Dice, VirtualTime } from "./virtual-time.ts";
 
 export interface RunResult {
@@ -65,6 +66,8 @@ export class World implements Surroundings {
   /** Instances that a user stopped, and how sure it is that everybody can know. */
   readonly ended: Ended[] = [];
   faults = 0;
+  /** Loading was made to fail at some time. */
+  loadsFailed = false;
   /** Nodes that are down on purpose: since when. */
   readonly downSince = new Map<string, number>();
   /** No fault from here on. */
@@ -72,6 +75,7 @@ export class World implements Surroundings {
   readonly #nodes = new Map<string, SimulatedNode>();
   readonly #all: SimulatedNode[] = [];
   readonly #tell: boolean;
+  readonly #told = new Map<string, string>();
   #nextInstance = 1;
   #nextRequest = 1;
 
@@ -113,6 +117,7 @@ export class World implements Surroundings {
     const calm = dice.chance(0.1);
     for (const hardware of this.hardware) time.after(dice.between(0, 3000), () => this.#start(hardware, 1));
     time.every(CHECK_MS, () => {
+      if (this.#tell) this.#noteInstances();
       checkAlways(this);
       return true;
     });
@@ -143,6 +148,19 @@ export class World implements Surroundings {
 
   #note(text: string): void {
     if (this.#tell) this.story.push(`${(this.time.now / 1000).toFixed(2).padStart(8)} s  ${text}`);
+  }
+
+  /** What changed of every instance since the last look. */
+  #noteInstances(): void {
+    for (const node of this.living)
+      for (const { spec, phase, epoch, reason } of node.logic.instances.states()) {
+        const where = spec.ranks.map((rank) => rank.node.replace("node-", "")).join("");
+        const text = `${spec.id} of ${node.id}: ${phase} epoch ${epoch} on [${where}] ${reason}`;
+        const key = `${spec.id} ${node.id}`;
+        if (this.#told.get(key) === text) continue;
+        this.#told.set(key, text);
+        this.#note(`  ${text}`);
+      }
   }
 
   #start(hardware: Hardware, incarnation: number): void {
@@ -231,6 +249,7 @@ export class World implements Surroundings {
     else if (kind === 11) {
       const cause = dice.pick(["memory", "files", "process"] as const);
       this.loadFaults[cause] = dice.pick([0, 0.2, 0.6]);
+      this.loadsFailed ||= this.loadFaults[cause] > 0;
       this.#note(`loading fails for ${cause}: ${this.loadFaults[cause]}`);
     } else if (kind === 12) this.#stop();
     else if (kind === 13) this.#create();
