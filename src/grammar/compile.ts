@@ -3,9 +3,9 @@
 import { CaravanError } from "../errors.ts";
 import { BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import { ANY_CHARACTER, addRawCharacters, characterSet, inverse } from "./characters.ts";
-import { type Grammar, GrammarBuilder, type Part } from "./grammar.ts";
+import { type Grammar, GrammarBuilder, type Part, writeSpace } from "./grammar.ts";
 import { SchemaError, TooLarge } from "./limits.ts";
-import { closing, colon, SchemaGrammar, spaced } from "./schema-grammar.ts";
+import { colon, SchemaGrammar } from "./schema-grammar.ts";
 import type { GrammarSpec } from "./spec.ts";
 
 /** Throws unsupported_parameter, its `param` the specification's and its message with the path in the schema. */
@@ -60,7 +60,7 @@ function toolCalls(
 
   function addCalls(separators: readonly string[], from: number, end: number): void {
     const close = builder.node();
-    builder.term(close, [{ key: "}", write: closing("", "}"), target: end }], "#");
+    builder.term(close, [{ lead: "", text: "}", target: end }], "#");
     const parts = tools.map(({ name }, i): Part => {
       const before = builder.node();
       builder.call(before, rules[i] ?? before, close);
@@ -105,8 +105,11 @@ function plainText(budget: BuildBudget): Dfa {
 function writeCall(nfa: Nfa, from: number, separators: readonly string[], name: string): number {
   const begin = nfa.state();
   for (const separator of separators) nfa.epsilon(nfa.text(from, separator), begin);
-  const named = nfa.text(colon(nfa, nfa.text(spaced("{")(nfa, begin), '"name"')), JSON.stringify(name));
-  return colon(nfa, nfa.text(spaced(",")(nfa, named), '"parameters"'));
+  const named = nfa.text(
+    colon(nfa, nfa.text(writeSpace(nfa, nfa.text(begin, "{")), '"name"')),
+    JSON.stringify(name),
+  );
+  return colon(nfa, nfa.text(writeSpace(nfa, nfa.text(named, ",")), '"parameters"'));
 }
 
 function named(thrown: unknown, param: string): unknown {

@@ -32,11 +32,15 @@ export interface Grammar {
   labels: Int32Array;
 }
 
-/** A piece of text that leads to a node. `key` names its language: equal keys, equal languages. */
+/** A way on from a node: `lead` and white space, then `text`, then what `write` adds; what is absent is empty, but not
+ * everything is. Parts of a term share what they begin with, which keeps its automaton small. */
 export interface Part {
-  key: string;
-  /** Writes the language from `from` on; returns where it ends. Never the empty text. */
-  write(nfa: Nfa, from: number): number;
+  /** Names the language together with lead and text. */
+  key?: string;
+  lead?: string;
+  text?: string;
+  /** Writes the language from `from` on; returns where it ends. */
+  write?: (nfa: Nfa, from: number) => number;
   target: number;
 }
 
@@ -148,13 +152,28 @@ class Assembler {
   #term(parts: readonly Part[], path: string): void {
     const targets = [...new Set(parts.map(({ target }) => target))];
     const label = (part: Part): number => targets.indexOf(part.target);
-    const key = parts.map((part) => `${label(part)} ${part.key}`).join("\n");
+    const key = parts.map((part) => JSON.stringify([label(part), part.key, part.lead, part.text])).join("\n");
     let start = this.#starts.get(key);
     if (start === undefined) {
       const nfa = new Nfa(this.#budget);
       const from = nfa.state();
-      const ends = new Map(parts.map((part) => [part.write(nfa, from), label(part)]));
       try {
+        const ends = new Map<number, number>();
+        const leads = new Map<string, TextTree>();
+        for (const part of parts) {
+          let tree = leads.get(part.lead ?? "none");
+          if (tree === undefined) {
+            const behind = part.lead === undefined ? nfa.state() : writeSpace(nfa, nfa.text(from, part.lead));
+            if (part.lead === undefined) nfa.epsilon(from, behind);
+            tree = new TextTree(nfa, behind);
+            leads.set(part.lead ?? "none", tree);
+          }
+          const end = tree.add(part.text ?? "");
+          // One text may be the beginning of another: each has an end of its own.
+          const own = nfa.state();
+          nfa.epsilon(part.write === undefined ? end : part.write(nfa, end), own);
+          ends.set(own, label(part));
+        }
         const dfa = nfa.determinise(from, ends);
         start = dfa === undefined ? -1 : this.#place(dfa);
       } catch (thrown) {
@@ -192,6 +211,62 @@ class Assembler {
       labels: Int32Array.from(this.#labels),
     };
   }
+}
+
+/** Texts from one state on that share their beginnings. */
+class TextTree {
+  readonly #children = new Map<number, Map<number, number>>();
+
+  constructor(
+    readonly nfa: Nfa,
+    readonly root: number,
+  ) {}
+
+  /** Where the text ends. */
+  add(text: string): number {
+    let at = this.root;
+    for (const byte of new TextEncoder().encode(text)) {
+      let children = this.#children.get(at);
+      if (children === undefined) {
+        children = new Map();
+        this.#children.set(at, children);
+      }
+      let next = children.get(byte);
+      if (next === undefined) {
+        next = this.nfa.state();
+        this.nfa.range(at, byte, byte, next);
+        children.set(byte, next);
+      }
+      at = next;
+    }
+    return at;
+  }
+}
+
+/** Blanks and tabs behind a line break. */
+const INDENT_BLANKS = 40;
+const INDENT_TABS = 10;
+
+/** White space between the parts of an array or object: none, a blank, or a line break and its indentation. */
+export function writeSpace(nfa: Nfa, from: number): number {
+  const end = nfa.state();
+  nfa.epsilon(from, end);
+  nfa.range(from, 0x20, 0x20, end);
+  const line = nfa.text(from, "\n");
+  nfa.epsilon(line, end);
+  for (const [byte, most] of [
+    [0x20, INDENT_BLANKS],
+    [0x09, INDENT_TABS],
+  ] as const) {
+    let at = line;
+    for (let i = 0; i < most; i++) {
+      const next = nfa.state();
+      nfa.range(at, byte, byte, next);
+      nfa.epsilon(next, end);
+      at = next;
+    }
+  }
+  return end;
 }
 
 let anyString: Dfa | undefined;

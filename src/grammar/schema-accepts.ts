@@ -1,14 +1,14 @@
 // Whether a value satisfies a schema: for the values of enum and const, which must satisfy what stands beside them.
 
-import { type Flat, isRecord, listOf, type SchemaReader } from "./schema-reader.ts";
+import { type Flat, isRecord, type SchemaReader } from "./schema-reader.ts";
 import { arraysOf, numbersOf, objectsOf, type Placed, type Shape, shapeOf, stringsOf } from "./shape.ts";
 
 /** The flat's own keywords only: what it refers to stands beside it in its conjunction. Throws SchemaError. */
 export function acceptsFlat(flat: Flat, value: unknown, reader: SchemaReader): boolean {
   const { keywords } = flat;
-  if (Object.hasOwn(keywords, "const") && !sameJson(keywords.const, value)) return false;
-  if (keywords.enum !== undefined && !listOf(keywords.enum).some((each) => sameJson(each, value)))
+  if (Object.hasOwn(keywords, "const") && canonicalJson(keywords.const) !== canonicalJson(value))
     return false;
+  if (keywords.enum !== undefined && !reader.valuesOf(flat).has(canonicalJson(value))) return false;
   const plain: Flat = { ...flat, keywords: { ...keywords, enum: undefined } };
   const { const: _, enum: __, ...rest } = plain.keywords;
   const shape = shapeOf([{ ...plain, keywords: rest }], reader);
@@ -51,15 +51,10 @@ function acceptsShape(shape: Shape, value: unknown, reader: SchemaReader): boole
   return names.every((name) => accepts(schemasOfName(name), value[name], reader));
 }
 
-/** Whether two JSON values are equal; members of objects in any order. */
-export function sameJson(a: unknown, b: unknown): boolean {
-  if (Array.isArray(a))
-    return Array.isArray(b) && a.length === b.length && a.every((each, i) => sameJson(each, b[i]));
-  if (!isRecord(a)) return a === b;
-  if (!isRecord(b)) return false;
-  const names = Object.keys(a);
-  return (
-    names.length === Object.keys(b).length &&
-    names.every((name) => Object.hasOwn(b, name) && sameJson(a[name], b[name]))
-  );
+/** The same text for equal JSON values: members of objects in one order. */
+export function canonicalJson(value: unknown): string {
+  if (Array.isArray(value)) return `[${value.map(canonicalJson).join()}]`;
+  if (!isRecord(value)) return JSON.stringify(value);
+  const names = Object.keys(value).sort();
+  return `{${names.map((name) => `${JSON.stringify(name)}:${canonicalJson(value[name])}`).join()}}`;
 }

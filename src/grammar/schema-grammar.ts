@@ -21,9 +21,6 @@ import {
 } from "./shape.ts";
 import { matchingStrings, otherNames, writeQuoted } from "./strings.ts";
 
-/** Blanks and tabs behind a line break. */
-const INDENT_BLANKS = 40;
-const INDENT_TABS = 10;
 /** Patterns for names: their combinations are told apart. */
 const MOST_NAME_PATTERNS = 4;
 
@@ -67,7 +64,7 @@ export class SchemaGrammar {
     this.#budget.spend(20);
     const shape = shapeOf(flats, this.#reader);
     const text = (value: string): void => {
-      scalars.set(value, { key: value, write: (nfa, from) => nfa.text(from, value), target: end });
+      scalars.set(value, { text: value, target: end });
     };
     if (shape.values !== undefined) {
       this.#enumValues += shape.values.length;
@@ -160,10 +157,9 @@ export class SchemaGrammar {
       if (count < max) {
         const element = this.#builder.node();
         this.#builder.call(element, this.#rule(shape.items(count)), behind(count + 1));
-        parts.push({ key: lead, write: spaced(lead), target: element });
+        parts.push({ lead, target: element });
       }
-      const empty = first ? "[" : "";
-      if (count >= min) parts.push({ key: `${empty}]`, write: closing(empty, "]"), target: end });
+      if (count >= min) parts.push({ lead: first ? "[" : "", text: "]", target: end });
       return parts;
     };
     this.#builder.term(start, ways(0, true), path);
@@ -260,23 +256,23 @@ class ObjectWriter {
       const name = names[i] ?? "";
       needed = required.has(name);
       if (full) continue;
-      const key = JSON.stringify(name);
       parts.push({
-        key: `${lead}${key}`,
-        write: (nfa, from) => colon(nfa, nfa.text(spaced(lead)(nfa, from), key)),
+        lead,
+        text: JSON.stringify(name),
+        write: colon,
         target: this.#value(this.shape.schemasOfName(name), this.#next(progress, i, false)),
       });
     }
     if (needed) return parts;
     for (const { key, automaton, schemas } of full ? [] : this.parts.others)
       parts.push({
-        key: `${lead}${key}`,
-        write: (nfa, from) => colon(nfa, writeQuoted(nfa, spaced(lead)(nfa, from), automaton())),
+        key,
+        lead,
+        write: (nfa, from) => colon(nfa, writeQuoted(nfa, from, automaton())),
         target: this.#value(schemas, this.#next(progress, names.length, true)),
       });
     // A name may come twice: undeclared members count once.
-    if (progress.least >= min)
-      parts.push({ key: first ? "{}" : "}", write: closing(first ? "{" : "", "}"), target: end });
+    if (progress.least >= min) parts.push({ lead: first ? "{" : "", text: "}", target: end });
     return parts;
   }
 
@@ -315,38 +311,7 @@ function insert(nfa: Nfa, from: number, dfa: Dfa | undefined): number {
   return end;
 }
 
-/** White space between the parts of an array or object: none, a blank, or a line break and its indentation. */
-export function writeSpace(nfa: Nfa, from: number): number {
-  const end = nfa.state();
-  nfa.epsilon(from, end);
-  nfa.range(from, 0x20, 0x20, end);
-  const line = nfa.text(from, "\n");
-  nfa.epsilon(line, end);
-  for (const [byte, most] of [
-    [0x20, INDENT_BLANKS],
-    [0x09, INDENT_TABS],
-  ] as const) {
-    let at = line;
-    for (let i = 0; i < most; i++) {
-      const next = nfa.state();
-      nfa.range(at, byte, byte, next);
-      nfa.epsilon(next, end);
-      at = next;
-    }
-  }
-  return end;
-}
-
-/** `text` and white space behind it. */
-export function spaced(text: string): (nfa: Nfa, from: number) => number {
-  return (nfa, from) => writeSpace(nfa, nfa.text(from, text));
-}
-
-/** White space in front of the last character. */
-export function closing(text: string, last: string): (nfa: Nfa, from: number) => number {
-  return (nfa, from) => nfa.text(writeSpace(nfa, nfa.text(from, text)), last);
-}
-
+/** A colon, and a blank behind it or none. */
 export function colon(nfa: Nfa, from: number): number {
   const at = nfa.text(from, ":");
   const end = nfa.state();

@@ -2,7 +2,8 @@
 // at once, split into alternatives without anyOf, allOf, oneOf and $ref. A keyword is enforced, or an annotation that
 // says nothing about validity, or refused with its path; none is passed over.
 
-import { MOST_ALTERNATIVES, SchemaError } from "./limits.ts";
+import { MOST_ALTERNATIVES, MOST_ENUM_VALUES, SchemaError } from "./limits.ts";
+import { canonicalJson } from "./schema-accepts.ts";
 import { surelyEmpty } from "./shape.ts";
 
 /** A schema's own keywords. */
@@ -68,7 +69,13 @@ const ENFORCED: ReadonlyMap<string, [is: Check, what: string]> = new Map<string,
     ],
   ],
   ["$schema", [(value) => DIALECTS.test(String(value)), "a dialect of JSON Schema from draft 7 to 2020-12"]],
-  ["enum", [(value) => Array.isArray(value) && value.length > 0, "a list of values"]],
+  [
+    "enum",
+    [
+      (value) => Array.isArray(value) && value.length > 0 && value.length <= MOST_ENUM_VALUES,
+      `a list of values, ${MOST_ENUM_VALUES} at most`,
+    ],
+  ],
   ["const", [() => true, "a value"]],
   ["anyOf", [isSchemas, "a list of schemas"]],
   ["allOf", [isSchemas, "a list of schemas"]],
@@ -110,6 +117,7 @@ export class SchemaReader {
   readonly #flats = new Map<object, Flat>();
   readonly #anchors = new Map<string, [value: unknown, path: string]>();
   readonly #disjoint = new Set<string>();
+  readonly #values = new Map<object, ReadonlySet<string>>();
 
   /** Throws SchemaError for identifiers that cannot be resolved. */
   constructor(root: unknown) {
@@ -177,6 +185,16 @@ export class SchemaReader {
           if (!surelyEmpty(both, this))
             throw new SchemaError(path, "a value might satisfy two of its branches", "Use anyOf.");
     });
+  }
+
+  /** The values of a schema's enum, in canonical form. */
+  valuesOf(flat: Flat): ReadonlySet<string> {
+    let values = this.#values.get(flat.keywords);
+    if (values === undefined) {
+      values = new Set(listOf(flat.keywords.enum).map(canonicalJson));
+      this.#values.set(flat.keywords, values);
+    }
+    return values;
   }
 
   /** The schema's record, its keywords checked once. */

@@ -16,10 +16,15 @@ export function patternAutomaton(pattern: string, budget: BuildBudget): Dfa | un
   return nfa.determinise(start, new Map([[end, 0]]));
 }
 
-/** Strings of `min` to `max` characters; Infinity = no limit. Throws TooLarge. */
-export function lengthAutomaton(min: number, max: number, budget: BuildBudget): Dfa | undefined {
+/** Throws TooLarge. */
+function checkLength(min: number, max: number): void {
   if (Math.max(min, max === Number.POSITIVE_INFINITY ? 0 : max) > MOST_COUNTED)
     throw new TooLarge(`a length above ${MOST_COUNTED} beside a pattern is too long`);
+}
+
+/** Strings of `min` to `max` characters; Infinity = no limit. Throws TooLarge. */
+export function lengthAutomaton(min: number, max: number, budget: BuildBudget): Dfa | undefined {
+  checkLength(min, max);
   if (min > max) return undefined;
   const nfa = new Nfa(budget);
   const start = nfa.state();
@@ -55,6 +60,7 @@ export function matchingStrings(
     anything ??= lengthAutomaton(0, Number.POSITIVE_INFINITY, new BuildBudget());
     return anything;
   }
+  if (counted) checkLength(min, max);
   const all = patterns.map((pattern) => patternAutomaton(pattern, budget));
   if (counted) all.push(lengthAutomaton(min, max, budget));
   return all.reduce((a, b) =>
