@@ -9,7 +9,6 @@ import { ClusterDriver, type ClusterDriverOptions } from "../cluster/net/cluster
 import { ClusterNode, type ClusterNodeOptions, type ClusterWork } from "../cluster/net/cluster-node.ts";
 import type { Peer, Purpose } from "../cluster/net/hello.ts";
 import { stateJson } from "../cluster/net/state-json.ts";
-import { planJson } from "../cluster/plan-report.ts";
 import type { NodeId, PlacementRequest } from "../cluster/types.ts";
 import { CaravanError } from "../errors.ts";
 import { ClusterModels } from "./cluster-models.ts";
@@ -133,12 +132,11 @@ export class NodeCluster implements ClusterService {
     return this.#started().accept(code);
   }
 
-  async plan(model: string, asked: PlacementRequest): Promise<object> {
-    const { plan, nodes } = await this.#clusterDriver().plan(model, asked);
-    return planJson(model, plan, nodes);
+  plan(model: string, asked: PlacementRequest): Promise<unknown> {
+    return this.#clusterDriver().plan(model, asked);
   }
 
-  createInstance(model: string, asked: PlacementRequest): string {
+  createInstance(model: string, asked: PlacementRequest): Promise<string> {
     return this.#clusterDriver().create(model, asked);
   }
 

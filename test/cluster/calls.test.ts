@@ -210,7 +210,7 @@ describe("the API of a node in a cluster", () => {
       watch: () => () => undefined,
       accept: async () => "x",
       plan: async (model, asked) => ({ model, asked }),
-      createInstance: (model) => {
+      createInstance: async (model) => {
         if (model === "none") throw new CaravanError("model_not_found", "no such model");
         return "id";
       },

@@ -257,7 +257,9 @@ test.skipIf(!libraryHere)(
     const alone = await a.say("tiny", 30);
     // b has no files at all: the request goes to a, which loads the model.
     expect(await b.say("tiny", 30)).toBe(alone);
-    const instance = await lab.place(a, { tensor: 2, pipeline: 1 });
+    const plan = await (await b.fetch("/cluster/plan?model=tiny&tensor=2&pipeline=1")).json();
+    expect((plan as { placements: unknown[] }).placements.length).toBe(1);
+    const instance = await lab.place(b, { tensor: 2, pipeline: 1 });
     expect(instance.ranks.length).toBe(2);
     expect(await b.say("tiny", 30)).toBe(alone);
     const parts = join(lab.folder, "b", "parts");

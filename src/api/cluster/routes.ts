@@ -73,7 +73,7 @@ export function clusterRoutes(
     {
       POST: async (context) => {
         const { model, ...asked } = read(instanceSchema, await readJsonObject(context, settings));
-        const id = service().createInstance(model, asked);
+        const id = await service().createInstance(model, asked);
         return Response.json({ id, model }, { status: 202 });
       },
     },

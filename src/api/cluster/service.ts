@@ -31,9 +31,9 @@ export interface ClusterService {
   /** Lets a new node in by the code that it shows; its name. */
   accept(code: string): Promise<string>;
   /** JSON of GET /cluster/plan. */
-  plan(model: string, asked: PlacementRequest): Promise<object>;
-  /** Id of the new instance. Throws model_not_found. */
-  createInstance(model: string, asked: PlacementRequest): string;
+  plan(model: string, asked: PlacementRequest): Promise<unknown>;
+  /** Id of the new instance. Rejects with model_not_found. */
+  createInstance(model: string, asked: PlacementRequest): Promise<string>;
   /** False: there is none with this id. */
   stopInstance(id: string): Promise<boolean>;
   /** Whether any request could be another node's to answer: otherwise bodies are not looked at. */

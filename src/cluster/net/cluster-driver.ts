@@ -12,7 +12,8 @@ import { ClusterLogic } from "../cluster-logic.ts";
 import { ProfilePlacer } from "../instance-placer.ts";
 import { BEAT_MS, type Member } from "../membership.ts";
 import { MemoryLedger } from "../memory-ledger.ts";
-import { type PlacementPlan, planPlacements } from "../placement.ts";
+import { planPlacements } from "../placement.ts";
+import { planJson } from "../plan-report.ts";
 import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { RankOrder } from "../rank-host.ts";
 import type { RunningRequest } from "../requests.ts";
@@ -27,7 +28,7 @@ import { ModelTermsCache } from "./model-source.ts";
 import { machineInfo } from "./node-info.ts";
 import { ProcessRanks } from "./rank-runner.ts";
 import { fetchShard } from "./shard-store.ts";
-import { ExchangeSchema, InstanceCallSchema } from "./wire.ts";
+import { ExchangeSchema, InstanceCallSchema, PlacementCallSchema } from "./wire.ts";
 
 /** The slow parts of this node's record (memory, models, links) are read anew this often. */
 const REFRESH_MS = 2000;
@@ -35,6 +36,8 @@ const REFRESH_MS = 2000;
 const REFRESH_BEATS = Math.round(REFRESH_MS / BEAT_MS);
 /** How much of a request's work counts where only the number of requests is known. */
 const TOKENS_A_REQUEST = 512;
+/** Reading a large model's headers takes a moment. */
+const ASK_LIMIT_MS = 20_000;
 
 export interface ClusterDriverOptions {
   id: NodeId;
@@ -154,18 +157,27 @@ export class ClusterDriver implements ClusterWork {
     return member?.record.info.name ?? `node ${id.slice(0, 8)}`;
   }
 
-  /** Every placement of the model on the nodes in view. Rejects with model_not_found or out_of_memory. */
-  async plan(model: string, asked: PlacementRequest): Promise<{ plan: PlacementPlan; nodes: NodeInfo[] }> {
-    const { profile, kvType, threads } = await this.#terms.terms(this.#options.model(model).name);
-    const members = this.members().filter(({ direct }) => direct);
+  /** Every placement of the model on the nodes in view, as GET /cluster/plan shows it. Rejects with model_not_found or
+   * out_of_memory. */
+  async plan(model: string, asked: PlacementRequest): Promise<unknown> {
+    const logic = this.#cluster();
+    const holder = this.#elsewhere(model);
+    if (holder !== undefined) return await this.#ask(holder, "plan", { model, asked });
+    const { name } = this.#options.model(model);
+    const { profile, kvType, threads } = await this.#terms.terms(name);
+    const members = logic.members.filter(({ direct }) => direct);
     const nodes = members.map(({ record }) => record.info);
     const links = members.flatMap(({ record }) => record.links.filter(({ bandwidth }) => bandwidth > 0));
-    return { plan: planPlacements(profile, nodes, links, { asked, kvType, threads }), nodes };
+    return planJson(name, planPlacements(profile, nodes, links, { asked, kvType, threads }), nodes);
   }
 
-  /** Asks for a new instance, owned by this node until its placement says otherwise; its id. Throws model_not_found. */
-  create(model: string, asked: PlacementRequest): string {
+  /** Asks for a new instance, owned by this node, or by one that has the model, until its placement says otherwise; its id.
+   * Rejects with model_not_found. */
+  async create(model: string, asked: PlacementRequest): Promise<string> {
     const logic = this.#cluster();
+    const holder = this.#elsewhere(model);
+    if (holder !== undefined)
+      return v.parse(v.string(), await this.#ask(holder, "instance.create", { model, asked }));
     const { name } = this.#options.model(model);
     const id = crypto.randomUUID();
     logic.instances.create(id, name, asked);
@@ -183,9 +195,8 @@ export class ClusterDriver implements ClusterWork {
     const owner = logic.members.find(({ record }) =>
       record.info.instances.some(({ spec }) => spec.id === id),
     );
-    if (owner === undefined || owner.self || this.#mesh === undefined) return false;
-    const answer = await this.#mesh.call(owner.record.info.id, "instance.stop", { id });
-    return answer === true;
+    if (owner === undefined || owner.self) return false;
+    return (await this.#ask(owner.record.info.id, "instance.stop", { id })) === true;
   }
 
   /** Chooses an instance for a request and counts it; `fail` is called when it cannot be answered any more. Throws model_loading,
@@ -265,11 +276,23 @@ export class ClusterDriver implements ClusterWork {
   }
 
   onCall(_from: NodeId, method: string, params: unknown): Promise<unknown> | undefined {
-    if (method !== "instance.stop") return undefined;
-    const { id } = v.parse(InstanceCallSchema, params);
-    const stopped = this.#logic?.instances.stop(id) ?? false;
-    this.#logic?.turn();
-    return Promise.resolve(stopped);
+    switch (method) {
+      case "instance.stop": {
+        const { id } = v.parse(InstanceCallSchema, params);
+        const stopped = this.#logic?.instances.stop(id) ?? false;
+        this.#logic?.turn();
+        return Promise.resolve(stopped);
+      }
+      case "instance.create":
+      case "plan": {
+        const { model, asked } = v.parse(PlacementCallSchema, params);
+        // Only a node that has the model is asked; without it the answer is that it is not there.
+        this.#options.model(model);
+        return method === "plan" ? this.plan(model, asked) : this.create(model, asked);
+      }
+      default:
+        return undefined;
+    }
   }
 
   onChannel(channel: Channel, peer: Peer, purpose: Purpose): boolean {
@@ -352,6 +375,23 @@ export class ClusterDriver implements ClusterWork {
         (rank) => rank.instance === instance && rank.epoch === epoch && rank.phase === "fetching",
       ),
     );
+  }
+
+  /** A node that has a model which this one has not; undefined: it is here, or nowhere. */
+  #elsewhere(model: string): NodeId | undefined {
+    try {
+      this.#options.model(model);
+      return undefined;
+    } catch (thrown) {
+      if (asCaravanError(thrown).code !== "model_not_found") throw thrown;
+      return this.#holdersOf(model)[0];
+    }
+  }
+
+  #ask(node: NodeId, method: string, params: object): Promise<unknown> {
+    if (this.#mesh === undefined)
+      return Promise.reject(new CaravanError("cluster_degraded", "this node has left the cluster"));
+    return this.#mesh.call(node, method, params, ASK_LIMIT_MS);
   }
 
   #isMine(instance: string): boolean {

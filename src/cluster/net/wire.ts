@@ -124,6 +124,9 @@ const NodeRecordSchema: v.GenericSchema<unknown, NodeRecord> = v.object({
   version: count,
 });
 
+/** Parameters of calls that ask for a placement. */
+export const PlacementCallSchema = v.object({ model: modelName, asked: PlacementRequestSchema });
+
 /** Parameters of calls that name an instance. */
 export const InstanceCallSchema = v.object({ id: uuid });
 
