@@ -75,6 +75,7 @@ static void stamp(cv_job *j, uint64_t end) {
 static int prepare(cv_engine *e, cv_job *j, cv_err err) {
     cv_pass *p = &e->pass;
     int code = await_tokens(e, j, err);
+    j->started_ns = cv_now_ns();
     if (!code) code = cv_pass_parse(p, cv_job_step(j), (size_t)j->word->step_size, cv_job_last(j), err);
     if (!code && cv_place_last(&p->place)) code = cv_pass_reserve(p, j->ticket, &j->result, &j->result_size, err);
     return code;
@@ -103,7 +104,6 @@ static void run(cv_engine *e, cv_job *j) {
     cv_place *place = &p->place;
     char text[CV_TEXT] = "";
     cv_err err = {text, sizeof text};
-    j->started_ns = cv_now_ns();
     int code = prepare(e, j, err);
     if (code) { /* no other rank knows of this step */
         j->code = code;
