@@ -82,7 +82,7 @@ function show(report: BenchReport): string {
     lines.push(`memory, taken of planned: ${pair("weights")}, ${pair("kv")}, ${pair("scratch")}`);
   }
   const peak = Math.max(...report.results.map((r) => r.peak_memory_bytes));
-  return `${lines.join("\n")}\npeak memory ${formatBytes(peak)}\n`;
+  return `${lines.join("\n")}\npeak memory${report.ranks === undefined ? "" : " of rank 0"} ${formatBytes(peak)}\n`;
 }
 
 function showRanks({ tensor, pipeline, transport, round_trip_us, note, exchange }: RanksResult): string[] {
@@ -91,7 +91,7 @@ function showRanks({ tensor, pipeline, transport, round_trip_us, note, exchange 
     `${tensor * pipeline} ranks (${tensor} tensor × ${pipeline} pipeline) over ${transport}, round trip ${round_trip_us} µs${note === "" ? "" : `; ${note}`}`,
     ...exchange.map(
       (e, i) =>
-        `  setting ${i + 1}: ${e.reduces} all-reduces of ${e.reduce_us} µs, ${share(e.reduce_share)} of the steps' time; all exchanges ${share(e.exchange_share)}`,
+        `  setting ${i + 1}: ${e.reduces} all-reduces of ${e.reduce_us} µs, ${share(e.reduce_share)} of the steps' time; exchanging and waiting, by rank: ${e.exchange_share.map(share).join(", ")}`,
     ),
   ];
 }

@@ -2,15 +2,17 @@
 
 import { round } from "./bench-statistics.ts";
 import type { LoadedEngine } from "./load-model.ts";
+import type { RankTimes } from "./ranks.ts";
 
 /** Of one setting's trials, the warm-up left out. */
 export interface ExchangeResult {
   /** All-reduces of rank 0, and what one took on average, waiting for the slowest rank included, microseconds. */
   reduces: number;
   reduce_us: number;
-  /** Share of the steps' time that rank 0 spent in all-reduces, and in all exchanges together, 0 to 1. */
+  /** Share of the steps' time that rank 0 spent in all-reduces, 0 to 1. */
   reduce_share: number;
-  exchange_share: number;
+  /** By rank: share of its steps' time in all exchanges together, waiting for other ranks included. */
+  exchange_share: number[];
 }
 
 export interface RanksResult {
@@ -29,42 +31,48 @@ export interface RanksResult {
 interface Counted {
   reduces: number;
   reduceNs: number;
-  exchangeNs: number;
-  computeNs: number;
+  /** By rank. */
+  times: RankTimes[];
 }
 
-function count({ engine, ranks }: LoadedEngine): Counted {
+async function count({ engine, ranks }: LoadedEngine): Promise<Counted> {
   const { exchangeNs, computeNs } = engine.stats();
   const { reduces, reduceNs } = ranks?.group.stats() ?? { reduces: 0, reduceNs: 0 };
-  return { reduces, reduceNs, exchangeNs, computeNs };
+  return { reduces, reduceNs, times: [{ exchangeNs, computeNs }, ...((await ranks?.times()) ?? [])] };
 }
 
 /** Watches a model's ranks while settings are measured. */
 export class RankWatch {
   readonly #model: LoadedEngine;
   readonly #exchange: ExchangeResult[] = [];
-  #before: Counted;
+  #before: Counted | undefined;
 
   constructor(model: LoadedEngine) {
     this.#model = model;
-    this.#before = count(model);
   }
 
   /** A setting's trials begin, behind its warm-up. */
-  start(): void {
-    this.#before = count(this.#model);
+  async start(): Promise<void> {
+    this.#before = await count(this.#model);
   }
 
   /** The trials have ended. */
-  stop(): void {
-    const after = count(this.#model);
-    const of = (key: keyof Counted) => after[key] - this.#before[key];
-    const share = (ns: number) => (of("computeNs") === 0 ? 0 : round(ns / of("computeNs"), 4));
+  async stop(): Promise<void> {
+    const before = this.#before;
+    if (before === undefined) return;
+    const after = await count(this.#model);
+    const reduces = after.reduces - before.reduces;
+    const reduceNs = after.reduceNs - before.reduceNs;
+    const spent = after.times.map(({ computeNs, exchangeNs }, rank) => ({
+      computeNs: computeNs - (before.times[rank]?.computeNs ?? 0),
+      exchangeNs: exchangeNs - (before.times[rank]?.exchangeNs ?? 0),
+    }));
+    const share = (ns: number, of = 0) => (of === 0 ? 0 : round(ns / of, 4));
     this.#exchange.push({
-      reduces: of("reduces"),
-      reduce_us: of("reduces") === 0 ? 0 : round(of("reduceNs") / of("reduces") / 1000, 2),
-      reduce_share: share(of("reduceNs")),
-      exchange_share: share(of("exchangeNs")),
+      reduces,
+      reduce_us: reduces === 0 ? 0 : round(reduceNs / reduces / 1000, 2),
+      reduce_share: share(reduceNs, spent[0]?.computeNs),
+      exchange_share: spent.map(({ computeNs, exchangeNs }) => share(exchangeNs, computeNs)),
     });
   }
 

@@ -61,7 +61,7 @@ export interface BenchResult {
   ttft_ms: Spread;
   /** Between two tokens of a stream while all decode, over streams and trials. */
   itl_ms: { p50: number; p95: number; p99: number };
-  /** Highest resident memory of the process so far, mapped weights included. */
+  /** Highest resident memory of the process (rank 0's) so far, mapped weights included. */
   peak_memory_bytes: number;
 }
 
@@ -182,10 +182,10 @@ async function measureAll(
         generate: setting.generate,
       });
       if (i > 0) trials.push(trial);
-      else watch.start();
+      else await watch.start();
       done++;
     }
-    watch.stop();
+    await watch.stop();
     results.push({ ...setting, ...summarize(trials, setting) });
   }
   options.onProgress?.(total, total, "done");

@@ -14,7 +14,7 @@ import {
   RDMA_QUEUE_PAIRS,
   type TransportChoice,
 } from "./rank-protocol.ts";
-import type { Ranks } from "./ranks.ts";
+import type { Ranks, RankTimes } from "./ranks.ts";
 
 /** Processes start one after the other on a machine that is busy, each in well under a second. */
 const START_LIMIT_MS = 30_000;
@@ -123,6 +123,10 @@ export class LocalRanks implements Ranks {
     await closeEngine();
     await Promise.all(this.processes.map((each) => each.close()));
     this.group.close();
+  }
+
+  times(): Promise<RankTimes[]> {
+    return Promise.all(this.processes.map((each) => each.status()));
   }
 
   kill(): void {

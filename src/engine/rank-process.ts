@@ -15,6 +15,7 @@ import {
   type RankMemory,
   type RankMessage,
 } from "./rank-protocol.ts";
+import type { RankTimes } from "./ranks.ts";
 
 /** Characters of the log that are kept for the message about a crash. */
 const LOG_TAIL = 2000;
@@ -114,7 +115,7 @@ export class RankProcess {
   }
 
   /** What the rank's engine has counted; rejects when the process ends first. */
-  async status(): Promise<{ exchangeNs: number; computeNs: number }> {
+  async status(): Promise<RankTimes> {
     const status = Promise.withResolvers<Extract<RankMessage, { type: "status" }>>();
     this.#statuses.push(status.resolve);
     this.#send({ type: "status" });

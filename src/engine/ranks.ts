@@ -5,6 +5,12 @@ import type { CaravanError } from "../errors.ts";
 import type { RankGroup } from "./group.ts";
 import type { Connection } from "./rank-protocol.ts";
 
+export interface RankTimes {
+  /** In steps, and of that exchanging with other ranks and waiting for them. */
+  computeNs: number;
+  exchangeNs: number;
+}
+
 export interface Ranks {
   readonly group: RankGroup;
   readonly connection: Connection;
@@ -17,6 +23,8 @@ export interface Ranks {
   /** Ends rank 0's engine by `closeEngine`, behind which the other ranks leave in peace, then the group and what this
    * process has started. Idempotent. */
   close(closeEngine: () => Promise<void>): Promise<void>;
+  /** What the engines of ranks > 0 have counted, nanoseconds; empty where their nodes have to be asked. */
+  times(): Promise<RankTimes[]>;
   /** Ends the processes that this one has started at once, whatever state they are in. */
   kill(): void;
 }

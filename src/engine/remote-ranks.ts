@@ -5,7 +5,7 @@ import type { CaravanError } from "../errors.ts";
 import { RankGroup } from "./group.ts";
 import { GroupWatch } from "./group-watch.ts";
 import type { Connection, GroupOptions } from "./rank-protocol.ts";
-import type { Ranks } from "./ranks.ts";
+import type { Ranks, RankTimes } from "./ranks.ts";
 
 export class RemoteRanks implements Ranks {
   readonly lost: Promise<CaravanError>;
@@ -54,6 +54,10 @@ export class RemoteRanks implements Ranks {
     this.#watch?.stop();
     await closeEngine();
     this.group.close();
+  }
+
+  times(): Promise<RankTimes[]> {
+    return Promise.resolve([]);
   }
 
   /** Their nodes do that. */
