@@ -262,7 +262,7 @@ export class EngineHandle {
   submit(step: Uint8Array): number {
     const { cv_submit } = this.#symbols;
     const code = cv_submit(this.#live(), step, step.byteLength, this.#out, this.#error, ERROR_BYTES);
-    if (code !== 0) throw nativeError(code, this.#error, "submitting a step");
+    if (code !== 0) throw nativeError(code, this.#error, "submitting a step", again(code));
     return this.#number();
   }
 
@@ -282,8 +282,7 @@ export class EngineHandle {
     }
     if (code === 0) return { state: "done", result: this.#result.subarray(0, this.#number()) };
     if (code === CV_E_AGAIN) return { state: "running" };
-    const again = code === CV_E_GROUP ? RANKS_START_AGAIN : {};
-    const error = nativeError(code, this.#error, "computing a step", again);
+    const error = nativeError(code, this.#error, "computing a step", again(code));
     return { state: "failed", error, over: code === CV_E_ABORTED || code === CV_E_GROUP };
   }
 
@@ -345,10 +344,13 @@ export class EngineHandle {
 }
 
 /** A group that has failed is made anew by the next request. */
-const RANKS_START_AGAIN = {
-  hint: "send the request again; the model's ranks are started again",
-  retryAfterSeconds: 2,
-};
+function again(code: number): CaravanErrorOptions {
+  if (code !== CV_E_GROUP) return {};
+  return {
+    hint: "send the request again; the model's ranks are started again",
+    retryAfterSeconds: 2,
+  };
+}
 
 export function nativeError(
   code: number,
