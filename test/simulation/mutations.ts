@@ -106,12 +106,6 @@ const MUTATIONS: readonly Mutation[] = [
     put: "if (false) this.#fail(",
   },
   {
-    name: "a rank of an older epoch is not stopped",
-    file: "rank-host.ts",
-    find: "order.epoch === held.order.epoch && order.owner === held.order.owner)",
-    put: "true)",
-  },
-  {
     name: "a refused placement is never looked at again",
     file: "instance-life.ts",
     find: "if (now() < owned.notBefore) return;\n    } else {",
