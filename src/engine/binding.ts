@@ -71,6 +71,12 @@ const FUNCTIONS = {
   cv_abort: { args: [ptr], returns: nothing },
   cv_stats: { args: [ptr, ptr], returns: i32 },
   cv_close: { args: [ptr], returns: nothing },
+  cv_group_open: { args: [ptr, usize, ptr, ptr, ptr, ptr, usize], returns: i32 },
+  cv_group_connect_start: { args: [ptr, ptr, ptr, u32, ptr, usize], returns: i32 },
+  cv_group_connect_poll: { args: [ptr, ptr, usize, ptr, usize], returns: i32 },
+  cv_group_abort: { args: [ptr, ptr], returns: nothing },
+  cv_group_stats: { args: [ptr, ptr, ptr, usize], returns: i32 },
+  cv_group_close: { args: [ptr], returns: nothing },
 } as const;
 
 /** A cv_group (group.ts). */
@@ -123,25 +129,9 @@ function library(): Symbols {
   return loaded;
 }
 
-/** cv_group_* (group.ts); apart from the others only so that a program that needs no ranks does not look for them. */
-const GROUP_FUNCTIONS = {
-  cv_group_open: { args: [ptr, usize, ptr, ptr, ptr, ptr, usize], returns: i32 },
-  cv_group_connect_start: { args: [ptr, ptr, ptr, u32, ptr, usize], returns: i32 },
-  cv_group_connect_poll: { args: [ptr, ptr, usize, ptr, usize], returns: i32 },
-  cv_group_abort: { args: [ptr, ptr], returns: nothing },
-  cv_group_stats: { args: [ptr, ptr, ptr, usize], returns: i32 },
-  cv_group_close: { args: [ptr], returns: nothing },
-} as const;
-
-type GroupSymbols = ReturnType<typeof dlopen<typeof GROUP_FUNCTIONS>>["symbols"];
-
-let loadedGroups: GroupSymbols | undefined;
-
-/** The functions of groups. Throws engine_failed where the library is missing. */
-export function groupFunctions(): GroupSymbols {
-  library();
-  loadedGroups ??= withLibrary((path) => dlopen(path, GROUP_FUNCTIONS).symbols);
-  return loadedGroups;
+/** cv_group_* for group.ts. */
+export function groupFunctions(): Symbols {
+  return library();
 }
 
 /** "record.field=offset,size" for every record of caravan.h, one a line. */
