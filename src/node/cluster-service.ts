@@ -77,7 +77,7 @@ export class NodeCluster implements ClusterService {
   state(): Record<string, unknown> {
     if (this.#node === undefined) return { cluster: null };
     const members = this.#driver?.members() ?? [];
-    const conflict = this.#driver?.conflict;
+    const conflict = this.#driver?.conflict ?? this.#node.mesh?.conflict;
     const ledger = this.#driver?.ledger;
     return {
       ...stateJson(

@@ -70,6 +70,11 @@ export class LabNode {
     return this.#child !== undefined && this.#child.exitCode === null && this.#child.signalCode === null;
   }
 
+  /** Of the process when it has ended. */
+  get exitCode(): number | null {
+    return this.#child?.exitCode ?? null;
+  }
+
   /** Starts it and waits until its API answers. */
   async start(): Promise<void> {
     const { prefix, api, env } = this.host;

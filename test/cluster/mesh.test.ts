@@ -138,6 +138,17 @@ test("a restarted node replaces itself, and calls of its old life end", async ()
   expect(await again.mesh.call(a.identity.id, "echo", 1)).toBe(1);
 });
 
+test("of two nodes with one key the one that started last stays, and the other is told why", async () => {
+  const [a, b] = await pair();
+  const twin = await node("twin", { identity: b.identity, incarnation: 7, peers: [a.address] });
+  await until(() => a.mesh.linkTo(b.identity.id)?.peer.name === "twin", "the newer one is linked");
+  await until(() => b.mesh.conflict !== undefined, "the older one is told", 4000);
+  expect(b.mesh.conflict).toContain("its key file was copied");
+  expect(twin.mesh.conflict).toBeUndefined();
+  expect(a.mesh.linkTo(b.identity.id)?.peer.name).toBe("twin");
+  expect(await twin.mesh.call(a.identity.id, "echo", 1)).toBe(1);
+});
+
 test("a peer that falls silent is given up within its limit, with everything that hangs on it", async () => {
   const [a, b] = await pair({ silenceMs: 600 });
   const channel = await a.mesh.open(b.identity.id, "call");
@@ -195,6 +206,18 @@ test("nodes with beacons find each other without any address", async () => {
   const told = () => [...a.mesh.problems, ...b.mesh.problems].length > 0;
   await until(() => reachable() || told(), "the address of the beacon is dialled", 3000);
   expect(reachable() || told()).toBe(true);
+});
+
+test("a peer that is no address is refused at the start, and an own address among the peers is not dialled", async () => {
+  await expect(node("a", { peers: ["mac"] })).rejects.toThrow("HOST:PORT");
+  const a = await node("a");
+  const { port } = a.mesh;
+  await a.mesh.close();
+  const b = await node("b", { port, peers: [`127.0.0.1:${port}`, `localhost:${port}`] });
+  const c = await node("c", { peers: [b.address] });
+  await linked(b, c);
+  expect(b.mesh.problems).toEqual([]);
+  expect(b.mesh.counters?.refused).toBe(0);
 });
 
 test("a port that is taken is said so, with what to do", async () => {

@@ -324,6 +324,7 @@ export class ClusterNode {
         timer = setTimeout(resolve, PROBE_PAUSE_MS);
       });
       await Promise.race([over, pause]);
+      clearTimeout(timer);
     }
   }
 

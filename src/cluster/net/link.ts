@@ -25,9 +25,17 @@ const MessageSchema = v.variant("t", [
   v.object({ t: v.literal("call"), id, method: v.pipe(v.string(), v.maxLength(64)), params: v.unknown() }),
   v.object({ t: v.literal("answer"), id, value: v.unknown() }),
   v.object({ t: v.literal("failure"), id, error: v.record(v.string(), v.unknown()) }),
-  v.object({ t: v.literal("bye") }),
+  /** reason: why the peer does not want this link; without one it goes itself. */
+  v.object({ t: v.literal("bye"), reason: v.exactOptional(v.pipe(v.string(), v.maxLength(500))) }),
 ]);
 type Message = v.InferInput<typeof MessageSchema>;
+
+/** Ends a connection that never became a link, and tells the peer why. */
+export function decline(channel: Channel, reason: string): void {
+  const bye: Message = { t: "bye", reason };
+  channel.send(bye);
+  channel.finish();
+}
 
 export interface LinkOptions {
   channel: Channel;
@@ -201,6 +209,10 @@ export class Link {
         this.#calls.delete(message.id);
         return;
       case "bye":
+        if (message.reason !== undefined) {
+          this.close(new CaravanError("permission_denied", message.reason));
+          return;
+        }
         this.#byPeer = true;
         this.channel.finish();
         return;

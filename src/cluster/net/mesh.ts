@@ -2,7 +2,7 @@
 // each node, and hands over connections of other purposes. Who is a member of what view is decided elsewhere
 // (membership.ts); this says only whom it can talk to right now.
 
-import { hostname } from "node:os";
+import { hostname, networkInterfaces } from "node:os";
 import { asCaravanError, CaravanError } from "../../errors.ts";
 import type { Logger } from "../../log.ts";
 import { VERSION } from "../../version.ts";
@@ -10,11 +10,11 @@ import type { NodeId } from "../types.ts";
 import { AddressBook, type Candidate } from "./address-book.ts";
 import type { Channel } from "./channel.ts";
 import type { ClusterCredentials } from "./cluster-file.ts";
-import { dial, joinAddress } from "./dial.ts";
+import { dial, joinAddress, splitAddress } from "./dial.ts";
 import { Discovery, type DiscoveryStatus } from "./discovery.ts";
 import type { HelloSettings, Peer, Purpose } from "./hello.ts";
 import type { Identity } from "./identity.ts";
-import { Link } from "./link.ts";
+import { decline, Link } from "./link.ts";
 import { type Listener, type ListenerCounters, listen } from "./listener.ts";
 
 const TURN_MS = 200;
@@ -53,6 +53,8 @@ export interface Stranger {
 }
 
 const MAX_STRANGERS = 64;
+const DOUBLE =
+  "another running node has this node's identity: its key file was copied; delete cluster/node.pem on one of them and join again";
 
 export class Mesh {
   readonly name: string;
@@ -63,6 +65,7 @@ export class Mesh {
   /** Connections of other purposes, by node. */
   readonly #channels = new Map<NodeId, Set<Channel>>();
   readonly #stop = new AbortController();
+  #conflict: string | undefined;
   #listener: Listener | undefined;
   #discovery: Discovery | undefined;
   #timer: ReturnType<typeof setInterval> | undefined;
@@ -93,6 +96,11 @@ export class Mesh {
 
   get discovery(): DiscoveryStatus | undefined {
     return this.#discovery?.status;
+  }
+
+  /** Why other nodes do not want this one; undefined: all is well. */
+  get conflict(): string | undefined {
+    return this.#conflict;
   }
 
   get strangers(): readonly Stranger[] {
@@ -163,6 +171,8 @@ export class Mesh {
 
   async #start(): Promise<void> {
     const { identity, host, port, log, cluster, peers, discovery = true } = this.#options;
+    // Said at once: a typing mistake is not a node that does not answer.
+    for (const peer of peers) splitAddress(peer);
     const listenAt = (address: string) =>
       listen({
         identity,
@@ -183,7 +193,7 @@ export class Mesh {
     const now = performance.now();
     for (const peer of peers) this.#book.learn(peer, undefined, true, now);
     for (const { id, addresses } of cluster().nodes)
-      for (const address of addresses) this.#book.learn(address, id, true, now);
+      for (const address of addresses) if (isAddress(address)) this.#book.learn(address, id, true, now);
     this.#timer = setInterval(() => this.#dialDue(), TURN_MS);
     this.#dialDue();
     if (discovery === false) return;
@@ -243,10 +253,21 @@ export class Mesh {
   #dialDue(): void {
     const due = this.#book.due(performance.now(), (id) => this.#links.has(id));
     for (const candidate of due) {
-      if (candidate.id === this.#options.identity.id) continue;
+      if (candidate.id === this.#options.identity.id || this.#isOwn(candidate.address)) {
+        candidate.id = this.#options.identity.id;
+        continue;
+      }
       candidate.dialling = true;
       void this.#dial(candidate);
     }
+  }
+
+  /** This node's own port at an address of this machine: a list of peers may name every node. */
+  #isOwn(address: string): boolean {
+    const { host, port } = splitAddress(address);
+    if (port !== this.port) return false;
+    const own = Object.values(networkInterfaces()).flatMap((each) => each ?? []);
+    return host === "localhost" || own.some((each) => each.address === host.replace(/%.*$/, ""));
   }
 
   async #dial(candidate: Candidate): Promise<void> {
@@ -298,6 +319,11 @@ export class Mesh {
   /** Of two links between the same nodes both ends keep the same one: that which the node with the lower id dialled. */
   #adopt(channel: Channel, peer: Peer, dialled: boolean): void {
     const before = this.#links.get(peer.id);
+    if (before?.channel.open && before.peer.incarnation > peer.incarnation) {
+      // Either its files were restored from a backup, and the old link is about to be missed; or there are two of it.
+      decline(channel, DOUBLE);
+      return;
+    }
     if (before?.channel.open && before.peer.incarnation === peer.incarnation && before.dialled !== dialled) {
       const oursWins = this.#options.identity.id < peer.id;
       if (before.dialled === oursWins) {
@@ -339,6 +365,10 @@ export class Mesh {
     if (now === link) this.#links.delete(peer.id);
     else if (now === undefined || now.peer.incarnation === peer.incarnation) return;
     for (const channel of this.#channels.get(peer.id) ?? []) channel.close(why);
+    if (why.code === "permission_denied" && this.#conflict !== why.message) {
+      this.#conflict = why.message;
+      this.#options.log.error(why.message, { said_by: peer.name });
+    }
     if (this.#stop.signal.aborted) return;
     if (now === link) {
       this.#options.log.info("node is gone", {
@@ -348,6 +378,15 @@ export class Mesh {
       });
     }
     this.#options.onDown(link, why, link.saidGoodbye);
+  }
+}
+
+function isAddress(text: string): boolean {
+  try {
+    splitAddress(text);
+    return true;
+  } catch {
+    return false;
   }
 }
 

@@ -1,0 +1,95 @@
+// A cluster in daily life: clients that leave, nodes that are told to stop, clusters side by side. Real processes on loopback.
+
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
+import { clusterFolder } from "../../src/cluster/net/identity.ts";
+import { ClusterLab, eventually, type LabNode, libraryHere, loopbackHosts } from "./cluster-lab.ts";
+
+const SLOW_MS = 60_000;
+
+let lab: ClusterLab;
+beforeAll(async () => {
+  lab = new ClusterLab(libraryHere ? loopbackHosts(3) : []);
+  await lab.start();
+}, SLOW_MS);
+afterAll(async () => {
+  await lab.close();
+}, SLOW_MS);
+
+/** Requests that a node's engine works on. */
+async function generations(node: LabNode): Promise<number> {
+  const text = await (await node.fetch("/metrics")).text();
+  return Number(/^caravan_generations_running(?:\{[^}]*\})? (\d+)/m.exec(text)?.[1] ?? Number.NaN);
+}
+
+/** A fresh instance of two ranks; its owner, and the node that computes nothing. */
+async function placed() {
+  await lab.revive();
+  await lab.removeAll();
+  const [first] = lab.nodes;
+  if (first === undefined) throw new Error("no nodes");
+  const instance = await lab.place(first, { tensor: 2, pipeline: 1, context: 262_144 });
+  const owner = await lab.nodeOf(instance.ranks[0]?.node ?? "");
+  const ids = await Promise.all(lab.nodes.map((node) => node.id()));
+  const idle = lab.nodes.find((_, i) => instance.ranks.every(({ node }) => node !== ids[i]));
+  if (idle === undefined) throw new Error("no idle node");
+  return { instance, owner, idle };
+}
+
+describe.skipIf(!libraryHere)("in a cluster", () => {
+  test(
+    "a client that leaves at another node ends its request at the owner at once",
+    async () => {
+      const { owner, idle } = await placed();
+      const stream = await idle.longStream("tiny");
+      const running = () => generations(owner);
+      expect(await running()).toBe(1);
+      const left = performance.now();
+      stream.cancel();
+      await eventually("the owner runs nothing", 2000, async () => (await running()) === 0);
+      console.log(`  ended after ${Math.round(performance.now() - left)} ms`);
+    },
+    SLOW_MS,
+  );
+
+  test(
+    "an owner that is told to stop finishes what it computes for others, and the instance goes on elsewhere",
+    async () => {
+      const { instance, owner, idle } = await placed();
+      const before = await idle.say("tiny", 30);
+      const answer = idle.say("tiny", 4000);
+      await eventually("the request runs", 5000, async () => (await generations(owner)) > 0);
+      owner.kill("SIGTERM");
+      expect((await answer).length).toBeGreaterThan(0);
+      await eventually("the owner has ended", 10_000, () => !owner.running);
+      expect(owner.exitCode).toBe(0);
+      await lab.ready(idle, instance.id, instance.epoch);
+      expect(await idle.say("tiny", 30)).toBe(before);
+    },
+    SLOW_MS,
+  );
+
+  test(
+    "nodes of another cluster on the same network are never joined, and the reason is shown",
+    async () => {
+      await lab.revive();
+      const [first, second, third] = lab.nodes;
+      if (first === undefined || second === undefined || third === undefined) throw new Error("three nodes");
+      // The same name with another secret: the running node follows its file.
+      saveCluster(clusterFolder(`${lab.folder}/${third.name}`), newCluster("lab"));
+      await eventually("the third is alone", 10_000, async () => {
+        const { nodes } = await third.state();
+        return nodes.filter(({ reachable }) => reachable).length === 1;
+      });
+      await eventually("the others go on without it", 10_000, async () => {
+        const { nodes } = await first.state();
+        return nodes.filter(({ reachable }) => reachable).length === 2;
+      });
+      await eventually("the reason is shown", 10_000, async () => {
+        const { problems = [] } = (await first.state()) as { problems?: { problem: string }[] };
+        return problems.some(({ problem }) => problem.includes("proof of the cluster's secret is wrong"));
+      });
+    },
+    SLOW_MS,
+  );
+});
