@@ -364,6 +364,12 @@ CV_API int cv_measure_int8(uint32_t level, uint32_t n_threads, double *multiply_
  * CV_E_UNSUPPORTED with the reason where there is no Metal device. */
 CV_API int cv_metal_info(char *out, size_t out_size, char *err, size_t err_size);
 
+/* Case `index` of the GPU's self-test: kernels beside the CPU backend's exact arithmetic. Lines: name, skipped (1: bfloat16 without has_bfloat),
+ * ok, worst (largest difference as a share of what is allowed), where, error. CV_E_ARGUMENT past the last case. Blocks. */
+CV_API int cv_metal_selftest(uint32_t index, uint32_t has_bfloat, char *out, size_t out_size, char *err, size_t err_size);
+/* Speed of a product with a matrix of about `bytes`. Lines: name, bytes, multiply_adds, seconds (the best of five). CV_E_ARGUMENT past the last. */
+CV_API int cv_metal_speed(uint32_t index, uint64_t bytes, char *out, size_t out_size, char *err, size_t err_size);
+
 /* Cores for compute threads on a Mac, whose others are slow; 0 elsewhere. */
 CV_API uint32_t cv_performance_cores(void);
 /* Keeps the system from sleeping while idle until cv_may_sleep. CV_E_UNSUPPORTED but on macOS. */

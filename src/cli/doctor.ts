@@ -4,15 +4,18 @@ import { accessSync, constants, existsSync, statfsSync } from "node:fs";
 import { arch, cpus, platform, release } from "node:os";
 import { dirname } from "node:path";
 import { bestCpu } from "../engine/binding.ts";
+import { fallbacks, findMetal } from "../engine/metal-device.ts";
+import { passed, runSelftest, selftestPage } from "../engine/selftest.ts";
 import { asCaravanError } from "../errors.ts";
 import { availableMemory } from "../model/machine-memory.ts";
+import { raiseLimitCommand } from "../model/metal-memory.ts";
 import { openStore, scanStore } from "../model/store.ts";
 import { resolvePaths } from "../paths.ts";
 import { loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import type { Command } from "./command.ts";
 import { type Check, clusterChecks } from "./doctor-cluster.ts";
-import { formatBytes } from "./progress.ts";
+import { formatBytes, ProgressLine } from "./progress.ts";
 
 function attempt(name: string, check: () => Omit<Check, "name">): Check {
   try {
@@ -49,6 +52,7 @@ function runChecks(): Check[] {
         detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${name}`,
       };
     }),
+    ...gpuCheck(),
     attempt("memory", () => {
       const { available, total } = availableMemory();
       return { ok: available > 1e9, detail: `${formatBytes(available)} of ${formatBytes(total)} available` };
@@ -83,6 +87,46 @@ function runChecks(): Check[] {
   ];
 }
 
+/** More than any Apple GPU's caches hold. */
+const TIMED_BYTES = 256e6;
+const QUICK_TIMED_BYTES = 256e3;
+
+async function selftest(quick: boolean, json: boolean): Promise<number> {
+  const progress = new ProgressLine();
+  try {
+    const test = await runSelftest({
+      bytes: quick ? QUICK_TIMED_BYTES : TIMED_BYTES,
+      quick,
+      onCase: (done, name) => progress.show("selftest", 0, `${done}: ${name}`),
+    });
+    progress.clear();
+    process.stdout.write(json ? `${JSON.stringify(test)}\n` : selftestPage(test, VERSION));
+    return passed(test) ? 0 : 1;
+  } finally {
+    progress.clear();
+  }
+}
+
+/** The GPU, and how to give it more memory. */
+function gpuCheck(): Check[] {
+  if (platform() !== "darwin" && process.env.CARAVAN_METAL_LIBRARY === undefined) return [];
+  return [
+    attempt("GPU", () => {
+      const device = findMetal();
+      if ("reason" in device) return { ok: false, detail: device.reason };
+      const more = raiseLimitCommand(device.workingSet * 1.1, availableMemory().total);
+      return {
+        ok: true,
+        detail: [
+          `${device.name}, macOS ${device.macos}, may use ${formatBytes(device.workingSet)}`,
+          ...(more === undefined ? [] : [`more with ${more}`]),
+          ...fallbacks(device),
+        ].join("; "),
+      };
+    }),
+  ];
+}
+
 export const doctor: Command = {
   name: "doctor",
   summary: "check this machine and say what to mend",
@@ -90,9 +134,11 @@ export const doctor: Command = {
   count: [0, 0],
   options: {
     json: { help: "print JSON" },
-    selftest: { help: "run every kernel on the GPU", later: "the Metal backend" },
+    selftest: { help: "compare every kernel on the GPU with the processor, time some, print one page" },
+    quick: { help: "with --selftest: a sample of the kernels, on small matrices" },
   },
   async run(args) {
+    if (args.flag("selftest")) return await selftest(args.flag("quick"), args.flag("json"));
     const checks = [...runChecks(), ...(await clusterChecks())];
     if (args.flag("json")) {
       process.stdout.write(`${JSON.stringify(checks)}\n`);

@@ -14,6 +14,7 @@ const STATS_BYTES = 88;
 const FIRST_POLL_MS = 1;
 const LAST_POLL_MS = 50;
 
+const CV_E_ARGUMENT = -1;
 const CV_E_AGAIN = -6;
 const CV_E_ABORTED = -8;
 const CV_E_BUFFER = -9;
@@ -55,6 +56,8 @@ const FUNCTIONS = {
   cv_cpu_best: { args: [], returns: u32 },
   cv_cpu_name: { args: [u32], returns: cstring },
   cv_metal_info: { args: [ptr, usize, ptr, usize], returns: i32 },
+  cv_metal_selftest: { args: [u32, u32, ptr, usize, ptr, usize], returns: i32 },
+  cv_metal_speed: { args: [u32, u64, ptr, usize, ptr, usize], returns: i32 },
   cv_performance_cores: { args: [], returns: u32 },
   cv_stay_awake: { args: [ptr, ptr, ptr, usize], returns: i32 },
   cv_may_sleep: { args: [u32], returns: nothing },
@@ -158,6 +161,29 @@ export function metalDescription(): string {
   const error = new Uint8Array(ERROR_BYTES);
   const code = library().cv_metal_info(out, out.length, error, error.length);
   if (code !== 0) throw nativeError(code, error, "asking for a Metal device");
+  return text(out);
+}
+
+/** Lines about one case of the GPU's self-test, undefined past the last. Blocks while it runs. */
+export function metalSelftest(index: number, hasBfloat: boolean): string | undefined {
+  return metalLines((out, error) =>
+    library().cv_metal_selftest(index, hasBfloat ? 1 : 0, out, out.length, error, error.length),
+  );
+}
+
+/** Lines about the speed of one kernel over a matrix of about `bytes`, undefined past the last. Blocks. */
+export function metalSpeed(index: number, bytes: number): string | undefined {
+  return metalLines((out, error) =>
+    library().cv_metal_speed(index, Math.round(bytes), out, out.length, error, error.length),
+  );
+}
+
+function metalLines(call: (out: Uint8Array, error: Uint8Array) => number): string | undefined {
+  const out = new Uint8Array(ERROR_BYTES);
+  const error = new Uint8Array(ERROR_BYTES);
+  const code = call(out, error);
+  if (code === CV_E_ARGUMENT) return undefined;
+  if (code !== 0) throw nativeError(code, error, "testing the GPU");
   return text(out);
 }
 

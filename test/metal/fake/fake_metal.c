@@ -121,6 +121,17 @@ static void set_error(object **e, const char *text) {
     if (e) *e = fake_autorelease(fake_error(text));
 }
 
+/* The source with what FAKEMETAL_EDIT says ("text=>other text") done to it where it has the text: a fault for a test. To be freed. */
+static char *edited(const char *source) {
+    const char *edit = getenv("FAKEMETAL_EDIT"), *arrow = edit ? strstr(edit, "=>") : NULL;
+    char *from = arrow ? strndup(edit, (size_t)(arrow - edit)) : NULL;
+    const char *at = from ? strstr(source, from) : NULL;
+    char *out = NULL;
+    if (at && asprintf(&out, "%.*s%s%s", (int)(at - source), source, arrow + 2, at + strlen(from)) < 0) fake_misuse("no memory");
+    free(from);
+    return out ? out : strdup(source);
+}
+
 /* Compiles with $MSLC (the words of a command) into the folder $MSL_CACHE, by hash of the source. */
 static object *device_library(object *o, SEL s, object *source, object *options, object **e) {
     UNUSED(o), UNUSED(s), UNUSED(options);
@@ -130,7 +141,8 @@ static object *device_library(object *o, SEL s, object *source, object *options,
     bool checked = getenv("FAKEMETAL_CHECKED"), fast = getenv("FAKEMETAL_FAST_MATH");
     uint64_t hash = 1469598103934665603u;
     for (const char *p = before; *p; p++) hash = (hash ^ (unsigned char)*p) * 1099511628211u;
-    for (const unsigned char *p = source->memory; *p; p++) hash = (hash ^ *p) * 1099511628211u;
+    char *text = edited(source->memory);
+    for (const unsigned char *p = (const unsigned char *)text; *p; p++) hash = (hash ^ *p) * 1099511628211u;
     char file[1024], library[1024], line[4096], out[8192];
     snprintf(file, sizeof file, "%s/%016llx.metal", folder, (unsigned long long)hash);
     snprintf(library, sizeof library, "%s/%016llx%s%s.so", folder, (unsigned long long)hash, checked ? ".checked" : "", fast ? ".fast" : "");
@@ -139,7 +151,7 @@ static object *device_library(object *o, SEL s, object *source, object *options,
         FILE *f = fopen(file, "w");
         if (!f) fake_misuse("cannot write %s", file);
         fputs(before, f);
-        fputs(source->memory, f);
+        fputs(text, f);
         fclose(f);
         snprintf(line, sizeof line, "%s build %s -o %s%s%s 2>&1", compiler, file, library, checked ? " --checked" : "", fast ? " --fast-math" : "");
         FILE *p = popen(line, "r");
@@ -147,6 +159,7 @@ static object *device_library(object *o, SEL s, object *source, object *options,
         out[n] = 0;
         if (!p || pclose(p)) return set_error(e, out), NULL;
     }
+    free(text);
     void *h = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     if (!h) return set_error(e, dlerror()), NULL;
     fake_library *l = calloc(1, sizeof *l);
