@@ -1,7 +1,7 @@
 // The instances that this node owns, from the request to the end: placing → fetching → loading → ready, and from anywhere
 // to failed, stopping, gone. The owner alone decides; ranks are told by its record and answer by theirs. What was lost is
 // placed again on who is left, and moves back when a lost node returns. Loading is tried a bounded number of times; after
-// that only a change of the cluster starts it anew. No I/O.
+// that only a change of the cluster starts it anew, or for ranks that cannot reach each other a minute's rest. No I/O.
 
 import { CaravanError } from "../errors.ts";
 import type { Placer } from "./instance-placer.ts";
@@ -21,6 +21,8 @@ export const REFUSED_MS = 5000;
 export const FREE_MS = 10_000;
 /** Failures of loading in a row. */
 export const MOST_ATTEMPTS = 5;
+/** Ranks that did not find each other that often are left alone for so long: the network between them may heal unseen. */
+export const REGROUP_MS = 60_000;
 /** An instance that was ready so long has got over what failed before. */
 const HEALTHY_MS = 60_000;
 /** A lost node that is back must have been here so long before anything moves to it. */
@@ -417,8 +419,14 @@ export class InstanceLife {
     owned.stopping = undefined;
     owned.attempts++;
     if (cause !== "lost" && owned.attempts >= MOST_ATTEMPTS) {
-      this.#enter(owned, "failed", `given up after ${owned.attempts} attempts: ${reason}`);
-      owned.givenUp = GIVEN_UP_NOW;
+      const tried = `after ${owned.attempts} attempts: ${reason}`;
+      if (cause === "group") {
+        this.#enter(owned, "failed", `waits for a minute ${tried}`);
+        owned.notBefore = now() + REGROUP_MS;
+      } else {
+        this.#enter(owned, "failed", `given up ${tried}`);
+        owned.givenUp = GIVEN_UP_NOW;
+      }
       return;
     }
     this.#enter(owned, "placing", reason);

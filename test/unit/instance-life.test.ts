@@ -1,7 +1,7 @@
 // The life of an instance, step by step, on nodes that do exactly what the test says.
 
 import { describe, expect, test } from "bun:test";
-import { DRAIN_MS, MOST_ATTEMPTS, RETURN_MS, START_MS } from "../../src/cluster/instance-life.ts";
+import { DRAIN_MS, MOST_ATTEMPTS, REGROUP_MS, RETURN_MS, START_MS } from "../../src/cluster/instance-life.ts";
 import { MemoryLedger } from "../../src/cluster/memory-ledger.ts";
 import { RankHost, type RankOrder } from "../../src/cluster/rank-host.ts";
 import { SILENT_MS } from "../../src/cluster/requests.ts";
@@ -86,6 +86,34 @@ describe("from request to ready", () => {
     c.automatic = true;
     c.add("b", ROOMY);
     c.pass(3000);
+    expect(c.state("i")?.phase).toBe("ready");
+  });
+
+  test("ranks that cannot reach each other rest for a minute after a few attempts, and are then tried again", () => {
+    const c = cluster(ROOMY, ROOMY);
+    c.automatic = false;
+    const { logic } = c.node("a");
+    logic.instances.create("i", "small", two);
+    const attempts: number[] = [];
+    for (let s = 0; s < 400; s++) {
+      c.pass(1000);
+      for (const { logic: each, started, stopped } of c.nodes.values()) {
+        for (const [instance, epoch] of stopped.splice(0)) each.ranks.stopped(instance, epoch);
+        for (const { spec, epoch, rank } of started.splice(0)) {
+          each.ranks.failed(spec.id, epoch, "group", `rank ${1 - rank} does not answer`);
+          if (rank === 0) attempts.push(s);
+        }
+        each.turn();
+      }
+    }
+    expect(c.state("i")?.reason).toMatch(
+      /^waits for a minute after \d+ attempts: [ab]: rank \d does not answer/,
+    );
+    const pauses = attempts.slice(MOST_ATTEMPTS).map((at, i) => at - (attempts[MOST_ATTEMPTS + i - 1] ?? 0));
+    expect(pauses.length).toBeGreaterThan(2);
+    expect(Math.min(...pauses)).toBeGreaterThanOrEqual(REGROUP_MS / 1000 - 1);
+    c.automatic = true;
+    c.pass(REGROUP_MS + 5000);
     expect(c.state("i")?.phase).toBe("ready");
   });
 
