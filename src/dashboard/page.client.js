@@ -1,14 +1,9 @@
 // The page's program: a chat with the node's own API. Text from models and people is only ever put in as text.
 // @ts-check
 
-/** @typedef {{ role: "system" | "user" | "assistant", content: string }} Message */
+import { element, failure, HEADERS } from "/requests.js";
 
-/** @template {HTMLElement} T @param {string} id @param {new () => T} type @returns {T} */
-function element(id, type) {
-  const found = document.getElementById(id);
-  if (!(found instanceof type)) throw new Error(`the page has no ${id}`);
-  return found;
-}
+/** @typedef {{ role: "system" | "user" | "assistant", content: string }} Message */
 
 const model = element("model", HTMLSelectElement);
 const state = element("state", HTMLParagraphElement);
@@ -30,8 +25,6 @@ let conversation = [];
 /** @type {AbortController | undefined} */
 let running;
 
-const HEADERS = { "content-type": "application/json" };
-
 /** Gives the key for a cookie, which the browser keeps and scripts cannot read; the field is emptied. */
 async function login() {
   if (key.value === "") return;
@@ -46,13 +39,6 @@ async function login() {
     return;
   }
   await lookAtModels();
-}
-
-/** @param {Response} reply */
-async function failure(reply) {
-  const body = await reply.json().catch(() => undefined);
-  const message = body?.error?.message ?? `the server answered ${reply.status}`;
-  return new Error(reply.status === 401 ? `${message} Put it into Settings.` : message);
 }
 
 /** Fills the model list and says what the chosen one is doing. */
@@ -254,6 +240,22 @@ function welcome() {
   log.append(text);
 }
 
+/** Shows the part of the page that the address names: chat, cluster or figures. */
+function showView() {
+  const wanted = location.hash.slice(1);
+  const view = wanted === "cluster" || wanted === "figures" ? wanted : "chat";
+  for (const id of ["cluster", "figures"]) element(id, HTMLElement).hidden = view !== id;
+  element("chat", HTMLElement).hidden = view !== "chat";
+  ask.hidden = view !== "chat";
+  for (const id of ["chat", "cluster", "figures"]) {
+    const link = element(`to-${id}`, HTMLAnchorElement);
+    if (id === view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+addEventListener("hashchange", showView);
+showView();
 welcome();
 void lookAtModels();
 setInterval(() => {

@@ -1,9 +1,12 @@
-// Serves the page at `/`: three files that are inside the executable. They hold no secrets and need no key; what the
+// Serves the page at `/`: files that are inside the executable. They hold no secrets and need no key; what the
 // page then asks of the API does. Nothing is loaded from elsewhere, and the browser is told to refuse it.
 
+import clusterProgram from "./cluster.client.js" with { type: "text" };
+import figuresProgram from "./figures.client.js" with { type: "text" };
 import pageProgram from "./page.client.js" with { type: "text" };
 import pageStyle from "./page.css" with { type: "text" };
 import pageHtml from "./page.html" with { type: "text" };
+import requestsProgram from "./requests.client.js" with { type: "text" };
 
 const SECURITY_HEADERS = {
   "content-security-policy":
@@ -18,6 +21,9 @@ export const PAGE_FILES: Record<string, () => Response> = {
   "/": () => file(String(pageHtml), "text/html"),
   "/page.css": () => file(String(pageStyle), "text/css"),
   "/page.js": () => file(String(pageProgram), "text/javascript"),
+  "/cluster.js": () => file(String(clusterProgram), "text/javascript"),
+  "/figures.js": () => file(String(figuresProgram), "text/javascript"),
+  "/requests.js": () => file(String(requestsProgram), "text/javascript"),
 };
 
 function file(text: string, type: string): Response {

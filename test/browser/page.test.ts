@@ -6,6 +6,7 @@ import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { type Browser, type BrowserContextOptions, chromium, type Page } from "playwright-core";
 import { createApp } from "../../src/api/app.ts";
+import type { ClusterService } from "../../src/api/cluster/service.ts";
 import { Lifecycle } from "../../src/api/lifecycle.ts";
 import { type RunningServer, startServer } from "../../src/api/server.ts";
 import type { ApiSettings } from "../../src/api/settings.ts";
@@ -28,6 +29,79 @@ const FLAGS = [
   "--disable-sync",
 ];
 
+const NODE_IDS = ["a", "b", "c"].map((letter) => letter.repeat(64));
+
+/** Three nodes, one of which wants in; what the page asks for is written down and takes place at once. */
+function scriptedCluster() {
+  const calls: unknown[] = [];
+  const watchers = new Set<() => void>();
+  const instances: Record<string, unknown>[] = [];
+  const changed = (): void => {
+    for (const watcher of watchers) watcher();
+  };
+  const gigabyte = 1e9;
+  const service: ClusterService = {
+    state: () => ({
+      cluster: { name: "home" },
+      self: { id: NODE_IDS[0], name: "studio-1" },
+      nodes: NODE_IDS.map((id, i) => ({
+        ...{ id, name: `studio-${i + 1}`, reachable: i < 2, chip: "Apple M3 Ultra", models: [] },
+        memory: { total: 512 * gigabyte, available: (400 - 100 * i) * gigabyte },
+        ...(i === 0 ? {} : { round_trip_us: 40 + i, bandwidth: 5e9 }),
+      })),
+      links: [
+        { from: NODE_IDS[0], to: NODE_IDS[1], kind: "rdma", round_trip_us: 9, bandwidth: 6e9 },
+        { from: NODE_IDS[1], to: NODE_IDS[2], kind: "tcp", round_trip_us: 140, bandwidth: 1e9 },
+      ],
+      instances,
+      join_requests: [{ name: "<b>mini</b>", from: "192.0.2.7", waiting_seconds: 4 }],
+    }),
+    watch: (onChange) => {
+      watchers.add(onChange);
+      return () => watchers.delete(onChange);
+    },
+    accept: async (code) => {
+      calls.push({ code });
+      return "mini";
+    },
+    plan: async (model, asked) => {
+      calls.push({ model, asked });
+      return {
+        reason: "Two nodes are faster than one.",
+        placements: [
+          {
+            ...{ recommended: true, tensor: 2, pipeline: 1, context: 8192, tokens_per_second: 58.2 },
+            warnings: ["The slower link decides."],
+            ranks: NODE_IDS.slice(0, 2).map((id, i) => ({
+              ...{ node: `studio-${i + 1}`, node_id: id },
+              bytes: { total: 31e9, usable: 400e9 },
+            })),
+          },
+        ],
+      };
+    },
+    createInstance: async (model, asked) => {
+      calls.push({ create: model, asked });
+      instances.push({
+        ...{ id: "one", model, owner: NODE_IDS[0], phase: "loading", progress: 0.4, reason: "" },
+        ...{ tensor: 2, pipeline: 1, context: 8192, outstanding_tokens: 0 },
+        ranks: [{ node: NODE_IDS[0], rank: 0, bytes: 31e9 }],
+      });
+      changed();
+      return "one";
+    },
+    stopInstance: async (id) => {
+      calls.push({ stop: id });
+      instances.length = 0;
+      changed();
+      return true;
+    },
+    mayPass: () => false,
+    pass: async () => undefined,
+  };
+  return { service, calls };
+}
+
 describe.skipIf(program === undefined)("the page", () => {
   let browser: Browser;
   const servers: RunningServer[] = [];
@@ -47,11 +121,15 @@ describe.skipIf(program === undefined)("the page", () => {
     script: Script,
     settings: Partial<ApiSettings> = {},
     context: BrowserContextOptions = {},
+    cluster?: ClusterService,
   ): Promise<{ page: Page; models: ScriptedModels; url: string }> {
     const models = scriptedModels(script);
     const lifecycle = new Lifecycle();
     const log = createLogger({ level: "silent" });
-    const app = createApp({ models, lifecycle, settings, log });
+    const app = createApp({
+      ...{ models, lifecycle, settings, log },
+      ...(cluster === undefined ? {} : { cluster }),
+    });
     const server = startServer({
       app,
       lifecycle,
@@ -62,6 +140,8 @@ describe.skipIf(program === undefined)("the page", () => {
       log,
     });
     servers.push(server);
+    // Pages of earlier tests would go on asking their nodes.
+    for (const old of browser.contexts()) await old.close();
     const page = await (await browser.newContext(context)).newPage();
     complaints = [];
     page.on("pageerror", (error) => complaints.push(error.message));
@@ -157,24 +237,86 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(asked.filter((address) => !address.startsWith(url) && !address.startsWith("data:"))).toEqual([]);
   }, 30_000);
 
+  test("shows nodes and links, lets a machine in, places a model and ends it", async () => {
+    const { service, calls } = scriptedCluster();
+    const { page } = await open(sayScript("Hi."), {}, {}, service);
+    await page.click("#to-cluster");
+    await page.waitForSelector("#nodes tbody tr:nth-of-type(3)");
+    expect(await page.textContent("#cluster-state")).toBe("Cluster home: 3 nodes, 2 reachable.");
+    expect(await page.locator("#picture circle.node").count()).toBe(3);
+    expect(await page.locator("#picture line").count()).toBe(2);
+    expect(await page.textContent("#picture .link-label")).toBe("rdma 9 µs");
+    expect(await page.textContent("#join-requests")).toBe("<b>mini</b> (192.0.2.7), for 4 s");
+    await page.fill("#code", "7K2QF-M9XPT");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector("#cluster-notice:has-text('mini is let in')");
+    await page.click("#place button[type=submit]");
+    await page.waitForSelector("#placements tbody tr");
+    expect(await page.textContent("#plan-reason")).toBe("Two nodes are faster than one.");
+    expect(await page.textContent("#placements tbody")).toContain("58.2");
+    await page.click("#placements tbody button");
+    await page.waitForSelector("#instances progress");
+    expect(await page.textContent("#instances")).toContain("predicted 58.2 tokens/s");
+    await page.click("#instances button");
+    await page.waitForSelector("#instances:has-text('None.')");
+    expect(calls).toEqual([
+      { code: "7K2QF-M9XPT" },
+      { model: "test/scripted", asked: {} },
+      {
+        create: "test/scripted",
+        asked: { tensor: 2, pipeline: 1, context: 8192, nodes: NODE_IDS.slice(0, 2) },
+      },
+      { stop: "one" },
+    ]);
+    expect(complaints).toEqual([]);
+  }, 30_000);
+
+  test("plots throughput and latency, and lists the last requests", async () => {
+    const { page } = await open(sayScript("It scatters."));
+    await page.waitForSelector("#send:not([disabled])");
+    await say(page, "Why is the sky blue?");
+    await page.waitForSelector(".turn.assistant .stats:not(:empty)");
+    await page.click("#to-figures");
+    await page.waitForSelector("#requests tbody tr");
+    expect(await page.textContent("#requests tbody tr")).toContain("test/scripted");
+    await page.waitForSelector("#plots figure:nth-of-type(4)");
+    expect(await page.textContent("#plots figcaption")).toContain("Tokens a second");
+    expect(complaints).toEqual([]);
+  }, 30_000);
+
   for (const [name, context] of Object.entries({
     "light, on a desktop": { colorScheme: "light", viewport: { width: 1000, height: 700 } },
     "dark, on a phone": { colorScheme: "dark", viewport: { width: 390, height: 780 } },
   } satisfies Record<string, BrowserContextOptions>)) {
     test(`has no serious accessibility problem: ${name}`, async () => {
-      const { page } = await open(sayScript("It scatters."), {}, { ...context, bypassCSP: true });
+      const { service } = scriptedCluster();
+      const { page } = await open(sayScript("It scatters."), {}, { ...context, bypassCSP: true }, service);
       await page.waitForSelector("#send:not([disabled])");
       await say(page, "Why is the sky blue?");
       await page.waitForSelector(".turn.assistant .stats:not(:empty)");
       await page.click("#settings-toggle");
       await page.addScriptTag({ path: join(root, "node_modules/axe-core/axe.min.js") });
-      const violations: string[] = await page.evaluate(
-        "axe.run().then((found) => found.violations.map(({ id, impact }) => impact + ': ' + id))",
-      );
-      expect(violations.filter((line) => /^(serious|critical)/.test(line))).toEqual([]);
-      expect(await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")).toBe(true);
       mkdirSync(join(root, "build/screenshots"), { recursive: true });
-      await page.screenshot({ path: join(root, `build/screenshots/page-${name.split(",")[0]}.png`) });
-    }, 30_000);
+      const look = async (view: string): Promise<void> => {
+        const violations: string[] = await page.evaluate(
+          "axe.run().then((found) => found.violations.map(({ id, impact, nodes }) => impact + ': ' + id + ' ' + nodes[0].html))",
+        );
+        expect(violations.filter((line) => /^(serious|critical)/.test(line))).toEqual([]);
+        expect(await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")).toBe(true);
+        await page.screenshot({
+          path: join(root, `build/screenshots/${view}-${name.split(",")[0]}.png`),
+        });
+      };
+      await look("page");
+      await page.click("#settings-toggle");
+      await page.click("#to-cluster");
+      await page.waitForSelector("#nodes tbody tr:nth-of-type(3)");
+      await page.click("#place button[type=submit]");
+      await page.waitForSelector("#placements tbody tr");
+      await look("cluster");
+      await page.click("#to-figures");
+      await page.waitForSelector("#plots figure:nth-of-type(4)");
+      await look("figures");
+    }, 60_000);
   }
 });
