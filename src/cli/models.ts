@@ -1,10 +1,26 @@
 // caravan models: what is on this machine, and which cards there are.
 
-import { openStore, removeModel, scanStore } from "../model/store.ts";
+import { existsSync } from "node:fs";
+import { basename, join } from "node:path";
+import * as v from "valibot";
+import { samplingFromGenerationConfig } from "../api/sampling-defaults.ts";
+import { makeCard } from "../model/make-card.ts";
+import { type InstalledModel, openStore, removeModel, resolveModel, scanStore } from "../model/store.ts";
 import { loadSettings } from "../settings.ts";
 import type { Command } from "./command.ts";
+import { readJsonFile } from "./json-file.ts";
 import { formatBytes } from "./progress.ts";
 import { table } from "./table.ts";
+
+/** A card of the model, made from its files. */
+async function cardOf(model: InstalledModel): Promise<string> {
+  const path = join(model.path, "generation_config.json");
+  const sampling = existsSync(path)
+    ? samplingFromGenerationConfig(readJsonFile(path, v.unknown()), path)
+    : {};
+  const id = model.hubId ?? model.card?.model_id ?? `local/${basename(model.path)}`;
+  return await makeCard(model.path, id, sampling);
+}
 
 export const models: Command = {
   name: "models",
@@ -13,6 +29,7 @@ export const models: Command = {
   count: [0, 0],
   options: {
     cards: { help: "list the models that caravan knows by name instead" },
+    card: { value: "NAME", help: "print a card for a model that is here, made from its files" },
     remove: { value: "NAME", help: "delete a model from this machine" },
     json: { help: "print JSON" },
   },
@@ -22,6 +39,12 @@ export const models: Command = {
     if (remove !== undefined) {
       const removed = removeModel(store, remove);
       process.stdout.write(args.flag("json") ? `${JSON.stringify(removed)}\n` : `removed ${removed.path}\n`);
+      return 0;
+    }
+    const wanted = args.text("card");
+    if (wanted !== undefined) {
+      const model = resolveModel(store, wanted, { allowFolder: true });
+      process.stdout.write(await cardOf(model));
       return 0;
     }
     for (const warning of store.cards.warnings) process.stderr.write(`caravan: ${warning}\n`);

@@ -1,7 +1,9 @@
 // caravan pull: a model from the Hugging Face hub, resumable and checked by hash.
 
+import { asCaravanError } from "../errors.ts";
 import { type PullOptions, type PullResult, pullModel } from "../model/download/pull.ts";
 import { licenceText } from "../model/licence.ts";
+import { describeModel } from "../model/make-card.ts";
 import type { Command } from "./command.ts";
 import { interruptible } from "./interrupt.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
@@ -25,6 +27,15 @@ export async function pullWithProgress(name: string, options: PullOptions): Prom
     });
   } finally {
     progress.clear();
+  }
+}
+
+/** What was pulled, or why it cannot be run: a repository without a card may hold anything. */
+async function aboutModel(path: string): Promise<string> {
+  try {
+    return await describeModel(path);
+  } catch (thrown) {
+    return `caravan: it is here, but cannot be run: ${asCaravanError(thrown).toText()}`;
   }
 }
 
@@ -55,6 +66,7 @@ export const pull: Command = {
       }
       process.stdout.write(`${result.path}\n`);
       if (result.downloadedBytes === 0) process.stderr.write("it was here already, whole\n");
+      process.stderr.write(`${await aboutModel(result.path)}\n`);
       if (result.licence !== undefined) process.stderr.write(`${licenceText(result.licence)}\n`);
       process.stderr.write(`run it with: caravan run ${name}\n`);
       return 0;
