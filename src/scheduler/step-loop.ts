@@ -18,7 +18,8 @@ const DEADLINE_TICK_MS = 50;
 export interface StepLoopOptions {
   scheduler: Scheduler;
   engine: StepEngine;
-  /** Steps in flight, at least 1; 2 hides the time between two decode steps. A pipeline has one more than stages. */
+  /** Steps in flight, at least 1; 2 hides the time between two decode steps. A pipeline has as many as stages:
+   * with more, its streams would fall into more and smaller steps than stages can use, each of which reads the weights. */
   depth: number;
   /** The engine takes no more steps; every request has got its error. Called once. */
   onFatal: (error: CaravanError) => void;
@@ -82,7 +83,7 @@ export class StepLoop {
   #pump(): void {
     const { scheduler, engine, depth } = this.#options;
     const { stages } = scheduler;
-    const most = stages > 1 ? Math.max(depth, stages + 1) : depth;
+    const most = stages > 1 ? stages : depth;
     while (this.#dead === undefined && this.#inFlight.length < most) {
       const before = this.#inFlight.at(-1);
       if (before !== undefined && stages === 1 && before.tokens > OVERLAP_TOKENS) return;

@@ -117,13 +117,29 @@ describe("a pipeline", () => {
       );
   });
 
+  test("takes late streams into the steps that there are", async () => {
+    const r = rig({ model: piped(2) });
+    for (let i = 0; i < 5; i++) {
+      r.loop.add(request(`r${i}`, range(5, i), { max_tokens: 40 }));
+      for (let step = 0; step < 3; step++) {
+        await turn();
+        r.engine.run();
+      }
+    }
+    await r.drain();
+    const sizes = r.engine.seen.map(({ rows }) => rows.length);
+    const steady = sizes.slice(-60, -20);
+    expect(new Set(steady)).toEqual(new Set([2, 3]));
+    for (let i = 0; i < 5; i++) expect(r.tokens(`r${i}`).length).toBe(40);
+  });
+
   test("sends the pieces of one prompt behind each other, without waiting for the first to come out", async () => {
     const r = rig({ model: piped(3) });
     r.loop.add(request("long", range(150), { max_tokens: 2 }));
     await r.drain();
     const pieces = r.engine.seen.flatMap(({ rows }) => rows.filter(({ count }) => count > 1));
     expect(pieces.map(({ count }) => count)).toEqual([42, 42, 42, 24]);
-    expect(r.engine.mostInFlight).toBe(4);
+    expect(r.engine.mostInFlight).toBe(3);
     expect(r.tokens("long").length).toBe(2);
   });
 
