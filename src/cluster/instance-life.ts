@@ -7,6 +7,7 @@ import { CaravanError } from "../errors.ts";
 import type { Placer } from "./instance-placer.ts";
 import type { Member } from "./membership.ts";
 import { claimsOn, isNewer } from "./rank-host.ts";
+import { reasonOf } from "./reason.ts";
 import type { InstancePhase, InstanceState, NodeId, PlacementRequest, RankState } from "./types.ts";
 
 /** A rank that was asked for must show in its node's record within this. */
@@ -36,6 +37,9 @@ export const UNLOAD_MS = 20_000;
 const UNLOAD_CHECK_MS = 500;
 /** How long a stopped instance is shown. */
 const GONE_SHOWN_MS = 10_000;
+/** Lists in records are bounded (net/wire.ts). */
+export const MOST_OWNED = 64;
+const MOST_LOST = 64;
 
 export interface InstanceLifeOptions {
   id: NodeId;
@@ -83,9 +87,14 @@ export class InstanceLife {
     return [...this.#owned.values()].map(({ state }) => state);
   }
 
-  /** A new instance with this node as its owner. It is placed at the next step. */
+  /** A new instance with this node as its owner. It is placed at the next step. Throws invalid_argument beyond MOST_OWNED. */
   create(id: string, model: string, asked: PlacementRequest): void {
     if (this.#owned.has(id)) return;
+    if (this.#owned.size >= MOST_OWNED)
+      throw new CaravanError("invalid_argument", `this node owns ${MOST_OWNED} instances already`, {
+        where: model,
+        hint: "Stop one that is not needed.",
+      });
     const spec = {
       ...{ id, model, asked, tensor: 1, pipeline: 1, ranks: [], bytes: [] },
       ...{ context: asked.context ?? 0, streams: asked.streams ?? 1, transport: "auto" as const },
@@ -100,12 +109,12 @@ export class InstanceLife {
 
   /** Takes over what another node owned. */
   adopt(state: InstanceState): void {
-    if (this.#owned.has(state.spec.id)) return;
+    if (this.#owned.has(state.spec.id) || this.#owned.size >= MOST_OWNED) return;
     this.#own({
       ...state,
       ...{ phase: "placing", epoch: state.epoch + 1, progress: 0, outstandingTokens: 0, unload: [] },
       reason: "its owner is gone",
-      lost: [...new Set([...state.lost, ...state.spec.ranks.map(({ node }) => node)])],
+      lost: nodesOf([...state.lost, ...state.spec.ranks.map(({ node }) => node)]),
     });
   }
 
@@ -172,7 +181,7 @@ export class InstanceLife {
 
   #enter(owned: Owned, phase: InstancePhase, reason: string): void {
     const now = this.#options.now();
-    owned.state = { ...owned.state, phase, reason, progress: phase === "ready" ? 1 : 0 };
+    owned.state = { ...owned.state, phase, reason: reasonOf(reason), progress: phase === "ready" ? 1 : 0 };
     Object.assign(owned, { since: now, progress: 0, progressAt: now, checkedAt: now });
   }
 
@@ -194,7 +203,7 @@ export class InstanceLife {
     const candidates = members.filter(({ direct }) => direct);
     const result = placer.place(spec.model, spec.asked, candidates, { first: self });
     if (result.kind === "pending") {
-      owned.state = { ...owned.state, reason: result.reason };
+      owned.state = { ...owned.state, reason: reasonOf(result.reason) };
       return;
     }
     if (result.kind === "placed") {
@@ -246,7 +255,7 @@ export class InstanceLife {
       .flatMap(({ record }) => record.info.instances)
       .filter((state) => isIdle(state) && state.spec.id !== spec.id)
       .sort((a, b) => a.usedAt - b.usedAt || (a.spec.id < b.spec.id ? -1 : 1));
-    for (let count = 1; count <= idle.length; count++) {
+    for (let count = 1; count <= Math.min(idle.length, MOST_OWNED); count++) {
       const freed = idle.slice(0, count);
       const result = placer.place(spec.model, spec.asked, members, { first: self, freed });
       if (result.kind !== "placed") continue;
@@ -410,7 +419,7 @@ export class InstanceLife {
     const { now } = this.#options;
     const wasStopping = owned.stopping === "end";
     this.#endRequests(owned, reason);
-    owned.state = { ...owned.state, lost: [...new Set([...owned.state.lost, ...lost])] };
+    owned.state = { ...owned.state, lost: nodesOf([...owned.state.lost, ...lost]) };
     if (wasStopping) {
       owned.stopping = undefined;
       this.#enter(owned, "gone", "it was asked to stop");
@@ -452,6 +461,11 @@ const GIVEN_UP_NOW = "";
 /** Changes when a node comes, goes or starts anew. */
 function clusterStamp(members: readonly Member[]): string {
   return members.map(({ record }) => `${record.info.id} ${record.boot}`).join();
+}
+
+/** Each once, the latest ones. */
+function nodesOf(nodes: readonly NodeId[]): NodeId[] {
+  return [...new Set(nodes)].slice(-MOST_LOST);
 }
 
 function hasShape(

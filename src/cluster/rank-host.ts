@@ -4,6 +4,7 @@
 
 import type { Member } from "./membership.ts";
 import type { MemoryLedger } from "./memory-ledger.ts";
+import { reasonOf } from "./reason.ts";
 import type { InstancePhase, InstanceSpec, InstanceState, NodeId, RankState } from "./types.ts";
 
 export interface RankOrder {
@@ -106,7 +107,7 @@ export class RankHost {
       return;
     }
     held.life = "over";
-    held.state = { ...held.state, phase: "failed", progress: 0, cause, reason, bytes: 0 };
+    held.state = { ...held.state, phase: "failed", progress: 0, cause, reason: reasonOf(reason), bytes: 0 };
   }
 
   /** The process that `stop` was called for is gone. */
@@ -166,7 +167,7 @@ export class RankHost {
     const { epoch, owner, rank } = order;
     const state: RankState = {
       ...{ instance, epoch, owner, rank, bytes: 0 },
-      ...{ phase: "failed", progress: 0, reason, cause },
+      ...{ phase: "failed", progress: 0, reason: reasonOf(reason), cause },
     };
     this.#held.set(instance, { order, state, life: "over" });
   }

@@ -1,7 +1,14 @@
 // The life of an instance, step by step, on nodes that do exactly what the test says.
 
 import { describe, expect, test } from "bun:test";
-import { DRAIN_MS, MOST_ATTEMPTS, REGROUP_MS, RETURN_MS, START_MS } from "../../src/cluster/instance-life.ts";
+import {
+  DRAIN_MS,
+  MOST_ATTEMPTS,
+  MOST_OWNED,
+  REGROUP_MS,
+  RETURN_MS,
+  START_MS,
+} from "../../src/cluster/instance-life.ts";
 import { MemoryLedger } from "../../src/cluster/memory-ledger.ts";
 import { RankHost, type RankOrder } from "../../src/cluster/rank-host.ts";
 import { SILENT_MS } from "../../src/cluster/requests.ts";
@@ -115,6 +122,20 @@ describe("from request to ready", () => {
     c.automatic = true;
     c.pass(REGROUP_MS + 5000);
     expect(c.state("i")?.phase).toBe("ready");
+  });
+
+  test("what it says of itself never grows beyond what other nodes accept", () => {
+    const c = cluster(ROOMY);
+    c.automatic = false;
+    const { logic } = c.node("a");
+    for (let i = 0; i < MOST_OWNED; i++) logic.instances.create(`${i}`, "small", { context: 128 });
+    expect(() => logic.instances.create("more", "small", {})).toThrow(/owns 64 instances already/);
+    logic.turn();
+    logic.ranks.failed("0", 1, "files", "long ".repeat(10_000));
+    logic.turn();
+    const { instances, ranks } = logic.membership.own.info;
+    for (const { reason } of [...instances, ...ranks]) expect(reason.length).toBeLessThanOrEqual(1000);
+    expect(instances.some(({ reason }) => reason.includes("long long"))).toBe(true);
   });
 
   test("a node that does not begin is named", () => {
