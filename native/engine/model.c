@@ -37,6 +37,8 @@ static int check_head(const void *plan, size_t size, cv_err err) {
         return cv_fail(err, CV_E_PLAN, "limits out of range: %u threads, %u rows, %u tokens, %u logits, %u slots", p->n_threads, p->max_rows, p->max_tokens, p->max_logits, p->n_slots);
     if (p->vocab_first > p->vocab || p->vocab_rows > p->vocab - p->vocab_first || (p->tensor_size <= 1 && p->vocab_rows && p->vocab_rows != p->vocab))
         return cv_fail(err, CV_E_PLAN, "%u rows of the head from %u on: the vocabulary has %u", p->vocab_rows, p->vocab_first, p->vocab);
+    if (p->n_stages > 1 && p->stage + 1 == p->n_stages && p->tensor_size <= 1 && p->vocab_rows != p->vocab)
+        return cv_fail(err, CV_E_PLAN, "the last stage's only rank has %u of %u rows of the head", p->vocab_rows, p->vocab);
     if (!(p->norm_eps > 0) || !(p->qk_norm_eps > 0) || !isfinite(p->attn_scale)) return cv_fail(err, CV_E_PLAN, "norm or attention constants are not possible");
     return CV_OK;
 }

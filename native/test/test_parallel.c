@@ -2,6 +2,7 @@
  * rank's logits and tokens, and a rank that dies, stops or has another plan gives an error on all others, never a hang. */
 #include <math.h>
 
+#include "../engine/place.h"
 #include "tiny_ranks.h"
 
 enum { N = 70, RESULT = 1 << 20, LAYERS = 4, VARIANTS = 48, CHAIN = 40, SEQS = 4 };
@@ -304,6 +305,46 @@ static void test_broken_rank(cv_checks *c) {
     cv_end_case(c);
 }
 
+/* Rank 0's words with damage: each to a process of its own, which must end with an error, whatever it makes of them. */
+static void test_damaged_words(cv_checks *c, const tiny_model *m, const uint32_t *tokens, int rounds) {
+    unsigned long long seed = 17;
+    cv_case(c, "a rank that receives damaged steps ends with an error and does not crash");
+    for (int round = 0; round < rounds; round++) {
+        static _Alignas(64) uint8_t word[1 << 14];
+        char err[256] = "";
+        cv_place place;
+        tr_ranks r = {.bare = true};
+        int code = tr_start(&r, m, 2, 1, CV_TRANSPORT_SHM, NULL, err);
+        uint8_t *plan = tr_plan(m, 2, 1, 0);
+        if (!code) code = cv_place_open((const cv_plan *)(void *)plan, r.group, &place, (cv_err){err, sizeof err});
+        free(plan);
+        if (!cv_check(c, !code, "%d %s", code, err)) break;
+        const uint32_t last[2] = {3, CV_TOKEN_LAST};
+        tm_row rows[2] = {{.first = 30, .tokens = tokens, .n = 5, .seq = 0, .flags = CV_ROW_SAMPLE, .temperature = 0.7f}, {.first = 3, .tokens = last + 1, .n = 1, .seq = 1, .flags = CV_ROW_SAMPLE}};
+        cv_word *w = (cv_word *)(void *)word;
+        size_t size = tm_step((uint8_t *)(w + 1), rows, 2, NULL, 0), bytes = sizeof *w + size + sizeof last;
+        *w = (cv_word){.kind = CV_WORD_STEP, .ticket = 1, .step_size = size, .n_rows = 2, .timeout_ms = 50};
+        memcpy(word + sizeof *w + size, last, sizeof last);
+        place.timeout_ms = 1000;
+        for (int k = round % 4; k > 0; k--) {
+            uint32_t odd = k == 1 ? 0xffffffffu : (uint32_t)cv_random(&seed);
+            memcpy(word + sizeof *w + cv_random(&seed) % ((bytes - sizeof *w) / 4) * 4, &odd, 4);
+        }
+        if (round % 4 == 0) { /* the header: sizes, rows */
+            static const uint64_t sizes[] = {0, 8, 7, 1ull << 40, 0xffffffffffffffffull};
+            w->step_size = sizes[cv_random(&seed) % 5];
+            if (round % 8) w->n_rows = (uint32_t)cv_random(&seed);
+        }
+        code = cv_place_send_word(&place, 0, w, round % 5 ? bytes : bytes - cv_random(&seed) % bytes);
+        cv_check(c, !code, "sending: %d", code);
+        cv_check(c, tr_end(&r), "the rank does not end");
+        cv_check(c, !r.signals[1], "signal %d", r.signals[1]);
+        cv_check(c, r.board->code[1] && r.board->text[1][0], "round %d: ended with %d %s", round, r.board->code[1], r.board->text[1]);
+        tr_forget(&r);
+    }
+    cv_end_case(c);
+}
+
 int main(void) {
     cv_checks c = {0};
     static outcome one;
@@ -335,6 +376,7 @@ int main(void) {
     }
     test_other_plan(&c, &m, tokens);
     test_broken_rank(&c);
+    test_damaged_words(&c, &m, tokens, 40);
     tm_free(&m);
     free(result);
     return cv_report(&c);

@@ -114,9 +114,11 @@ typedef struct {
 
 typedef struct {
     uint32_t stalled; /* set before tr_start: this rank connects, but computes nothing; 0 = none */
+    bool bare;        /* set before tr_start: rank 0 has a group, but no engine */
     uint32_t n, transport;
     tr_board *board;
     pid_t pids[TR_MOST];
+    int signals[TR_MOST]; /* after tr_end: what ended a process, 0 = itself */
     cv_group *group; /* rank 0's */
     cv_engine *engine;
 } tr_ranks;
@@ -186,9 +188,9 @@ static inline uint8_t *tr_altered_plan(const tiny_model *m, uint32_t tensor_size
     return plan;
 }
 
-/* Starts all ranks of a grid; the caller is rank 0, *r zero but for `stalled`. Before it no thread may run here (processes are forked). alter: NULL, or for every rank. */
+/* Starts all ranks of a grid; the caller is rank 0, *r zero but for `stalled` and `bare`. Before it no thread may run here (processes are forked). alter: NULL, or for every rank. */
 static inline int tr_start(tr_ranks *r, const tiny_model *m, uint32_t tensor_size, uint32_t n_stages, uint32_t transport, tr_alter alter, char *err) {
-    *r = (tr_ranks){.stalled = r->stalled, .n = tensor_size * n_stages, .transport = transport};
+    *r = (tr_ranks){.stalled = r->stalled, .bare = r->bare, .n = tensor_size * n_stages, .transport = transport};
     r->board = mmap(NULL, sizeof *r->board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (r->board == MAP_FAILED) return CV_E_MEMORY;
     fflush(stdout);
@@ -199,7 +201,7 @@ static inline int tr_start(tr_ranks *r, const tiny_model *m, uint32_t tensor_siz
     }
     uint8_t *plan = tr_altered_plan(m, tensor_size, n_stages, 0, alter);
     int code = tr_join(r, 0, &r->group, err);
-    if (!code) code = cv_open(plan, m->plan_size, r->group, &r->engine, err, 256);
+    if (!code && !r->bare) code = cv_open(plan, m->plan_size, r->group, &r->engine, err, 256);
     free(plan);
     return code;
 }
@@ -212,7 +214,10 @@ static inline bool tr_end(tr_ranks *r) {
         int status, ms = 0;
         pid_t pid;
         while ((pid = waitpid(r->pids[i], &status, WNOHANG)) == 0 && ms++ < TR_WAIT_MS) usleep(1000);
-        if (pid) continue;
+        if (pid) {
+            r->signals[i] = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+            continue;
+        }
         ended = false;
         kill(r->pids[i], SIGKILL);
         waitpid(r->pids[i], &status, 0);
