@@ -6,6 +6,7 @@
 import { CaravanError } from "../errors.ts";
 import type { Placer } from "./instance-placer.ts";
 import type { Member } from "./membership.ts";
+import { hasModel } from "./orphans.ts";
 import { claimsOn, isNewer } from "./rank-host.ts";
 import { reasonOf } from "./reason.ts";
 import type { InstancePhase, InstanceState, NodeId, PlacementRequest, RankState } from "./types.ts";
@@ -109,7 +110,13 @@ export class InstanceLife {
 
   /** Takes over what another node owned. */
   adopt(state: InstanceState): void {
-    if (this.#owned.has(state.spec.id) || this.#owned.size >= MOST_OWNED) return;
+    const owned = this.#owned.get(state.spec.id);
+    // It was taken over before it was known how far the owner before had come: all that is older must count for nothing.
+    if (owned !== undefined && owned.state.epoch <= state.epoch) {
+      this.#fail(owned, "lost", "its owner before had come further", []);
+      owned.state = { ...owned.state, epoch: state.epoch };
+    }
+    if (owned !== undefined || this.#owned.size >= MOST_OWNED) return;
     this.#own({
       ...state,
       ...{ phase: "placing", epoch: state.epoch + 1, progress: 0, outstandingTokens: 0, unload: [] },
@@ -212,7 +219,8 @@ export class InstanceLife {
     }
     const elsewhere = placer.place(spec.model, spec.asked, candidates, {});
     const heir = elsewhere.kind === "placed" ? elsewhere.placement.ranks[0]?.node : undefined;
-    if (elsewhere.kind === "placed" && heir !== undefined && heir !== self) {
+    const able = heir !== undefined && heir !== self && hasModel(heir, spec.model, members);
+    if (elsewhere.kind === "placed" && able) {
       const state = { ...owned.state, epoch: owned.state.epoch + 1, reason: "moves to another owner" };
       this.#owned.delete(spec.id);
       this.#options.handOver({ ...state, spec: { ...spec, ...elsewhere.placement } });

@@ -123,8 +123,16 @@ export class Orphans {
   }
 }
 
-/** The first of its ranks whose node is here; else the node with the lowest id. */
+/** The first of its ranks whose node is here; else the lowest id of those that have the model, or of all. */
 export function heirOf({ spec }: InstanceState, members: readonly Member[]): NodeId | undefined {
   const here = members.map(({ record }) => record.info.id).sort();
-  return spec.ranks.find(({ node }) => here.includes(node))?.node ?? here[0];
+  const rank = spec.ranks.find(({ node }) => here.includes(node));
+  if (rank !== undefined) return rank.node;
+  return here.find((id) => hasModel(id, spec.model, members)) ?? here[0];
+}
+
+/** Whether the node has all of the model's files. */
+export function hasModel(id: NodeId, model: string, members: readonly Member[]): boolean {
+  const member = members.find(({ record }) => record.info.id === id);
+  return member?.record.info.models.some((m) => m.model === model && m.bytes >= m.total) === true;
 }

@@ -8,6 +8,7 @@ import type { RankOrder } from "../../src/cluster/rank-host.ts";
 import { ALIVE_MS } from "../../src/cluster/requests.ts";
 import type { Exchange, Link, NodeInfo } from "../../src/cluster/types.ts";
 import { asCaravanError, CaravanError } from "../../src/errors.ts";
+import { MODELS } from "./models.ts";
 import type { Network, Station } from "./network.ts";
 import { Violation } from "./violation.ts";
 import type { Dice, VirtualTime } from "./virtual-time.ts";
@@ -188,7 +189,8 @@ export class SimulatedNode implements Station {
     return {
       ...{ id, name: id, protocol: 1, version: "0", incarnation: this.incarnation, addresses: [] },
       ...{ os: "sim", chip: "sim", device: "cpu", memory: { total: capacity, available: capacity } },
-      ...{ bandwidth, speed: null, rdma: { reason: "sim" }, models: [] },
+      ...{ bandwidth, speed: null, rdma: { reason: "sim" } },
+      models: MODELS.map((model) => ({ model, bytes: 1, total: 1 })),
       ...{ instances: [], ranks: [], orphans: [], ended: [] },
     };
   }

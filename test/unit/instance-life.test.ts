@@ -195,6 +195,35 @@ describe("when a node is lost", () => {
     expect(c.state("i")?.epoch).toBeGreaterThan(1);
   });
 
+  test("an epoch that the owner before had reached unseen counts for nothing once it is known", () => {
+    const c = cluster(ROOMY, ROOMY);
+    c.node("a").logic.instances.create("i", "small", two);
+    c.pass(1000);
+    const state = c.state("i");
+    if (state === undefined) throw new Error("there is no instance");
+    c.node("b").logic.membership.update({ orphans: [{ ...state, epoch: 5 }] });
+    c.pass(6000);
+    expect(c.state("i")).toMatchObject({ phase: "ready", epoch: 6 });
+    expect(c.node("a").endedEpochs[0]?.slice(0, 2)).toEqual(["i", 1]);
+  });
+
+  test("the owner's heir among nodes without a rank of it is one that has the model", () => {
+    const c = cluster(ROOMY, ROOMY, ROOMY);
+    const models = [{ model: "small", bytes: 7, total: 7 }];
+    c.node("b").logic.membership.update({ models: [{ model: "small", bytes: 3, total: 7 }] });
+    c.node("c").logic.membership.update({ models });
+    c.node("a").logic.instances.create("i", "small", { context: 128, nodes: ["a"] });
+    c.pass(1000);
+    c.kill("a");
+    c.pass(12_000);
+    expect(
+      c
+        .node("c")
+        .logic.instances.states()
+        .map(({ phase }) => phase),
+    ).toEqual(["ready"]);
+  });
+
   test("without room on the survivors its state says what is missing, and the returned node makes it ready again", () => {
     const c = cluster(5e6, 5e6);
     c.node("a").logic.instances.create("i", "small", { context: 128 });
