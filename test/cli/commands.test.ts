@@ -92,9 +92,7 @@ describe.skipIf(!built)("the executable", () => {
       "--transport is one of auto",
     ],
     [["bench", "tiny", "--pipeline", "0"], 2, "--pipeline takes a whole number from 1 to 64"],
-    [["run", "--device", "metal", "tiny", "x"], 1, "--device metal is not built yet"],
     [["plan", "tiny", "--streams", "0"], 2, "--streams takes a whole number"],
-    [["doctor", "--selftest"], 1, "--selftest is not built yet"],
     [["run", "nope/nothing", "x"], 1, "caravan pull nope/nothing"],
     [["run", "smollm2", "x"], 1, "caravan pull smollm2"],
   ] as [string[], number, string][])("%j ends with %d and says why", async (args, code, message) => {

@@ -142,7 +142,7 @@ describe.skipIf(!built)("caravan completion", () => {
         COMP_WORDS=(${words.map((word) => `'${word}'`).join(" ")}); COMP_CWORD=${words.length - 1}; _caravan; echo "\${COMPREPLY[@]}"`;
       return Bun.spawnSync(["bash", "-c", script]).stdout.toString().trim().split(" ");
     };
-    expect(complete("caravan se")).toEqual(["serve"]);
+    expect(complete("caravan pu")).toEqual(["pull"]);
     expect(complete("caravan serve --tls")).toEqual(["--tls-cert", "--tls-key"]);
     expect(complete("caravan run f")).toEqual(["first"]);
     expect(complete("caravan ").length).toBeGreaterThan(10);
