@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "../../include/caravan.h"
@@ -16,6 +17,10 @@ enum { PIPELINES = 512, OPEN_COMMANDS = 256, TEXT = 1024, LOOK_BACK = 8 };
 
 /* A command buffer with more than this many multiply-adds is committed: a fraction of a second on the slowest M chip. */
 static const double MOST_WORK = 2e11;
+
+/* Hand-overs to the host within a step (cv_metal_sync): trials of each way when it is chosen, and how long the host looks at an event before it
+ * waits for the command buffer, which says why when the event never comes. */
+enum { HAND_OVER_TRIALS = 8, LOOK_NS = 20 * 1000 * 1000 };
 
 /* Memory that a buffer covers. */
 typedef struct {
@@ -34,6 +39,9 @@ typedef struct {
 struct cv_metal_device {
     cv_objc objc;
     id device, queue, residency;
+    id event;            /* MTLSharedEvent of hand-overs; NULL: not chosen, or waiting is quicker */
+    uint64_t event_value;
+    bool hand_over_chosen;
     bool residency_changed;
     id libraries[CV_METAL_FAMILIES];
     pipeline pipelines[PIPELINES]; /* hash table */
@@ -350,9 +358,18 @@ void cv_metal_dispatch(cv_metal_device *d, const size_t groups[3], size_t thread
     open_commands(d);
 }
 
+/* Waits for the first `committed` command buffers, looks at how they ended, and lets go of all. */
+static void wait_for_commands(cv_metal_device *d, size_t committed) {
+    enum { STATUS_COMPLETED = 4 };
+    if (committed) CV_SEND0(&d->objc, void, d->commands[committed - 1], wait); /* a queue runs them in order */
+    for (size_t i = 0; i < committed; i++)
+        if (CV_SEND0(&d->objc, NSUInteger, d->commands[i], status) != STATUS_COMPLETED) fail(d, CV_E_STEP, "the GPU stopped", CV_SEND0(&d->objc, id, d->commands[i], error));
+    for (size_t i = 0; i < d->n_commands; i++) release(d, d->commands[i]);
+    d->n_commands = 0;
+}
+
 /* Commits what is open, waits, and looks at how it ended. */
 static void complete(cv_metal_device *d) {
-    enum { STATUS_COMPLETED = 4 };
     size_t committed = d->n_commands;
     if (d->code) { /* what has been recorded last is dropped */
         if (d->encoder) CV_SEND0(&d->objc, void, d->encoder, end_encoding);
@@ -361,15 +378,70 @@ static void complete(cv_metal_device *d) {
     } else {
         commit(d);
     }
-    if (committed) CV_SEND0(&d->objc, void, d->commands[committed - 1], wait); /* a queue runs them in order */
-    for (size_t i = 0; i < committed; i++)
-        if (CV_SEND0(&d->objc, NSUInteger, d->commands[i], status) != STATUS_COMPLETED) fail(d, CV_E_STEP, "the GPU stopped", CV_SEND0(&d->objc, id, d->commands[i], error));
-    for (size_t i = 0; i < d->n_commands; i++) release(d, d->commands[i]);
-    d->n_commands = 0;
+    wait_for_commands(d, committed);
 }
 
+static uint64_t now_ns(void) {
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+/* Looks until the GPU has come to the event's value; false when it takes longer than LOOK_NS. */
+static bool reaches(cv_metal_device *d, id event, uint64_t value) {
+    for (uint64_t start = now_ns(); CV_SEND0(&d->objc, uint64_t, event, signaled) < value;)
+        if (now_ns() - start > LOOK_NS) return false;
+    return true;
+}
+
+/* The quickest of some empty command buffers, until the host knows that it is through. 0: it never came. */
+static uint64_t hand_over_ns(cv_metal_device *d, id event, bool look) {
+    uint64_t best = 0;
+    for (int i = 0; i < HAND_OVER_TRIALS; i++) {
+        id commands = CV_SEND0(&d->objc, id, d->queue, command_buffer);
+        uint64_t start = now_ns(), value = ++d->event_value;
+        CV_SEND(&d->objc, void, commands, signal, (id, uint64_t), event, value);
+        CV_SEND0(&d->objc, void, commands, commit);
+        bool came = look && reaches(d, event, value);
+        if (!came) CV_SEND0(&d->objc, void, commands, wait);
+        uint64_t ns = now_ns() - start;
+        if (look && !came) return 0;
+        if (!best || ns < best) best = ns;
+    }
+    return best;
+}
+
+/* Waiting for a command buffer wakes a thread; looking at an event does not, but holds a core. Which is quicker is measured once.
+ * CARAVAN_METAL_HAND_OVER=event or wait decides instead (tests). */
+static void choose_hand_over(cv_metal_device *d) {
+    const char *asked = getenv("CARAVAN_METAL_HAND_OVER");
+    d->hand_over_chosen = true;
+    if (asked && !strcmp(asked, "wait")) return;
+    id event = CV_SEND0(&d->objc, id, d->device, new_event);
+    if (!event) return;
+    uint64_t look = hand_over_ns(d, event, true), wait = hand_over_ns(d, event, false);
+    if (look && (look < wait || (asked && !strcmp(asked, "event")))) d->event = event;
+    else release(d, event);
+}
+
+/* A GPU that failed signals nothing: then the command buffers are waited for, and say why. */
 int cv_metal_sync(cv_metal_device *d) {
-    complete(d);
+    if (!d->hand_over_chosen) choose_hand_over(d);
+    if (!d->code && d->event && d->n_commands + 1 < OPEN_COMMANDS) {
+        uint64_t value = ++d->event_value;
+        cv_metal_make_resident(d);
+        CV_SEND0(&d->objc, void, d->encoder, end_encoding);
+        d->encoder = NULL;
+        CV_SEND(&d->objc, void, d->commands[d->n_commands - 1], signal, (id, uint64_t), d->event, value);
+        CV_SEND0(&d->objc, void, d->commands[d->n_commands - 1], commit);
+        if (reaches(d, d->event, value)) {
+            open_commands(d);
+            return d->code;
+        }
+        wait_for_commands(d, d->n_commands);
+    } else {
+        complete(d);
+    }
     if (!d->code) open_commands(d);
     return d->code;
 }
@@ -415,6 +487,7 @@ void cv_metal_device_close(cv_metal_device *d) {
     for (size_t i = 0; i < PIPELINES; i++) release(d, d->pipelines[i].pipeline);
     for (size_t i = 0; i < CV_METAL_FAMILIES; i++) release(d, d->libraries[i]);
     for (size_t i = 0; i < d->n_regions; i++) release(d, d->regions[i].buffer);
+    release(d, d->event);
     release(d, d->queue);
     release(d, d->residency);
     release(d, d->device);

@@ -45,6 +45,9 @@ typedef struct {
     X(set_bytes, "setBytes:length:atIndex:")                                                                                               \
     X(dispatch, "dispatchThreadgroups:threadsPerThreadgroup:")                                                                             \
     X(end_encoding, "endEncoding")                                                                                                         \
+    X(new_event, "newSharedEvent")                                                                                                         \
+    X(signal, "encodeSignalEvent:value:")                                                                                                  \
+    X(signaled, "signaledValue")                                                                                                           \
     X(commit, "commit")                                                                                                                    \
     X(wait, "waitUntilCompleted")                                                                                                          \
     X(status, "status")                                                                                                                    \
