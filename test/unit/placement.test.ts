@@ -254,11 +254,14 @@ test("16 nodes of four kinds with 240 links are placed in well under a second", 
   }));
   const links: Link[] = mesh(nodes, THUNDERBOLT).map((link, i) => ({ ...link, latencyUs: 12 + (i % 17) }));
   const profile = llama4Profile("maverick", 6);
-  planPlacements(profile, nodes.slice(0, 4), links, terms());
-  const start = performance.now();
-  const plan = planPlacements(profile, nodes, links, terms({ streams: 4 }));
-  const ms = performance.now() - start;
-  expect(plan.placements.length).toBeGreaterThan(20);
-  console.log(`16 nodes: ${plan.placements.length} placements in ${ms.toFixed(0)} ms`);
-  expect(ms).toBeLessThan(1000);
-});
+  // The best of several: other work on the machine only ever makes it slower.
+  let best = Number.POSITIVE_INFINITY;
+  for (let i = 0; i < 6; i++) {
+    const start = performance.now();
+    const plan = planPlacements(profile, nodes, links, terms({ streams: 4 }));
+    best = Math.min(best, performance.now() - start);
+    expect(plan.placements.length).toBeGreaterThan(20);
+  }
+  console.log(`16 nodes: placed in ${best.toFixed(0)} ms`);
+  expect(best).toBeLessThan(700);
+}, 30_000);
