@@ -1,10 +1,13 @@
 // caravan service with a home of its own and a service manager that only writes down what it is told.
 
-import { afterEach, beforeEach, expect, test } from "bun:test";
+import { afterEach, beforeEach, expect, setDefaultTimeout, test } from "bun:test";
 import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { launchdAgent, systemdUnit } from "../../src/cli/service-unit.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const MAIN = join(import.meta.dir, "../../src/main.ts");
 const linux = process.platform === "linux";

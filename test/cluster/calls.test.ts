@@ -1,7 +1,7 @@
 // Requests that one node passes to another: streams arrive as they are made, leaving cancels, a lost node ends the stream in
 // words that its reader understands.
 
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createApp } from "../../src/api/app.ts";
 import type { ClusterService, PassedRequest } from "../../src/api/cluster/service.ts";
 import { type CallOptions, callNode, serveCall } from "../../src/cluster/net/call.ts";
@@ -14,6 +14,9 @@ import { CaravanError } from "../../src/errors.ts";
 import { createLogger } from "../../src/log.ts";
 import { sayScript, scriptedModels } from "../tools/scripted-models.ts";
 import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const LOG = createLogger({ level: "silent" });
 const HOME = newCluster("home");

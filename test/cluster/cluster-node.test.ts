@@ -1,6 +1,6 @@
 // A node's life in a cluster by its file: made, joined by a code, left; and what is remembered over restarts.
 
-import { afterEach, expect, test } from "bun:test";
+import { afterEach, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -18,6 +18,9 @@ import { askToJoin } from "../../src/cluster/net/joining.ts";
 import { stateJson } from "../../src/cluster/net/state-json.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const cleanups: (() => unknown)[] = [];
 afterEach(async () => {

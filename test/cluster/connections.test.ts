@@ -1,6 +1,6 @@
 // Connections between nodes: who is let in, what hostile bytes do, and what every wait is bounded by.
 
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { randomBytes } from "node:crypto";
 import { connect as connectTcp } from "node:net";
 import { connect as connectTls, type TLSSocket } from "node:tls";
@@ -14,6 +14,9 @@ import { type Listener, listen } from "../../src/cluster/net/listener.ts";
 import { CARAVAN_PROTOCOL } from "../../src/cluster/protocol-version.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const SILENT = createLogger({ level: "silent" });
 const HOME = newCluster("home");

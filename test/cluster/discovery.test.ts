@@ -1,12 +1,15 @@
 // Discovery over real multicast on this machine's own networks.
 
-import { afterEach, expect, test } from "bun:test";
+import { afterEach, expect, setDefaultTimeout, test } from "bun:test";
 import { createSocket } from "node:dgram";
 import type { Beacon, Heard } from "../../src/cluster/net/beacon.ts";
 import { type ClusterCredentials, newCluster } from "../../src/cluster/net/cluster-file.ts";
 import { Discovery } from "../../src/cluster/net/discovery.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const LOG = createLogger({ level: "silent" });
 const PORT = 20_000 + (process.pid % 20_000);

@@ -1,6 +1,6 @@
 // Joining by a code that a person carries: what both sides know afterwards, and that nobody in the middle gets anything.
 
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createServer } from "node:tls";
 import fc from "fast-check";
 import { Channel } from "../../src/cluster/net/channel.ts";
@@ -19,6 +19,9 @@ import { askToJoin, JoinRequests } from "../../src/cluster/net/joining.ts";
 import { listen } from "../../src/cluster/net/listener.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const LOG = createLogger({ level: "silent" });
 const HOME: ClusterCredentials = {

@@ -1,6 +1,6 @@
 // Nodes that keep a link to each other: found by address or beacon, one link a pair, dead and stopped peers noticed in time.
 
-import { afterEach, expect, test } from "bun:test";
+import { afterEach, expect, setDefaultTimeout, test } from "bun:test";
 import type { Channel } from "../../src/cluster/net/channel.ts";
 import { type ClusterCredentials, newCluster } from "../../src/cluster/net/cluster-file.ts";
 import { type Identity, newIdentity } from "../../src/cluster/net/identity.ts";
@@ -8,6 +8,9 @@ import { Mesh, type MeshOptions } from "../../src/cluster/net/mesh.ts";
 import { CaravanError } from "../../src/errors.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const LOG = createLogger({ level: "silent" });
 const HOME = newCluster("home");

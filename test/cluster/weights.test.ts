@@ -1,7 +1,7 @@
 // A node without a model gets the part that its rank reads from a node that has it: the right bytes, once, checked, and going on
 // where an interruption left it.
 
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
@@ -28,6 +28,9 @@ import { elementBits, makeLoadPlan, type PlannedTensor } from "../../src/model/l
 import { openCheckpoint } from "../../src/model/safetensors.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
 import { ClusterLab, libraryHere, loopbackHosts } from "./cluster-lab.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
 
 const LOG = createLogger({ level: "silent" });
 const HOME = newCluster("home");
