@@ -15,6 +15,7 @@ import { loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import type { Command } from "./command.ts";
 import { type Check, clusterChecks } from "./doctor-cluster.ts";
+import { quarantineCommand } from "./mac-start.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
 
 function attempt(name: string, check: () => Omit<Check, "name">): Check {
@@ -52,6 +53,7 @@ function runChecks(): Check[] {
         detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${name}`,
       };
     }),
+    ...quarantineCheck(),
     ...gpuCheck(),
     attempt("memory", () => {
       const { available, total } = availableMemory();
@@ -105,6 +107,20 @@ async function selftest(quick: boolean, json: boolean): Promise<number> {
   } finally {
     progress.clear();
   }
+}
+
+/** Whether macOS still holds the executable as downloaded. */
+function quarantineCheck(): Check[] {
+  if (platform() !== "darwin") return [];
+  return [
+    attempt("quarantine", () => {
+      const { stdout } = Bun.spawnSync(["/usr/bin/xattr", process.execPath]);
+      const command = quarantineCommand(process.execPath, stdout.toString());
+      return command === undefined
+        ? { ok: true, detail: "none" }
+        : { ok: false, detail: "macOS may refuse to start this file: it was downloaded", fix: command };
+    }),
+  ];
 }
 
 /** The GPU, and how to give it more memory. */

@@ -1,5 +1,6 @@
 // caravan serve: the node. Loads models on demand and answers the HTTP API until it is told to stop.
 
+import { release } from "node:os";
 import { resolve } from "node:path";
 import { createApp } from "../api/app.ts";
 import { Lifecycle } from "../api/lifecycle.ts";
@@ -13,6 +14,7 @@ import { announceNode, newNodeId } from "../node/running-nodes.ts";
 import { makeCluster } from "../node/start-cluster.ts";
 import { loadSettings, type Settings } from "../settings.ts";
 import type { Command } from "./command.ts";
+import { startOnMac } from "./mac-start.ts";
 import { findModel } from "./model-argument.ts";
 import { RUN_OPTIONS, runOptions } from "./run-options.ts";
 
@@ -146,6 +148,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
     drainOnSignals(server);
     const withdraw = announce(nodeId, server.url, settings.tls_cert, log);
     process.stdout.write(`caravan listens at ${server.url}\n`);
+    const maySleep = startOnMac({ log, release: release(), discovers: true });
     try {
       await cluster.start(async (request) => app.fetch(request, { fromMember: true }));
       if (first !== undefined) await Promise.race([models.load(first), server.stopped]);
@@ -155,6 +158,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       throw thrown;
     } finally {
       withdraw();
+      maySleep();
       await cluster.close();
       await models.close();
     }
