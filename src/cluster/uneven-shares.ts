@@ -101,7 +101,8 @@ export function stageBounds(
     for (let end = s + 1; end <= layers - (stages - 1 - s); end++)
       for (let first = s === 0 ? 0 : end - 1; first >= s; first--) {
         const own = time(first, end, s);
-        if (own === Number.POSITIVE_INFINITY) break;
+        // A longer stage only takes longer.
+        if (own >= (next[end] ?? 0)) break;
         const before = best[first] ?? 0;
         const whole = alone ? before + own : Math.max(before, own);
         if (whole < (next[end] ?? 0)) {
