@@ -34,7 +34,7 @@ export interface RunOptions extends RankOptions {
 
 export interface OpenOptions
   extends RunOptions,
-    Pick<RunnerClientOptions, "instance" | "streams" | "onAddress"> {
+    Pick<RunnerClientOptions, "instance" | "streams" | "onAddress" | "onConnected"> {
   /** 0 to 1, and what is being done. */
   onProgress?: (fraction: number, detail: string) => void;
   /** Gives up loading; the promise then rejects with its reason. */

@@ -39,6 +39,8 @@ export interface LabHost {
   /** Address of its API, and more settings. */
   api: { host: string; port: number };
   env: Record<string, string>;
+  /** Further arguments of `caravan serve`. */
+  args?: string[];
 }
 
 export class LabNode {
@@ -77,10 +79,10 @@ export class LabNode {
 
   /** Starts it and waits until its API answers. */
   async start(): Promise<void> {
-    const { prefix, api, env } = this.host;
+    const { prefix, api, env, args = [] } = this.host;
     const main = join(ROOT, "src/main.ts");
     const child = Bun.spawn(
-      [...prefix, process.execPath, main, "serve", "--host", api.host, "--port", String(api.port)],
+      [...prefix, process.execPath, main, "serve", "--host", api.host, "--port", String(api.port), ...args],
       {
         env: { ...this.env, ...env, CARAVAN_NODE_NAME: this.name },
         stdin: "ignore",

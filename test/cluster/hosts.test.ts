@@ -64,6 +64,8 @@ describe.skipIf(inside === undefined)("hosts in the lab", () => {
       (_, i): LabHost => ({
         prefix: ["ip", "netns", "exec", `${prefix}${i}`],
         api: { host: `10.79.0.${i + 1}`, port: 11711 },
+        // Namespaces of one machine share its memory, and ranks would find that out.
+        args: ["--transport", "tcp"],
         env: {},
       }),
     );
@@ -107,6 +109,10 @@ describe.skipIf(inside === undefined)("hosts in the lab", () => {
       ]) {
         const instance = await lab.place(first(), asked);
         expect(instance.ranks.length).toBe(asked.tensor * asked.pipeline);
+        if (instance.ranks.length > 1) {
+          const owner = await lab.nodeOf(instance.owner);
+          expect(owner.log).toMatch(/ranks connected .*transport=tcp/);
+        }
         const answers = await Promise.all(lab.nodes.map((node) => node.say("tiny", 40)));
         expect(new Set(answers).size).toBe(1);
         texts.set(JSON.stringify(asked), answers[0] ?? "");

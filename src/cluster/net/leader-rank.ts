@@ -70,7 +70,8 @@ export class LeaderRank implements RunningRank {
     this.#group = {
       rank: 0,
       size,
-      transport: spec.transport,
+      // `caravan serve --transport` of the owner holds for its instances.
+      transport: options.run.transport ?? spec.transport,
       epoch,
       key: randomBytes(32).toString("hex"),
       instance: spec.id.replaceAll("-", ""),
@@ -216,6 +217,12 @@ export class LeaderRank implements RunningRank {
       context: spec.context,
       instance: { group, shares: this.#shares(), sizes },
       onAddress: (address) => this.#addresses[0]?.resolve(Buffer.from(address).toString("base64")),
+      onConnected: ({ transport, note, round_trip_us }) =>
+        this.#options.log.info("ranks connected", {
+          transport,
+          round_trip_us,
+          ...(note === "" ? {} : { note }),
+        }),
       onProgress: reports.loading,
       onEngine: (engine) => {
         this.#engine = engine;
