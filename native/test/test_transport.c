@@ -1,5 +1,8 @@
 /* test_transport.c — groups of ranks over every transport: sums with equal bits, messages in order, channels that do not disturb each other,
  * and faults: every wait ends within its limit and names the rank. Ranks are forked processes (ranks.h). */
+#include <netinet/in.h>
+#include <sys/socket.h>
+
 #include "transport_cases.h"
 
 static int body_nothing(cv_group *g, uint32_t rank, rank_world *w) {
@@ -175,6 +178,35 @@ static void votes(cv_checks *c) {
     cv_end_case(c);
 }
 
+static bool has_ipv6(void) {
+    struct sockaddr_in6 at = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+    int fd = socket(AF_INET6, SOCK_STREAM, 0);
+    bool works = fd >= 0 && bind(fd, (struct sockaddr *)&at, sizeof at) == 0;
+    if (fd >= 0) close(fd);
+    return works;
+}
+
+static void addresses(cv_checks *c) {
+    if (has_ipv6()) {
+        cv_case(c, "ranks connect over IPv6");
+        rank_world *w = ranks_new(3, CV_TRANSPORT_TCP);
+        snprintf(w->host, sizeof w->host, "::1");
+        ranks_start(w, body_nothing);
+        check_all(c, w, CV_OK);
+        ranks_free(w);
+        cv_end_case(c);
+    } else printf("skipped: ranks over IPv6 (this machine has none)\n");
+
+    cv_case(c, "a host name is refused, since resolving it may block for ever");
+    rank_world *w = ranks_new(1, CV_TRANSPORT_TCP);
+    snprintf(w->host, sizeof w->host, "localhost");
+    ranks_start(w, body_nothing);
+    check_all(c, w, CV_E_ARGUMENT);
+    cv_check(c, strstr(w->rank[0].text, "localhost is no IPv4 or IPv6 address"), "%s", w->rank[0].text);
+    ranks_free(w);
+    cv_end_case(c);
+}
+
 static void connecting(cv_checks *c) {
     cv_case(c, "a rank that never connects is named at the deadline");
     rank_world *w = ranks_new(3, CV_TRANSPORT_AUTO);
@@ -224,6 +256,7 @@ int main(void) {
     }
     new_epoch(&c);
     votes(&c);
+    addresses(&c);
     connecting(&c);
     return cv_report(&c);
 }

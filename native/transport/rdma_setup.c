@@ -12,6 +12,7 @@
 #define MOST_LISTED 8
 #define WHY_BYTES 200
 #define PING_NS (2000 * CV_MS)
+#define PROBE_NS (4000 * CV_MS)
 #define MTU_1024 3u
 
 /* What a rank says of its devices, before any is opened for good. */
@@ -353,10 +354,75 @@ static void load(cv_group *g, cv_rdma *s, survey *mine) {
     if (s->verbs) look_at_devices(g, s, mine);
 }
 
+/* A wedged port lets the first call into the library hang for ever, so it happens in a thread that may be left behind. */
+enum { PROBE_RUNS, PROBE_DONE, PROBE_LEFT };
+typedef struct {
+    cv_group *g; /* a shadow: options, rank and size only */
+    cv_rdma *s;
+    survey found;
+    atomic_int state;
+} probe;
+
+static cv_rdma *new_rdma(void) {
+    cv_rdma *s = calloc(1, sizeof *s);
+    for (uint32_t r = 0; s && r < CV_MAX_RANKS; r++) pthread_mutex_init(&s->links[r].lock, NULL);
+    return s;
+}
+
+static void free_probe(probe *p) {
+    free(p->g);
+    free(p);
+}
+
+static void *run_probe(void *arg) {
+    probe *p = arg;
+    load(p->g, p->s, &p->found);
+    int runs = PROBE_RUNS;
+    if (!atomic_compare_exchange_strong(&p->state, &runs, PROBE_DONE)) {
+        cv_rdma_free(p->g, p->s);
+        free_probe(p);
+    }
+    return NULL;
+}
+
+/* What load finds, or that it does not come back: the memory is then the thread's. NULL with the reason in mine. */
+static cv_rdma *load_in_time(cv_group *g, uint64_t until_ns, survey *mine) {
+    probe *p = calloc(1, sizeof *p);
+    cv_group *shadow = calloc(1, sizeof *shadow);
+    cv_rdma *s = new_rdma();
+    pthread_t thread;
+    snprintf(mine->why, sizeof mine->why, "no memory");
+    if (p && shadow && s) {
+        shadow->options = g->options;
+        shadow->rank = g->rank;
+        shadow->size = g->size;
+        p->g = shadow;
+        p->s = s;
+        if (pthread_create(&thread, NULL, run_probe, p) == 0) {
+            pthread_detach(thread);
+            uint64_t until = cv_now() + PROBE_NS < until_ns ? cv_now() + PROBE_NS : until_ns;
+            struct timespec nap = {0, 200000};
+            while (atomic_load(&p->state) == PROBE_RUNS && cv_now() < until && atomic_load(&g->code) == CV_OK) nanosleep(&nap, NULL);
+            int runs = PROBE_RUNS;
+            if (atomic_compare_exchange_strong(&p->state, &runs, PROBE_LEFT)) {
+                snprintf(mine->why, sizeof mine->why, "the RDMA library does not answer (a port may be wedged: restart the machine)");
+                return NULL;
+            }
+            *mine = p->found;
+            free_probe(p);
+            return s;
+        }
+    }
+    free(p);
+    free(shadow);
+    if (s) cv_rdma_free(g, s);
+    return NULL;
+}
+
 /* Steps with a gather between them; 1 works, 0 not here or not there (why is empty when only others cannot), or the group's code. */
-static int set_up(cv_group *g, cv_rdma *s, survey *surveys, directions *all, uint64_t until_ns, char *why, size_t why_size) {
+static int set_up(cv_group *g, cv_rdma **out, survey *surveys, directions *all, uint64_t until_ns, char *why, size_t why_size) {
     survey *mine = &surveys[g->size]; /* the arrays have one more element */
-    load(g, s, mine);
+    cv_rdma *s = *out = load_in_time(g, until_ns, mine);
     int code = cv_gather(g, mine, sizeof *mine, surveys, until_ns);
     if (code != CV_OK) return code;
     for (uint32_t r = 0; r < g->size; r++) {
@@ -392,27 +458,22 @@ static int set_up(cv_group *g, cv_rdma *s, survey *surveys, directions *all, uin
 }
 
 int cv_rdma_try(cv_group *g, uint64_t until_ns, char *why, size_t why_size) {
-    cv_rdma *s = calloc(1, sizeof *s);
+    cv_rdma *s = NULL;
     survey *surveys = calloc(g->size + 1, sizeof *surveys);
     directions *all = calloc(g->size + 1, sizeof *all);
-    if (!s || !surveys || !all) {
-        free(s);
-        free(surveys);
-        free(all);
-        return cv_group_fail(g, CV_E_MEMORY, (int)g->rank, "rank %u has no memory to connect", g->rank);
-    }
-    for (uint32_t r = 0; r < CV_MAX_RANKS; r++) pthread_mutex_init(&s->links[r].lock, NULL);
-    int r = set_up(g, s, surveys, all, until_ns, why, why_size);
-    if (r == 0 && s->broken_rule[0]) snprintf(why, why_size, "%s", s->broken_rule); /* says more than the error value */
+    int r = surveys && all ? set_up(g, &s, surveys, all, until_ns, why, why_size) : cv_group_fail(g, CV_E_MEMORY, (int)g->rank, "rank %u has no memory to connect", g->rank);
+    if (r == 0 && s && s->broken_rule[0]) snprintf(why, why_size, "%s", s->broken_rule); /* says more than the error value */
     free(surveys);
     free(all);
-    if (r == 1) {
-        uint64_t now = cv_now();
-        for (uint32_t k = 0; k < g->size; k++) s->links[k].heard_ns = now;
-        pthread_mutex_lock(&g->lock);
-        g->wire_state = s;
-        g->wire = &cv_rdma_wire;
-        pthread_mutex_unlock(&g->lock);
-    } else cv_rdma_free(g, s);
-    return r;
+    if (r != 1) {
+        if (s) cv_rdma_free(g, s);
+        return r;
+    }
+    uint64_t now = cv_now();
+    for (uint32_t k = 0; k < g->size; k++) s->links[k].heard_ns = now;
+    pthread_mutex_lock(&g->lock);
+    g->wire_state = s;
+    g->wire = &cv_rdma_wire;
+    pthread_mutex_unlock(&g->lock);
+    return 1;
 }

@@ -43,10 +43,10 @@ guest() {
 }
 
 tests=build/test/test_rdma
-guest transport -t 120 -f $here/mesh_up.sh -f $tests -c "sh $PWD/$here/mesh_up.sh 4 && $PWD/$tests guest"
+guest transport -t 150 -f $here/mesh_up.sh -f $tests -c "sh $PWD/$here/mesh_up.sh 4 && $PWD/$tests guest"
 if [ -x dist/caravan ]; then
   model=test/golden/data/scout-4bit
-  guest models -t 120 -m 1536 -f $here/mesh_up.sh -f $here/guest_models.sh -f $tests -f dist/caravan -f $model/config.json -f $model/model.safetensors \
+  guest models -t 240 -m 1536 -f $here/mesh_up.sh -f $here/guest_models.sh -f $tests -f dist/caravan -f $model/config.json -f $model/model.safetensors \
     -f $model/model.safetensors.index.json -c "sh $PWD/$here/mesh_up.sh 4 && sh $PWD/$here/guest_models.sh $PWD"
 else
   echo "skipped: models over RDMA: dist/caravan is not built"
