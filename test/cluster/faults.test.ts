@@ -11,7 +11,10 @@ const SLOW_MS = 90_000;
 
 let lab: ClusterLab;
 beforeAll(async () => {
-  lab = new ClusterLab(libraryHere ? loopbackHosts(3) : []);
+  // As between machines: on one machine ranks would share memory (test/golden and test/cli have that).
+  lab = new ClusterLab(
+    (libraryHere ? loopbackHosts(3) : []).map((host) => ({ ...host, args: ["--transport", "tcp"] })),
+  );
   await lab.start();
 }, SLOW_MS);
 afterAll(async () => {
