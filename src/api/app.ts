@@ -26,6 +26,7 @@ import { benchChatRoute } from "./ops/bench-chat.ts";
 import { healthRoute } from "./ops/health.ts";
 import { loginRoute, logoutRoute, whoRoute } from "./ops/login.ts";
 import { metricsRoute, ServingMetrics } from "./ops/metrics.ts";
+import { deleteRoute, type ModelLibrary, pullRoute } from "./ops/model-library.ts";
 import { loadRoute, unloadRoute } from "./ops/models-admin.ts";
 import { readyRoute } from "./ops/ready.ts";
 import { TraceLog } from "./ops/request-trace.ts";
@@ -45,6 +46,8 @@ export interface AppOptions {
   log?: Logger;
   /** This node's part in a cluster; absent: none. */
   cluster?: ClusterService;
+  /** What pulls and deletes models; absent: nothing does. */
+  library?: ModelLibrary;
   /** Shown by /health, so that tools on this machine know the node again. */
   nodeId?: string;
 }
@@ -90,6 +93,8 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, "/requests", { GET: listRequestsRoute(deps) }, ADMIN);
   route(app, "/models/load", { POST: loadRoute(deps) }, ADMIN);
   route(app, "/models/unload", { POST: unloadRoute(deps) }, ADMIN);
+  route(app, "/models/pull", { POST: pullRoute(deps, options.library) }, ADMIN);
+  route(app, "/models/delete", { POST: deleteRoute(deps, options.library) }, ADMIN);
   route(app, "/requests/:id", { GET: requestRoute(deps) });
   route(app, "/bench/chat/completions", { POST: benchChatRoute(deps) });
   route(app, "/v1/models", { GET: listModelsRoute(deps) });

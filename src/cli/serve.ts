@@ -10,6 +10,7 @@ import { asCaravanError } from "../errors.ts";
 import { createLogger, type Logger } from "../log.ts";
 import { openStore } from "../model/store.ts";
 import { LoadedModels } from "../node/loaded-models.ts";
+import { modelLibrary } from "../node/model-library.ts";
 import { announceNode, newNodeId } from "../node/running-nodes.ts";
 import { makeCluster } from "../node/start-cluster.ts";
 import { loadSettings, type Settings } from "../settings.ts";
@@ -133,6 +134,7 @@ SIGTERM or Ctrl-C lets running requests finish; the second one ends them.`,
       lifecycle,
       log,
       nodeId,
+      library: modelLibrary(() => openStore(settings.models_dir), log),
       settings: apiSettings(settings),
     });
     const server = startServer({

@@ -53,6 +53,26 @@ describe.skipIf(!built)("pull", () => {
     );
   });
 
+  test("over HTTP brings a model that answers, and a delete takes it away", async () => {
+    const { env } = await hubWith("org/served");
+    const node = await place.serve([], { ...env, CARAVAN_ADMIN_KEYS: "an-administration-key" });
+    const post = (path: string, body: object) =>
+      fetch(`${node.url}${path}`, {
+        method: "POST",
+        headers: { authorization: "Bearer an-administration-key" },
+        body: JSON.stringify({ model: "org/served", ...body }),
+      });
+    const lines = (await (await post("/models/pull", {})).text()).trim().split("\n");
+    expect(JSON.parse(lines.at(-1) ?? "")).toMatchObject({ status: "success" });
+    const messages = [{ role: "user", content: "Hi" }];
+    expect((await post("/v1/chat/completions", { messages, max_tokens: 2 })).status).toBe(200);
+    const deleted = (await (await post("/models/delete", {})).json()) as { freed_bytes: number };
+    expect(deleted.freed_bytes).toBeGreaterThan(0);
+    expect((await post("/v1/chat/completions", { messages })).status).toBe(404);
+    node.kill("SIGTERM");
+    expect((await node.ended).code).toBe(0);
+  });
+
   test("refuses content with another hash and leaves no model", async () => {
     const { hub, env } = await hubWith("org/forged");
     const forged = new Uint8Array(FILES.find((file) => file.path === WEIGHTS)?.content ?? []);

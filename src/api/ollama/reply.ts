@@ -10,11 +10,14 @@ export function ollamaErrorBody(error: CaravanError): object {
   return { error: errorBody(error).error.message };
 }
 
+/** Space before a line's object means nothing. */
+const BLANK = " ";
+
 export const OLLAMA_WIRE: StreamWire = {
   contentType: "application/x-ndjson",
   errorFrame: (error) => `${JSON.stringify(ollamaErrorBody(error))}\n`,
   // Space before the next object: lines of nothing else would confuse clients.
-  keepAliveFrame: " ",
+  keepAliveFrame: BLANK,
 };
 
 interface OllamaCall {
@@ -57,7 +60,7 @@ export function loadedReply(model: string, piece: PieceOf): object {
   return { ...head(model), ...piece("", []), done: true, done_reason: "load" };
 }
 
-type Line = { text: string; calls: OllamaCall[]; end?: object };
+type Line = { text: string; calls: OllamaCall[]; end?: object; accepted?: boolean };
 
 /** Text as it comes; a call when it is complete, because Ollama's arguments are values, not text. */
 async function* lines(events: AsyncIterable<GroupAnswerEvent>): AsyncGenerator<Line> {
@@ -69,7 +72,10 @@ async function* lines(events: AsyncIterable<GroupAnswerEvent>): AsyncGenerator<L
     return [{ id, function: { name, arguments: argumentsOf(json) } }];
   };
   for await (const { event } of events) {
-    if (event.type === "arguments") {
+    if (event.type === "progress") {
+      // The request was accepted: the stream can begin before there is something to say.
+      if (event.done === 0) yield { text: "", calls: [], accepted: true };
+    } else if (event.type === "arguments") {
       if (open !== undefined) open.json += event.json;
     } else if (event.type === "text") {
       if (event.text !== "") yield { text: event.text, calls: complete() };
@@ -100,7 +106,11 @@ export async function* ollamaFrames(
   model: string,
   piece: PieceOf,
 ): AsyncGenerator<string, void, void> {
-  for await (const { text, calls, end } of lines(events)) {
+  for await (const { text, calls, end, accepted } of lines(events)) {
+    if (accepted) {
+      yield BLANK;
+      continue;
+    }
     const done = end !== undefined;
     yield `${JSON.stringify({ ...head(model), ...piece(text, calls), done, ...end })}\n`;
   }

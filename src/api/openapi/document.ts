@@ -26,6 +26,8 @@ interface Operation {
   reply?: keyof typeof replies;
   /** Content type of the streamed reply. */
   stream?: string;
+  /** There is no other reply. */
+  streamOnly?: boolean;
   errors?: keyof typeof errorReplies;
   /** No key is asked for. */
   open?: boolean;
@@ -73,6 +75,19 @@ const OPERATIONS: Operation[] = [
   post("/models/unload", "Operations", "Take a model out of memory", modelNameSchema, "unloaded", {
     scope: "administration",
   }),
+  {
+    path: "/models/pull",
+    method: "post",
+    tag: "Operations",
+    summary: "Download a model from the hub; a line of JSON for each step",
+    body: modelNameSchema,
+    stream: NDJSON,
+    streamOnly: true,
+    scope: "administration",
+  },
+  post("/models/delete", "Operations", "Delete a model from the disk", modelNameSchema, "deleted", {
+    scope: "administration",
+  }),
   get("/openapi.json", "Operations", "This description", "document"),
 ];
 
@@ -117,8 +132,9 @@ function describe(operation: Operation): JsonSchema {
     required: true,
     schema: { type: "string", minLength: 1 },
   }));
-  const content =
-    reply === undefined
+  const content = operation.streamOnly
+    ? {}
+    : reply === undefined
       ? { "text/plain": { schema: { type: "string" } } }
       : { "application/json": { schema: { $ref: `#/components/schemas/reply_${reply}` } } };
   return {

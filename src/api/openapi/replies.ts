@@ -154,6 +154,7 @@ export const replies = {
   }),
   loaded: v.looseObject({ model: text, state: v.literal("ready"), context_length: count }),
   unloaded: v.looseObject({ model: text, state: v.literal("available"), was_loaded: v.boolean() }),
+  deleted: v.looseObject({ model: text, deleted: v.literal(true), freed_bytes: count }),
   requests: list(trace),
   request: trace,
   document: v.looseObject({ openapi: text, paths: v.looseObject({}) }),
