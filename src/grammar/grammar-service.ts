@@ -38,6 +38,8 @@ interface Hand {
   readonly worker: Worker;
   job: Job | undefined;
   timer: ReturnType<typeof setTimeout> | undefined;
+  /** It has not got the vocabulary yet. */
+  starting: boolean;
 }
 
 export class GrammarService {
@@ -128,36 +130,40 @@ export class GrammarService {
 
   #dispatch(): void {
     while (this.#waiting.length > 0) {
-      let hand = [...this.#hands].find(({ job }) => job === undefined);
+      const hand = [...this.#hands].find(({ job, starting }) => job === undefined && !starting);
       if (hand === undefined) {
-        if (this.#hands.size >= MOST_WORKERS) return;
-        hand = this.#start();
-        const begun = hand;
-        this.#loaded().then(
-          (vocabulary) => this.#post(begun, { kind: "vocabulary", vocabulary }),
-          () => undefined,
-        );
+        const starting = [...this.#hands].filter((each) => each.starting).length;
+        if (this.#hands.size < MOST_WORKERS && starting < this.#waiting.length) this.#begin();
+        return;
       }
       const job = this.#waiting.shift();
       if (job === undefined) return;
-      this.#give(hand, job);
+      hand.job = job;
+      const limit = this.#options.compileLimitMs ?? COMPILE_LIMIT_MS;
+      this.#limit(
+        hand,
+        limit,
+        `the schema takes longer than ${limit} ms to compile`,
+        "unsupported_parameter",
+      );
+      this.#post(hand, { kind: "compile", id: job.id, spec: job.spec });
     }
   }
 
-  #give(hand: Hand, job: Job): void {
-    hand.job = job;
-    const limit = this.#options.compileLimitMs ?? COMPILE_LIMIT_MS;
-    this.#limit(hand, limit, `the schema takes longer than ${limit} ms to compile`, "unsupported_parameter");
-    // Behind the vocabulary's message, which a new worker gets in the same way.
+  /** Starts a worker for a vocabulary that is there; the time that it takes is not the next schema's. */
+  #begin(): void {
+    const hand = this.#start();
+    hand.starting = true;
+    this.#limit(hand, LOAD_LIMIT_MS, "the grammar worker did not start", "engine_failed");
     this.#loaded().then(
-      () => this.#post(hand, { kind: "compile", id: job.id, spec: job.spec }),
-      () => undefined,
+      (vocabulary) => this.#post(hand, { kind: "vocabulary", vocabulary }),
+      (error: CaravanError) => this.#drop(hand, error),
     );
   }
 
   #start(onLoading?: (message: FromGrammarWorker) => void): Hand {
     const worker = new Worker(this.#options.workerUrl ?? workerUrl());
-    const hand: Hand = { worker, job: undefined, timer: undefined };
+    const hand: Hand = { worker, job: undefined, timer: undefined, starting: false };
     this.#hands.add(hand);
     const died = (what: string): void => {
       const error = new CaravanError("engine_failed", `the grammar worker stopped: ${what}`, {
@@ -179,6 +185,12 @@ export class GrammarService {
   #receive(hand: Hand, message: FromGrammarWorker): void {
     if (message.kind === "warm") {
       this.#byId.get(message.id)?.keep(message.state, message.tokens);
+      return;
+    }
+    if (message.kind === "ready") {
+      hand.starting = false;
+      this.#rest(hand);
+      this.#dispatch();
       return;
     }
     if (message.kind !== "compiled" && message.kind !== "failed") return;
@@ -222,7 +234,8 @@ export class GrammarService {
   #drop(hand: Hand, error?: CaravanError): void {
     clearTimeout(hand.timer);
     this.#hands.delete(hand);
-    const { job } = hand;
+    // A worker that cannot start fails the request that it was started for: the next one may have more luck.
+    const job = hand.job ?? (hand.starting && error !== undefined ? this.#waiting.shift() : undefined);
     hand.job = undefined;
     hand.worker.terminate();
     if (job !== undefined && error !== undefined) job.reject(error);

@@ -15,7 +15,7 @@ import { buildTokenTrie } from "./token-trie.ts";
 declare const self: Worker;
 
 /** Time spent on a grammar's states ahead of their use, and between two looks at the messages. */
-const WARM_MS = 500;
+const WARM_MS = 150;
 const WARM_SLICE_MS = 20;
 
 let vocabulary: Vocabulary | undefined;

@@ -1,51 +1,14 @@
 import { expect, test } from "bun:test";
-import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { join } from "node:path";
-import Ajv2020, { type ValidateFunction } from "ajv/dist/2020";
 import type { GrammarSpec } from "../../src/grammar/spec.ts";
 import { JSON_WORDS, matcherSource, randomAnswer, smallVocabulary } from "../tools/grammar-walk.ts";
+import { suiteCases, suiteHere, validatorOf } from "../tools/json-schema-suite.ts";
 import { seededRandom } from "../tools/seeded-random.ts";
 
-const SUITE = join(import.meta.dir, "../../build/json-schema-suite/draft2020-12");
 const ANSWERS = 6;
 
-interface Case {
-  file: string;
-  description: string;
-  schema: unknown;
-  tests: { description: string; data: unknown; valid: boolean }[];
-}
-
-function cases(): Case[] {
-  const names = readdirSync(SUITE, { recursive: true, encoding: "utf8" }).filter((name) =>
-    name.endsWith(".json"),
-  );
-  return names
-    .filter((name) => !name.includes("format/"))
-    .sort()
-    .flatMap((file) =>
-      (JSON.parse(readFileSync(join(SUITE, file), "utf8")) as Omit<Case, "file">[]).map((each) => ({
-        file,
-        ...each,
-      })),
-    );
-}
-
-function validator(schema: unknown): ValidateFunction | undefined {
-  try {
-    const ajv = new Ajv2020({ strict: false, validateFormats: false, ownProperties: true, logger: false });
-    return ajv.compile(schema as object);
-  } catch {
-    // References to other documents; those schemas are refused.
-    return undefined;
-  }
-}
-
-if (!existsSync(SUITE)) {
-  console.log(`grammar-suite.test.ts skips: ${SUITE} is missing; \`make fixtures\` fetches it`);
-  test.skip("every schema of the JSON Schema suite is enforced or refused by name", () => {});
-} else
-  test("every schema of the JSON Schema suite is enforced or refused by name", () => {
+test.skipIf(!suiteHere())(
+  "every schema of the JSON Schema suite is enforced or refused by name",
+  () => {
     const vocabulary = smallVocabulary([...JSON_WORDS, '"foo', '"bar', "bar", "baz", "foo", "quux", "1.0"]);
     const random = seededRandom(20);
     const refused = new Map<string, number>();
@@ -53,7 +16,7 @@ if (!existsSync(SUITE)) {
     let enforced = 0;
     let answers = 0;
     let unfinished = 0;
-    const all = cases();
+    const all = suiteCases();
     for (const { file, description, schema, tests } of all) {
       const spec: GrammarSpec = { type: "json_schema", schema, param: "schema" };
       let message: string | undefined;
@@ -75,7 +38,7 @@ if (!existsSync(SUITE)) {
         continue;
       }
       enforced++;
-      const validate = validator(schema);
+      const validate = validatorOf(schema);
       if (validate === undefined) {
         broken.push(`${file}: ${description}: enforced, but ajv cannot compile it`);
         continue;
@@ -99,4 +62,6 @@ if (!existsSync(SUITE)) {
     expect(broken).toEqual([]);
     expect(enforced).toBeGreaterThan(all.length / 3);
     expect(answers).toBeGreaterThan(enforced * ANSWERS * 0.9);
-  }, 60_000);
+  },
+  60_000,
+);
