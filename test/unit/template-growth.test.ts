@@ -74,14 +74,14 @@ describe("what templates really do works as before:", () => {
   }
 
   test("a long conversation", () => {
-    const long = Array.from({ length: 5000 }, (_, i) => ({ role: "user", content: `text ${i} `.repeat(50) }));
+    const long = Array.from({ length: 1000 }, (_, i) => ({ role: "user", content: `text ${i} `.repeat(50) }));
     const source =
       "{% set ns = namespace(kept=[]) %}{% for m in messages %}{% set ns.kept = ns.kept + [m] %}" +
       "<{{ m.role }}>{{ m.content|trim|replace('text', 'TEXT') }}{% endfor %}{{ ns.kept|length }}";
     const length = long.reduce((sum, { content }) => sum + content.length, 0);
     const text = render(source, { messages: long }, length);
     expect(text).toStartWith("<user>TEXT 0 TEXT 0");
-    expect(text).toEndWith("5000");
+    expect(text).toEndWith("1000");
   });
 });
 
