@@ -1,6 +1,6 @@
 // An Engine whose arithmetic happens in a runner process. A runner that dies, is killed or hangs ends its streams with
 // an error event and takes no connection with it; the next request starts it again, after a pause that grows with
-// every failure in a row.
+// every failure in a row. A request that was sent to a runner which had just died, and has not accepted it, goes to the next one.
 
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { errorRecord } from "./error-record.ts";
@@ -36,7 +36,14 @@ interface Live {
   stream: EventStream;
   /** The runner has the request. */
   sent: boolean;
+  /** It has said something of it. */
+  heard: boolean;
+  /** Runners that died without a word about it. */
+  lost: number;
 }
+
+/** Then the request may be what they die of. */
+const MOST_LOST = 1;
 
 export class RunnerClient implements Engine {
   readonly model: string;
@@ -82,13 +89,17 @@ export class RunnerClient implements Engine {
     if (this.#live.has(request.id))
       throw new CaravanError("internal_error", `request ${request.id} is already running`);
     const stream = new EventStream(() => this.#abandon(request.id));
-    const live = { request, stream, sent: false };
+    const live = { request, stream, sent: false, heard: false, lost: 0 };
     this.#live.set(request.id, live);
+    this.#sendWhenReady(live);
+    return stream;
+  }
+
+  #sendWhenReady(live: Live): void {
     this.ready().then(
       () => this.#sendRequest(live),
-      (thrown) => this.#end(live, { type: "error", id: request.id, error: errorRecord(thrown) }),
+      (thrown) => this.#end(live, { type: "error", id: live.request.id, error: errorRecord(thrown) }),
     );
-    return stream;
   }
 
   cancel(id: string): void {
@@ -196,6 +207,7 @@ export class RunnerClient implements Engine {
       default: {
         const live = this.#live.get(message.id);
         if (live === undefined) return;
+        live.heard = true;
         if (message.type === "finish") this.#failures = 0;
         if (message.type === "finish" || message.type === "error") this.#end(live, message);
         else live.stream.push(message);
@@ -218,8 +230,27 @@ export class RunnerClient implements Engine {
     const settle = this.#settleStart;
     this.#settleStart = undefined;
     // Requests that wait for a start end through its rejection, or go to the next runner.
-    if (settle === undefined) this.#endAll(error, ({ sent }) => sent);
-    else settle.reject(error);
+    if (settle !== undefined) {
+      settle.reject(error);
+      return;
+    }
+    const sent = [...this.#live.values()].filter((live) => live.sent);
+    const again = sent.filter((live) => this.#mayGoToTheNext(live));
+    this.#endAll(error, (live) => live.sent && !again.includes(live));
+    for (const live of again) {
+      live.sent = false;
+      live.lost++;
+      this.#sendWhenReady(live);
+    }
+  }
+
+  #mayGoToTheNext(live: Live): boolean {
+    return (
+      !live.heard &&
+      live.lost < MOST_LOST &&
+      this.#fatal === undefined &&
+      this.#options.instance === undefined
+    );
   }
 
   #sendRequest(live: Live): void {

@@ -84,9 +84,16 @@ describe("a runner client", () => {
 
   test("ends every stream within a second when the runner is killed, and serves the next request", async () => {
     const engine = client("ok");
-    const streams = ["a", "b"].map((id) => collect(engine.generate(request(id, 0, 1_000_000))));
-    await engine.ready();
-    await until(() => engine.pid !== undefined, "a process");
+    const begun = new Set<string>();
+    const streams = ["a", "b"].map(async (id) => {
+      const events: GenerateEvent[] = [];
+      for await (const event of engine.generate(request(id, 0, 1_000_000))) {
+        events.push(event);
+        begun.add(id);
+      }
+      return events;
+    });
+    await until(() => begun.size === 2, "both answers have begun");
     const killed = performance.now();
     process.kill(engine.pid as number, "SIGKILL");
     for (const events of await Promise.all(streams))
@@ -98,6 +105,13 @@ describe("a runner client", () => {
     expect(engine.status()).toMatchObject({ state: "failed", error: { code: "engine_failed" } });
     expect(tokensOf(await collect(engine.generate(request("c", 7, 3))))).toEqual([7, 8, 9]);
     expect(engine.status().state).toBe("ready");
+  });
+
+  test("sends a request to the next runner when this one died without a word about it", async () => {
+    const engine = client("ok");
+    await engine.ready();
+    process.kill(engine.pid as number, "SIGKILL");
+    expect(tokensOf(await collect(engine.generate(request("a", 7, 3))))).toEqual([7, 8, 9]);
   });
 
   test("passes on the error of a model that cannot be loaded", async () => {
