@@ -217,7 +217,7 @@ function placementRow(model, placement) {
     placement.ranks.map(({ node }) => node).join(", "),
     placement.tokens_per_second === null ? "unknown" : placement.tokens_per_second.toFixed(1),
     placement.ranks.map(({ bytes }) => `${gigabytes(bytes.total)} of ${gigabytes(bytes.usable)}`).join(", "),
-    placement.warnings.join(" "),
+    placement.warnings.join("; "),
     load,
   ]);
 }

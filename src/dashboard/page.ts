@@ -3,6 +3,7 @@
 
 import clusterProgram from "./cluster.client.js" with { type: "text" };
 import figuresProgram from "./figures.client.js" with { type: "text" };
+import modelsProgram from "./models.client.js" with { type: "text" };
 import pageProgram from "./page.client.js" with { type: "text" };
 import pageStyle from "./page.css" with { type: "text" };
 import pageHtml from "./page.html" with { type: "text" };
@@ -22,6 +23,7 @@ export const PAGE_FILES: Record<string, () => Response> = {
   "/page.css": () => file(String(pageStyle), "text/css"),
   "/page.js": () => file(String(pageProgram), "text/javascript"),
   "/cluster.js": () => file(String(clusterProgram), "text/javascript"),
+  "/models.js": () => file(String(modelsProgram), "text/javascript"),
   "/figures.js": () => file(String(figuresProgram), "text/javascript"),
   "/requests.js": () => file(String(requestsProgram), "text/javascript"),
 };

@@ -8,11 +8,13 @@ import { type Browser, type BrowserContextOptions, chromium, type Page } from "p
 import { createApp } from "../../src/api/app.ts";
 import type { ClusterService } from "../../src/api/cluster/service.ts";
 import { Lifecycle } from "../../src/api/lifecycle.ts";
+import type { ModelLibrary } from "../../src/api/ops/model-library.ts";
 import { type RunningServer, startServer } from "../../src/api/server.ts";
 import type { ApiSettings } from "../../src/api/settings.ts";
 import { createLogger } from "../../src/log.ts";
 import type { Script } from "../tools/scripted-engine.ts";
 import { type ScriptedModels, sayScript, scriptedModels } from "../tools/scripted-models.ts";
+import { until } from "../tools/until.ts";
 
 const root = join(import.meta.dir, "../..");
 const program = ["/usr/bin/chromium", "/usr/bin/chromium-browser"].find((path) => existsSync(path));
@@ -122,6 +124,7 @@ describe.skipIf(program === undefined)("the page", () => {
     settings: Partial<ApiSettings> = {},
     context: BrowserContextOptions = {},
     cluster?: ClusterService,
+    library?: ModelLibrary,
   ): Promise<{ page: Page; models: ScriptedModels; url: string }> {
     const models = scriptedModels(script);
     const lifecycle = new Lifecycle();
@@ -129,6 +132,7 @@ describe.skipIf(program === undefined)("the page", () => {
     const app = createApp({
       ...{ models, lifecycle, settings, log },
       ...(cluster === undefined ? {} : { cluster }),
+      ...(library === undefined ? {} : { library }),
     });
     const server = startServer({
       app,
@@ -269,6 +273,40 @@ describe.skipIf(program === undefined)("the page", () => {
       { stop: "one" },
     ]);
     expect(complaints).toEqual([]);
+  }, 30_000);
+
+  test("downloads a model with progress, stops a download, and unloads a model", async () => {
+    let stopped = false;
+    let finish: () => void = () => {};
+    const library: ModelLibrary = {
+      pull: (name, { signal, onProgress }) =>
+        new Promise((resolve, reject) => {
+          onProgress({ doneBytes: 2e9, totalBytes: 8e9 });
+          if (name === "org/fine") finish = () => resolve({ bytes: 8e9 });
+          signal.addEventListener("abort", () => {
+            stopped = true;
+            reject(signal.reason);
+          });
+        }),
+      remove: async () => 0,
+    };
+    const { page } = await open(sayScript("Hi."), {}, {}, undefined, library);
+    await page.click("#to-cluster");
+    await page.waitForSelector("#models li:has-text('test/scripted: ready')");
+    await page.fill("#pull-name", "org/slow");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector("#pull-state:has-text('2.0 GB of 8.0 GB')");
+    expect(await page.getAttribute("#pull-progress", "value")).toBe("0.25");
+    await page.click("#pull-stop");
+    await page.waitForSelector("#pull-state:has-text('is stopped')");
+    await until(() => stopped, "the node hears of it");
+    await page.fill("#pull-name", "org/fine");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector("#pull-state:has-text('2.0 GB of 8.0 GB')");
+    finish();
+    await page.waitForSelector("#pull-state:has-text('org/fine is here')");
+    await page.click("#models button[aria-label='Unload test/scripted']");
+    await page.waitForSelector("#models li:has-text('test/scripted: available')");
   }, 30_000);
 
   test("plots throughput and latency, and lists the last requests", async () => {

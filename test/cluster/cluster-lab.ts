@@ -9,7 +9,7 @@ import { clusterFolder } from "../../src/cluster/net/identity.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
 
 const ROOT = join(import.meta.dir, "../..");
-const KEY = "lab-key-lab-key-lab-key";
+export const KEY = "lab-key-lab-key-lab-key";
 
 /** Whether the native library is built; says so when it is not. */
 export const libraryHere = ["so", "dylib"].some((end) => existsSync(join(ROOT, `build/libcaravan.${end}`)));

@@ -4,14 +4,19 @@
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { spawnSync } from "node:child_process";
+import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
-import { ClusterLab, eventually, type LabHost, type LabNode, libraryHere } from "./cluster-lab.ts";
+import { chromium } from "playwright-core";
+import { ClusterLab, eventually, KEY, type LabHost, type LabNode, libraryHere } from "./cluster-lab.ts";
 
 const LIMIT_MS = 3000;
 const SLOW_MS = 90_000;
 const HOSTS = 4;
 const NETLAB = join(import.meta.dir, "netlab.sh");
 const inside = process.env.CARAVAN_NETLAB;
+const browserProgram = ["/usr/bin/chromium", "/usr/bin/chromium-browser"].find((path) => existsSync(path));
+if (inside !== undefined && browserProgram === undefined)
+  console.log("skipped: the page of a host (no Chromium: apt-get install chromium)");
 
 function run(command: string[]): { code: number; text: string } {
   const [program = "", ...args] = command;
@@ -51,6 +56,49 @@ describe.skipIf(inside !== undefined || why !== undefined || !libraryHere)("four
 describe.skipIf(inside === undefined)("hosts in the lab", () => {
   const prefix = inside ?? "";
   let lab: ClusterLab;
+
+  test.skipIf(browserProgram === undefined)(
+    "are shown by the page of one of them, which places a model, chats, stops, and ends it",
+    async () => {
+      const browser = await chromium.launch({
+        executablePath: browserProgram ?? "",
+        args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"],
+      });
+      try {
+        const page = await browser.newPage();
+        await page.goto(first().url);
+        await page.click("#settings-toggle");
+        await page.fill("#key", KEY);
+        await page.keyboard.press("Tab");
+        await page.waitForSelector("#key[placeholder=accepted]");
+        await page.click("#settings-toggle");
+        await page.click("#to-cluster");
+        await page.waitForSelector(`#nodes tbody tr:nth-of-type(${HOSTS})`);
+        expect(await page.locator("#picture circle.node").count()).toBe(HOSTS);
+        await page.click("#place button[type=submit]");
+        await page.waitForSelector("#placements tbody tr");
+        await page.click("#placements tbody button[aria-label$='tensor 2']");
+        await page.waitForSelector("#instances li:has-text('ready')", { timeout: 30_000 });
+        const { instances } = await first().state();
+        expect(instances.map(({ ranks }) => ranks.length)).toEqual([2]);
+        mkdirSync(join(import.meta.dir, "../../build/screenshots"), { recursive: true });
+        await page.screenshot({ path: join(import.meta.dir, "../../build/screenshots/hosts.png") });
+        await page.click("#to-chat");
+        await page.waitForSelector("#send:not([disabled])");
+        await page.fill("#prompt", "Hi");
+        await page.keyboard.press("Enter");
+        await page.waitForSelector(".turn.assistant .text:not(:empty)");
+        await page.click("#stop");
+        await page.waitForSelector(".turn.assistant .stats:text-is('stopped')");
+        await page.click("#to-cluster");
+        await page.click("#instances button");
+        await page.waitForSelector("#instances:has-text('None.')");
+      } finally {
+        await browser.close();
+      }
+    },
+    SLOW_MS,
+  );
 
   const cable = (i: number, state: "up" | "down") => {
     const { text } = run(["ip", "link", "set", `p${i}`, state]);
