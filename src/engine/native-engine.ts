@@ -59,9 +59,20 @@ export class NativeEngine {
   submit<T>(step: Uint8Array, decode: (result: Uint8Array) => T): Promise<T> {
     return new Promise((resolve, reject) => {
       if (this.#failed !== undefined) throw this.#failed;
-      const ticket = this.#handle.submit(step);
+      const ticket = this.#queue(step);
       this.#waiting.push({ ticket, settle: (result) => resolve(decode(result)), reject });
     });
+  }
+
+  /** A lost rank may be found before any step in flight tells of it: the engine is over then, not only this step. */
+  #queue(step: Uint8Array): number {
+    try {
+      return this.#handle.submit(step);
+    } catch (thrown) {
+      const error = asCaravanError(thrown);
+      if (error.code === "cluster_degraded") this.#failed ??= error;
+      throw error;
+    }
   }
 
   stats(): NativeStats {
