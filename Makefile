@@ -115,7 +115,6 @@ check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as error
 VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh test/release/run.sh test/openapi/run.sh test/golden/ranks.sh test/rdma/run.sh test/simulation/run.sh)
 verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime, the API fuzzed, every grid of ranks, RDMA in a virtual machine, the simulated cluster
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
-	@zig=.tools/arm64/zig/ziglang/zig; if [ -x $$zig ]; then echo "== test/metal"; MSL_CLANG="$(CURDIR)/$$zig clang" $(BUN) test test/metal; else echo "skipped: test/metal (no clang 22)"; fi
 
 soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks; 64 connections for 2 minutes: all answered or 429; 10,000 seeds of the simulated cluster
 	$(BUN) test/soak/requests.ts $(SMOLLM2) 1000
