@@ -157,6 +157,7 @@ export function stageWeights(
   );
 }
 
+/** Shares of a grid: stage s has layers [bounds[s], bounds[s + 1]), divided among its tensor ranks by weights[s]. */
 export function sharesOf(bounds: readonly number[], weights: readonly (readonly number[])[]): Share[] {
   return weights.flatMap((stage, s) =>
     stage.map((weight, tensorRank) => ({

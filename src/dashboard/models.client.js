@@ -1,7 +1,7 @@
 // Models on this machine's disk: what each is doing, loading and unloading, and downloading with progress.
 // @ts-check
 
-import { askApi, element, failure, gigabytes, HEADERS, messageOf } from "/requests.js";
+import { askApi, element, failure, gigabytes, HEADERS, linesOf, messageOf } from "/requests.js";
 
 /** @typedef {{ id: string, state: string, progress?: number, error?: string }} Model */
 
@@ -66,20 +66,6 @@ async function look() {
   }
 }
 
-/** Objects of a stream of JSON lines. @param {ReadableStream<BufferSource>} body */
-async function* lines(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    rest += value;
-    const whole = rest.split("\n");
-    rest = whole.pop() ?? "";
-    for (const line of whole) if (line.trim() !== "") yield JSON.parse(line);
-  }
-}
-
 element("pull", HTMLFormElement).addEventListener("submit", async (event) => {
   event.preventDefault();
   const name = element("pull-name", HTMLInputElement).value.trim();
@@ -97,7 +83,9 @@ element("pull", HTMLFormElement).addEventListener("submit", async (event) => {
       signal: pulling.signal,
     });
     if (!reply.ok || reply.body === null) throw await failure(reply);
-    for await (const report of lines(reply.body)) {
+    for await (const line of linesOf(reply.body)) {
+      if (line.trim() === "") continue;
+      const report = JSON.parse(line);
       if (report.status === "failed") throw new Error(report.error?.message ?? "the download failed");
       if (report.status === "success") {
         state.textContent = `${name} is here.`;

@@ -1,7 +1,7 @@
 // The page's program: a chat with the node's own API. Text from models and people is only ever put in as text.
 // @ts-check
 
-import { element, failure, HEADERS } from "/requests.js";
+import { element, failure, HEADERS, linesOf } from "/requests.js";
 
 /** @typedef {{ role: "system" | "user" | "assistant", content: string }} Message */
 
@@ -110,16 +110,8 @@ function sampling() {
 
 /** `data:` objects of a stream. @param {ReadableStream<BufferSource>} body */
 async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    rest += value;
-    const lines = rest.split("\n");
-    rest = lines.pop() ?? "";
-    for (const line of lines) if (line.startsWith("data: {")) yield JSON.parse(line.slice("data: ".length));
-  }
+  for await (const line of linesOf(body))
+    if (line.startsWith("data: {")) yield JSON.parse(line.slice("data: ".length));
 }
 
 /** Sends the conversation and shows the answer as it comes. */

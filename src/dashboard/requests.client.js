@@ -29,6 +29,20 @@ export function messageOf(thrown) {
   return thrown instanceof Error ? thrown.message : String(thrown);
 }
 
+/** Lines of a reply as they come. @param {ReadableStream<BufferSource>} body */
+export async function* linesOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    rest += value;
+    const lines = rest.split("\n");
+    rest = lines.pop() ?? "";
+    yield* lines;
+  }
+}
+
 /** A table row of texts and elements. @param {(string | Node)[]} cells */
 export function row(cells) {
   const tr = document.createElement("tr");

@@ -4,26 +4,9 @@
 
 import { CaravanError } from "../errors.ts";
 import { type GroupPointer, groupFunctions, nativeError, text } from "./binding.ts";
-import { ABI_VERSION } from "./layout.ts";
+import { ABI_VERSION, GROUP_OPTIONS, GROUP_STATS } from "./layout.ts";
 import type { Connection, GroupOptions } from "./rank-protocol.ts";
 
-/** cv_group_options. */
-const OPTIONS = {
-  size: 424,
-  version: 0,
-  rank: 4,
-  ranks: 8,
-  transport: 12,
-  epoch: 16,
-  key: 24,
-  instance: 56,
-  host: 72,
-  rdma_device: 328,
-  silence_ms: 392,
-  rdma_flags: 400,
-} as const;
-/** cv_group_stats_record. */
-const STATS_BYTES = 64;
 const ADDRESS_BYTES = 4096;
 const TEXT_BYTES = 1024;
 const TRANSPORTS = { auto: 0, shm: 1, rdma: 2, tcp: 3 } as const;
@@ -99,32 +82,32 @@ export class RankGroup {
   /** The first failure as a sentence that names the rank; undefined while the group lives. */
   failure(): string | undefined {
     const { record, failure } = this.#read();
-    const failed = new DataView(record.buffer).getUint32(4, true) !== 0;
+    const failed = new DataView(record.buffer).getUint32(GROUP_STATS.failed, true) !== 0;
     return failed ? failure || "the ranks of the model have lost each other" : undefined;
   }
 
   stats(): GroupStats {
     const { record } = this.#read();
     const view = new DataView(record.buffer);
-    const long = (index: number): number => Number(view.getBigUint64(8 + index * 8, true));
+    const long = (at: number): number => Number(view.getBigUint64(at, true));
     const [transport = "auto"] = Object.entries(TRANSPORTS).find(
-      ([, number]) => number === view.getUint32(0, true),
+      ([, number]) => number === view.getUint32(GROUP_STATS.transport, true),
     ) ?? ["auto"];
     return {
       transport: transport as GroupStats["transport"],
-      failed: view.getUint32(4, true) !== 0,
-      reduces: long(0),
-      reduceNs: long(1),
-      reduceBytes: long(2),
-      messages: long(3),
-      messageBytes: long(4),
-      macNs: long(5),
-      roundTripUs: view.getUint32(56, true),
+      failed: view.getUint32(GROUP_STATS.failed, true) !== 0,
+      reduces: long(GROUP_STATS.reduces),
+      reduceNs: long(GROUP_STATS.reduce_ns),
+      reduceBytes: long(GROUP_STATS.reduce_bytes),
+      messages: long(GROUP_STATS.messages),
+      messageBytes: long(GROUP_STATS.message_bytes),
+      macNs: long(GROUP_STATS.mac_ns),
+      roundTripUs: view.getUint32(GROUP_STATS.round_trip_us, true),
     };
   }
 
   #read(): { record: Uint8Array<ArrayBuffer>; failure: string } {
-    const record = new Uint8Array(STATS_BYTES);
+    const record = new Uint8Array(GROUP_STATS.size);
     const error = new Uint8Array(TEXT_BYTES);
     const code = groupFunctions().cv_group_stats(this.pointer, record, error, error.length);
     if (code !== 0) throw nativeError(code, error, "reading a group's statistics");
@@ -140,19 +123,22 @@ export class RankGroup {
 }
 
 function encode(options: GroupOptions): Uint8Array {
-  const bytes = new Uint8Array(OPTIONS.size);
+  const bytes = new Uint8Array(GROUP_OPTIONS.size);
   const view = new DataView(bytes.buffer);
   const u32 = (at: number, value: number) => view.setUint32(at, value, true);
-  u32(OPTIONS.version, ABI_VERSION);
-  u32(OPTIONS.rank, options.rank);
-  u32(OPTIONS.ranks, options.size);
-  u32(OPTIONS.transport, TRANSPORTS[options.transport]);
-  view.setBigUint64(OPTIONS.epoch, BigInt(options.epoch), true);
-  bytes.set(Buffer.from(options.key, "hex"), OPTIONS.key);
-  bytes.set(Buffer.from(options.instance, "hex"), OPTIONS.instance);
-  bytes.set(new TextEncoder().encode(options.host ?? "").subarray(0, 255), OPTIONS.host);
-  bytes.set(new TextEncoder().encode(options.rdmaDevice ?? "").subarray(0, 63), OPTIONS.rdma_device);
-  u32(OPTIONS.silence_ms, options.silenceMs ?? 0);
-  u32(OPTIONS.rdma_flags, options.rdmaQueuePairs === undefined ? 0 : RDMA_FLAGS[options.rdmaQueuePairs]);
+  u32(GROUP_OPTIONS.version, ABI_VERSION);
+  u32(GROUP_OPTIONS.rank, options.rank);
+  u32(GROUP_OPTIONS.ranks, options.size);
+  u32(GROUP_OPTIONS.transport, TRANSPORTS[options.transport]);
+  view.setBigUint64(GROUP_OPTIONS.epoch, BigInt(options.epoch), true);
+  bytes.set(Buffer.from(options.key, "hex"), GROUP_OPTIONS.key);
+  bytes.set(Buffer.from(options.instance, "hex"), GROUP_OPTIONS.instance);
+  bytes.set(new TextEncoder().encode(options.host ?? "").subarray(0, 255), GROUP_OPTIONS.host);
+  bytes.set(new TextEncoder().encode(options.rdmaDevice ?? "").subarray(0, 63), GROUP_OPTIONS.rdma_device);
+  u32(GROUP_OPTIONS.silence_ms, options.silenceMs ?? 0);
+  u32(
+    GROUP_OPTIONS.rdma_flags,
+    options.rdmaQueuePairs === undefined ? 0 : RDMA_FLAGS[options.rdmaQueuePairs],
+  );
   return bytes;
 }

@@ -2,7 +2,7 @@
 // node, whatever memory that has; whether they fit there is for the placement to know. Pure.
 
 import type { LoadPlan } from "../model/load-plan.ts";
-import { type KvType, planMemory } from "../model/memory-plan.ts";
+import { type KvType, type MemoryPlan, planMemory } from "../model/memory-plan.ts";
 import { PROMPT_LOGITS_A_STEP } from "../scheduler/scheduler.ts";
 import type { EngineSizes } from "./rank-protocol.ts";
 
@@ -23,7 +23,7 @@ export function instanceSizes(plan: LoadPlan, terms: InstanceTerms): EngineSizes
   const { context, streams, compute, kvType } = terms;
   const maxTokens = Math.max(STEP_TOKENS, streams);
   const maxLogits = streams + PROMPT_LOGITS_A_STEP;
-  const { pageTokens, fullPages, chunkPages } = planMemory(plan, {
+  const memory = planMemory(plan, {
     context,
     streams,
     kvType,
@@ -32,15 +32,14 @@ export function instanceSizes(plan: LoadPlan, terms: InstanceTerms): EngineSizes
     maxLogits,
     available: Number.POSITIVE_INFINITY,
   });
-  return {
-    compute,
-    pageTokens,
-    fullPages,
-    chunkPages,
-    kvType,
-    maxRows: streams,
-    maxTokens,
-    maxLogits,
-    slots: streams,
-  };
+  return engineSizes(memory, { compute, kvType, streams, maxTokens, maxLogits });
+}
+
+/** What an engine is opened with for a memory plan: a row and a slot for each stream. */
+export function engineSizes(
+  { pageTokens, fullPages, chunkPages }: MemoryPlan,
+  terms: Pick<EngineSizes, "compute" | "kvType" | "maxTokens" | "maxLogits"> & { streams: number },
+): EngineSizes {
+  const { streams, ...same } = terms;
+  return { ...same, pageTokens, fullPages, chunkPages, maxRows: streams, slots: streams };
 }

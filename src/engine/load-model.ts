@@ -16,7 +16,7 @@ import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
 import { PROMPT_LOGITS_A_STEP } from "../scheduler/scheduler.ts";
 import type { StepLimits } from "../scheduler/step.ts";
 import { bestCpu, cpuName, type GroupPointer, performanceCores } from "./binding.ts";
-import { STEP_TOKENS } from "./instance-sizes.ts";
+import { engineSizes, STEP_TOKENS } from "./instance-sizes.ts";
 import type { LoadOptions } from "./load-options.ts";
 import { LocalRanks } from "./local-ranks.ts";
 import { type ChosenDevice, chooseDevice, type Device } from "./metal-device.ts";
@@ -172,20 +172,11 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
           },
         }),
   });
-  const { pageTokens, fullPages, chunkPages, streams } = memory;
   const load: RankLoad = {
     modelDir: options.modelDir,
     shares,
     sizes: instance?.sizes ?? {
-      compute,
-      pageTokens,
-      fullPages,
-      chunkPages,
-      kvType,
-      maxRows: streams,
-      maxTokens,
-      maxLogits,
-      slots: streams,
+      ...engineSizes(memory, { compute, kvType, streams: memory.streams, maxTokens, maxLogits }),
       checkRanks: options.checkRanks ?? false,
     },
     threads,

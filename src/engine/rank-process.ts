@@ -2,9 +2,7 @@
 // step rejects with the reason when the process fails or ends; nothing here retries.
 
 import { CaravanError } from "../errors.ts";
-import { childEnvironment } from "./child-environment.ts";
-import { isCompiled } from "./library.ts";
-import { LineSplitter } from "./line-splitter.ts";
+import { ChildProcess, ownCommand } from "./child-process.ts";
 import {
   addressBytes,
   addressText,
@@ -17,8 +15,6 @@ import {
 } from "./rank-protocol.ts";
 import type { RankTimes } from "./ranks.ts";
 
-/** Characters of the log that are kept for the message about a crash. */
-const LOG_TAIL = 2000;
 /** Shorter than what a runner has itself. */
 const CLOSE_LIMIT_MS = 1500;
 
@@ -40,13 +36,6 @@ export interface RankProcessOptions {
   closeLimitMs?: number;
 }
 
-/** How to start a rank: this executable again, or from source Bun with the program's main file. */
-export function rankCommand(): string[] {
-  return isCompiled()
-    ? [process.execPath, "rank"]
-    : [process.execPath, new URL("../main.ts", import.meta.url).pathname, "rank"];
-}
-
 export class RankProcess {
   readonly rank: number;
   /** Opaque bytes for the other ranks. */
@@ -55,38 +44,24 @@ export class RankProcess {
    * (exit code 0). Never rejects. */
   readonly ended: Promise<CaravanError | undefined>;
   readonly #options: RankProcessOptions;
-  readonly #child: Bun.Subprocess<"pipe", "pipe", "pipe">;
+  readonly #child: ChildProcess<RankMessage>;
   readonly #address = Promise.withResolvers<Uint8Array>();
   readonly #connected = Promise.withResolvers<Connection>();
   readonly #ready = Promise.withResolvers<RankReady>();
   #statuses: ((status: Extract<RankMessage, { type: "status" }>) => void)[] = [];
-  #failure: CaravanError | undefined;
   #leaving = false;
   #crashed = false;
-  #logTail = "";
 
   /** Starts the process. Throws engine_failed when that is not possible. */
   constructor(options: RankProcessOptions) {
     this.#options = options;
     this.rank = options.group.rank;
-    const command = options.command ?? rankCommand();
-    try {
-      this.#child = Bun.spawn([...command], {
-        env: childEnvironment(),
-        stdin: "pipe",
-        stdout: "pipe",
-        stderr: "pipe",
-      });
-    } catch (cause) {
-      throw new CaravanError("engine_failed", `the process of rank ${this.rank} cannot be started`, {
-        where: command[0] ?? "",
-        cause,
-      });
-    }
+    const { command = ownCommand("rank"), onLog } = options;
+    this.#child = new ChildProcess({ name: `the process of rank ${this.rank}`, command, onLog });
     this.address = this.#address.promise;
     // Whoever waits hears of a failure; nobody has to wait.
     for (const { promise } of [this.#address, this.#connected, this.#ready]) promise.catch(() => undefined);
-    this.#write(options.group);
+    this.#child.send(options.group);
     this.ended = this.#watch();
   }
 
@@ -128,56 +103,25 @@ export class RankProcess {
   async close(): Promise<void> {
     this.#leaving = true;
     this.#send({ type: "shutdown" });
-    const timer = setTimeout(() => this.#child.kill("SIGKILL"), this.#options.closeLimitMs ?? CLOSE_LIMIT_MS);
-    await this.ended;
-    clearTimeout(timer);
+    await this.#child.insist(this.ended, this.#options.closeLimitMs ?? CLOSE_LIMIT_MS);
   }
 
   kill(): void {
     this.#leaving = true;
-    this.#child.kill("SIGKILL");
+    this.#child.kill();
   }
 
   #send(command: RankCommand): void {
-    this.#write(command);
-  }
-
-  /** A process that is gone is reported by `ended`. */
-  #write(value: unknown): void {
-    const { stdin } = this.#child;
-    try {
-      stdin.write(`${JSON.stringify(value)}\n`);
-      const flushed = stdin.flush();
-      if (flushed instanceof Promise) flushed.catch((thrown) => this.#lost(thrown));
-    } catch (thrown) {
-      this.#lost(thrown);
-    }
-  }
-
-  #lost(cause: unknown, how = "takes no commands"): void {
-    this.#failure ??= new CaravanError("engine_failed", `the process of rank ${this.rank} ${how}`, { cause });
-    this.#child.kill("SIGKILL");
+    this.#child.send(command);
   }
 
   async #watch(): Promise<CaravanError | undefined> {
-    this.#readLog();
-    await this.#readMessages();
-    const code = await this.#child.exited;
+    const code = await this.#child.read((message) => this.#receive(message));
     const peaceful = this.#leaving || code === 0;
-    const why = this.#failure ?? (peaceful ? undefined : this.#crash(code));
+    const why = this.#child.failure ?? (peaceful ? undefined : this.#crash(code));
     for (const { reject } of [this.#address, this.#connected, this.#ready])
       reject(why ?? this.#gone("ended"));
     return this.#leaving ? undefined : why;
-  }
-
-  async #readMessages(): Promise<void> {
-    const lines = new LineSplitter();
-    try {
-      for await (const chunk of this.#child.stdout)
-        for (const line of lines.push(chunk)) this.#receive(JSON.parse(line));
-    } catch (thrown) {
-      this.#lost(thrown, "sent something unreadable");
-    }
   }
 
   #receive(message: RankMessage): void {
@@ -203,22 +147,14 @@ export class RankProcess {
         return;
       case "fatal": {
         const error = CaravanError.fromJSON({ ...message.error });
-        this.#failure ??= new CaravanError(error.code, `rank ${this.rank}: ${error.message}`, {
-          ...(error.where === undefined ? {} : { where: error.where }),
-          ...(error.hint === undefined ? {} : { hint: error.hint }),
-          ...(error.param === undefined ? {} : { param: error.param }),
-        });
+        this.#child.blame(
+          new CaravanError(error.code, `rank ${this.rank}: ${error.message}`, {
+            ...(error.where === undefined ? {} : { where: error.where }),
+            ...(error.hint === undefined ? {} : { hint: error.hint }),
+            ...(error.param === undefined ? {} : { param: error.param }),
+          }),
+        );
       }
-    }
-  }
-
-  async #readLog(): Promise<void> {
-    const decoder = new TextDecoder();
-    const onLog = this.#options.onLog ?? ((text: string) => process.stderr.write(text));
-    for await (const chunk of this.#child.stderr) {
-      const text = decoder.decode(chunk, { stream: true });
-      this.#logTail = (this.#logTail + text).slice(-LOG_TAIL);
-      onLog(text);
     }
   }
 
@@ -229,13 +165,12 @@ export class RankProcess {
   }
 
   #crash(code: number): CaravanError {
-    const { signalCode } = this.#child;
+    const { signal, lastWords } = this.#child;
     this.#crashed = true;
-    const how = signalCode === null ? `exit code ${code}` : `signal ${signalCode}`;
-    const last = this.#logTail.trim().split("\n").at(-1) ?? "";
+    const how = signal === null ? `exit code ${code}` : `signal ${signal}`;
     return new CaravanError(
       "cluster_degraded",
-      `the process of rank ${this.rank} ended (${how})${last === "" ? "" : `: ${last}`}`,
+      `the process of rank ${this.rank} ended (${how})${lastWords}`,
       { hint: "send the request again; the model's ranks are started again", retryAfterSeconds: 2 },
     );
   }

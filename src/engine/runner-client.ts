@@ -3,12 +3,13 @@
 // every failure in a row. A request that was sent to a runner which had just died, and has not accepted it, goes to the next one.
 
 import { asCaravanError, CaravanError } from "../errors.ts";
+import { ownCommand } from "./child-process.ts";
 import { errorRecord } from "./error-record.ts";
 import { EventStream } from "./event-stream.ts";
 import type { LoadOptions } from "./load-options.ts";
 import type { Engine, EngineStatus, GenerateEvent, GenerateRequest, RunnerMessage } from "./protocol.ts";
 import { addressBytes, addressText } from "./rank-protocol.ts";
-import { RunnerProcess, runnerCommand } from "./runner-process.ts";
+import { RunnerProcess } from "./runner-process.ts";
 
 export interface RunnerClientOptions extends LoadOptions {
   onProgress?: (fraction: number, detail: string) => void;
@@ -166,11 +167,11 @@ export class RunnerClient implements Engine {
       this.#settleStart = { resolve, reject };
       try {
         this.#runner = new RunnerProcess({
-          command: command ?? runnerCommand(),
+          command: command ?? ownCommand("runner"),
           load,
           onMessage: (message) => this.#receive(message),
           onExit: (error) => this.#exited(error),
-          onLog: onLog ?? ((text) => process.stderr.write(text)),
+          onLog,
         });
       } catch (thrown) {
         this.#exited(asCaravanError(thrown));

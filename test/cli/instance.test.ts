@@ -7,7 +7,6 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { evenShares } from "../../src/cluster/even-shares.ts";
 import { instanceSizes } from "../../src/engine/instance-sizes.ts";
-import { type GenerateEvent, type GenerateRequest, GREEDY } from "../../src/engine/protocol.ts";
 import { RankProcess } from "../../src/engine/rank-process.ts";
 import type { GroupOptions } from "../../src/engine/rank-protocol.ts";
 import { RunnerClient } from "../../src/engine/runner-client.ts";
@@ -15,7 +14,8 @@ import { CaravanError } from "../../src/errors.ts";
 import { readModelConfig } from "../../src/model/config.ts";
 import { makeLoadPlan } from "../../src/model/load-plan.ts";
 import { openCheckpoint } from "../../src/model/safetensors.ts";
-import { TINY_VOCAB, writeTinyLlama4 } from "../tools/tiny-llama4.ts";
+import { collect, tinyRequest as request, tokensOf } from "../tools/engine-requests.ts";
+import { writeTinyLlama4 } from "../tools/tiny-llama4.ts";
 import { until } from "../tools/until.ts";
 
 const LIMIT_MS = 20_000;
@@ -30,20 +30,6 @@ afterEach(async () => {
   await Promise.all(open.splice(0).map((each) => each.close()));
 });
 afterAll(() => rmSync(dir, { recursive: true }));
-
-function request(id: string, length: number, max_tokens: number): GenerateRequest {
-  const tokens = Array.from({ length }, (_, i) => (i * 13 + length) % TINY_VOCAB);
-  return { id, tokens, max_tokens, stop_tokens: [], sampling: GREEDY };
-}
-
-async function collect(stream: AsyncIterable<GenerateEvent>): Promise<GenerateEvent[]> {
-  const events: GenerateEvent[] = [];
-  for await (const event of stream) events.push(event);
-  return events;
-}
-
-const tokensOf = (events: GenerateEvent[]): number[] =>
-  events.flatMap((event) => (event.type === "token" ? [event.token] : []));
 
 const load = { model: "tiny", context: 1024, threads: 1, compute: "exact" as const, onLog: () => {} };
 

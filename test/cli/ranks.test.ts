@@ -5,9 +5,9 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from "bun:test
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { type GenerateEvent, type GenerateRequest, GREEDY } from "../../src/engine/protocol.ts";
 import { RunnerClient } from "../../src/engine/runner-client.ts";
 import { largestDifference } from "../golden/read-golden.ts";
+import { collect, tinyRequest as request } from "../tools/engine-requests.ts";
 import { TINY_VOCAB, writeTinyLlama4 } from "../tools/tiny-llama4.ts";
 import { until } from "../tools/until.ts";
 
@@ -31,17 +31,6 @@ function client(more: { tensor?: number; pipeline?: number; transport?: "shm" | 
   });
   clients.push(made);
   return made;
-}
-
-function request(id: string, length: number, max_tokens: number): GenerateRequest {
-  const tokens = Array.from({ length }, (_, i) => (i * 13 + length) % TINY_VOCAB);
-  return { id, tokens, max_tokens, stop_tokens: [], sampling: GREEDY };
-}
-
-async function collect(stream: AsyncIterable<GenerateEvent>): Promise<GenerateEvent[]> {
-  const events: GenerateEvent[] = [];
-  for await (const event of stream) events.push(event);
-  return events;
 }
 
 /** Process ids of a process's children. */

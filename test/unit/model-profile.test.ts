@@ -4,7 +4,8 @@ import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { profileModel, rankWorks } from "../../src/cluster/model-profile.ts";
 import { rankMemory } from "../../src/cluster/rank-memory.ts";
-import { type Share, shardPlan } from "../../src/cluster/shard.ts";
+import { shardPlan } from "../../src/cluster/shard.ts";
+import { sharesOf } from "../../src/cluster/uneven-shares.ts";
 import { placeOf, tensorMemory } from "../../src/model/load-plan.ts";
 import { planMemory } from "../../src/model/memory-plan.ts";
 import { multiplyAddsOfPromptToken, weightBytesOfStep } from "../../src/model/token-work.ts";
@@ -27,18 +28,6 @@ const grids = mixedModels.chain((model) =>
         .map((weights) => ({ model, shares: sharesOf([0, ...cuts, model.layers], weights) })),
     ),
 );
-
-function sharesOf(bounds: readonly number[], weights: readonly (readonly number[])[]): Share[] {
-  return weights.flatMap((stage, s) =>
-    stage.map((weight, tensorRank) => ({
-      rank: s * stage.length + tensorRank,
-      stage: s,
-      tensorRank,
-      layers: [bounds[s] ?? 0, bounds[s + 1] ?? 0] as [number, number],
-      weight,
-    })),
-  );
-}
 
 describe("for any grid of ranks over any model", () => {
   test("weights are exactly those of the rank's load plan", () => {

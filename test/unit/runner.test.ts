@@ -4,16 +4,12 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from "bun:test
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { ownCommand } from "../../src/engine/child-process.ts";
 import { LineSplitter } from "../../src/engine/line-splitter.ts";
-import {
-  type GenerateEvent,
-  type GenerateRequest,
-  GREEDY,
-  type RunnerMessage,
-} from "../../src/engine/protocol.ts";
+import type { GenerateEvent, RunnerMessage } from "../../src/engine/protocol.ts";
 import { RunnerClient, type RunnerClientOptions } from "../../src/engine/runner-client.ts";
-import { runnerCommand } from "../../src/engine/runner-process.ts";
-import { TINY_VOCAB, writeTinyLlama4 } from "../tools/tiny-llama4.ts";
+import { collect, tinyRequest as request, tokensOf } from "../tools/engine-requests.ts";
+import { writeTinyLlama4 } from "../tools/tiny-llama4.ts";
 import { until } from "../tools/until.ts";
 
 let dir: string;
@@ -41,20 +37,6 @@ function client(more: Partial<RunnerClientOptions> = {}): RunnerClient {
   clients.push(made);
   return made;
 }
-
-function request(id: string, length: number, max_tokens: number): GenerateRequest {
-  const tokens = Array.from({ length }, (_, i) => (i * 13 + length) % TINY_VOCAB);
-  return { id, tokens, max_tokens, stop_tokens: [], sampling: GREEDY };
-}
-
-async function collect(stream: AsyncIterable<GenerateEvent>): Promise<GenerateEvent[]> {
-  const events: GenerateEvent[] = [];
-  for await (const event of stream) events.push(event);
-  return events;
-}
-
-const tokensOf = (events: GenerateEvent[]): number[] =>
-  events.flatMap((event) => (event.type === "token" ? [event.token] : []));
 
 describe("the runner", () => {
   test("loads a model, says what it is, and generates the same tokens alone and together", async () => {
@@ -130,7 +112,7 @@ describe("the runner", () => {
   });
 
   test("ends when its parent is gone, even in the middle of a generation, and not at an interrupt", async () => {
-    const child = Bun.spawn(runnerCommand(), { stdin: "pipe", stdout: "pipe", stderr: "inherit" });
+    const child = Bun.spawn(ownCommand("runner"), { stdin: "pipe", stdout: "pipe", stderr: "inherit" });
     child.stdin.write(`${JSON.stringify({ model: "tiny", modelDir: dir, threads: 1, context: 2048 })}\n`);
     child.stdin.write(`${JSON.stringify({ type: "generate", request: request("a", 8, 2000) })}\n`);
     child.stdin.flush();

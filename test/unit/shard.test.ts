@@ -5,6 +5,7 @@ import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { evenShares } from "../../src/cluster/even-shares.ts";
 import { type Share, shardPlan } from "../../src/cluster/shard.ts";
+import { sharesOf } from "../../src/cluster/uneven-shares.ts";
 import { CaravanError } from "../../src/errors.ts";
 import { parseModelConfig } from "../../src/model/config.ts";
 import {
@@ -41,18 +42,6 @@ const grids = mixedModels.chain((model) =>
         .map((weights) => ({ model, shares: sharesOf([0, ...cuts, model.layers], weights) })),
     ),
 );
-
-function sharesOf(bounds: readonly number[], weights: readonly (readonly number[])[]): Share[] {
-  return weights.flatMap((stage, s) =>
-    stage.map((weight, tensorRank) => ({
-      rank: s * stage.length + tensorRank,
-      stage: s,
-      tensorRank,
-      layers: [bounds[s] ?? 0, bounds[s + 1] ?? 0] as [number, number],
-      weight,
-    })),
-  );
-}
 
 const cutAll = (whole: LoadPlan, shares: readonly Share[]) =>
   shares.map((_, rank) => shardPlan(whole, shares, rank));

@@ -2,11 +2,12 @@
 // cluster's secret. A beacon is only a hint where to call: who answers there proves itself by TLS and hello. So a copied
 // beacon can cost a call, and the count in it, which must rise, bounds how many.
 
-import { createHmac, timingSafeEqual } from "node:crypto";
+import { createHmac } from "node:crypto";
 import * as v from "valibot";
 import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { NodeId } from "../types.ts";
 import { NameSchema, NodeIdSchema, purposeKey } from "./cluster-file.ts";
+import { sameMac } from "./same-mac.ts";
 
 export const MAX_BEACON_BYTES = 1024;
 
@@ -44,15 +45,15 @@ export type Heard =
   | { kind: "version"; protocol: number; version: string }
   | { kind: "garbage" };
 
-function mac(secret: string, beacon: Beacon): Buffer {
+function mac(secret: string, beacon: Beacon): string {
   const { cluster, id, name, version, port, incarnation, count } = beacon;
   const text = JSON.stringify([CARAVAN_PROTOCOL, cluster, id, name, version, port, incarnation, count]);
-  return createHmac("sha256", purposeKey(secret, "beacon")).update(text).digest();
+  return createHmac("sha256", purposeKey(secret, "beacon")).update(text).digest("hex");
 }
 
 export function encodeBeacon(beacon: Beacon, secret: string): Buffer {
   const bytes = Buffer.from(
-    JSON.stringify({ caravan: CARAVAN_PROTOCOL, ...beacon, mac: mac(secret, beacon).toString("hex") }),
+    JSON.stringify({ caravan: CARAVAN_PROTOCOL, ...beacon, mac: mac(secret, beacon) }),
   );
   if (bytes.length > MAX_BEACON_BYTES) throw new RangeError(`a beacon of ${bytes.length} bytes is too large`);
   return bytes;
@@ -78,9 +79,7 @@ export function decodeBeacon(
   if (!parsed.success) return { kind: "garbage" };
   const { mac: given, ...beacon } = parsed.output;
   if (ours === undefined || beacon.cluster !== ours.name) return { kind: "stranger", beacon, reason: "name" };
-  // As text: there is one way to write a MAC.
-  const [a, b] = [Buffer.from(given), Buffer.from(mac(ours.secret, beacon).toString("hex"))];
-  if (a.length !== b.length || !timingSafeEqual(a, b)) return { kind: "stranger", beacon, reason: "secret" };
+  if (!sameMac(given, mac(ours.secret, beacon))) return { kind: "stranger", beacon, reason: "secret" };
   return { kind: "member", beacon };
 }
 

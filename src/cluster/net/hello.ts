@@ -2,7 +2,7 @@
 // speaker has the cluster's secret. The proof is a MAC over this TLS session's exported key and both certificates, so that it is of
 // no use on any other connection, be it replayed or passed on by somebody in the middle.
 
-import { createHmac, timingSafeEqual } from "node:crypto";
+import { createHmac } from "node:crypto";
 import type { TLSSocket } from "node:tls";
 import * as v from "valibot";
 import { CaravanError } from "../../errors.ts";
@@ -11,6 +11,7 @@ import type { NodeId } from "../types.ts";
 import { nodeIdOf } from "./certificate.ts";
 import type { Channel } from "./channel.ts";
 import { NameSchema, purposeKey } from "./cluster-file.ts";
+import { sameMac } from "./same-mac.ts";
 
 /** What a connection is for; one thing each, so that closing it ends exactly this. */
 export const PURPOSES = ["control", "call", "rank", "join", "probe", "file"] as const;
@@ -77,11 +78,6 @@ function proofOf(
     .digest("hex");
 }
 
-function isProof(given: string, wanted: string): boolean {
-  const [a, b] = [Buffer.from(given, "hex"), Buffer.from(wanted, "hex")];
-  return a.length === b.length && timingSafeEqual(a, b);
-}
-
 function words(settings: HelloSettings, purpose: Purpose, proof: string): object {
   const { name, version, incarnation, port } = settings.node;
   return {
@@ -128,7 +124,7 @@ export async function callerHello(
     const answer = await channel.readJson(HELLO_LIMIT_MS);
     const peer = read(answer, settings, id);
     if (purpose !== "join") {
-      if (!isProof(peer.proof, proof("callee")))
+      if (!sameMac(peer.proof, proof("callee")))
         throw new CaravanError("permission_denied", "the other node does not know this cluster's secret");
       channel.trust();
     }
@@ -182,7 +178,7 @@ export async function calleeHello(
     if (hello.cluster !== cluster.name)
       throw new CaravanError("permission_denied", "this node belongs to a cluster of another name");
     const ids: [NodeId, NodeId] = [id, settings.node.id];
-    if (!isProof(hello.proof, proofOf(cluster.secret, channel.socket, "caller", ids)))
+    if (!sameMac(hello.proof, proofOf(cluster.secret, channel.socket, "caller", ids)))
       throw new CaravanError("permission_denied", "the proof of the cluster's secret is wrong");
     channel.trust();
     channel.send(words(settings, hello.purpose, proofOf(cluster.secret, channel.socket, "callee", ids)));

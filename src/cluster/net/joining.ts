@@ -24,8 +24,8 @@ import {
   newNonce,
   newSecretHalf,
   parseCode,
-  sameProof,
 } from "./join-code.ts";
+import { sameMac } from "./same-mac.ts";
 
 const STEP_LIMIT_MS = 5000;
 /** How long a person has. */
@@ -83,7 +83,7 @@ export async function askToJoin(options: AskOptions): Promise<ClusterCredentials
 
   const { proof } = await next(channel, Proof, options.limitMs ?? JOIN_LIMIT_MS);
   const session = sessionKey(channel.socket);
-  if (!sameProof(proof, codeProof(secret, session, "member"))) {
+  if (!sameMac(proof, codeProof(secret, session, "member"))) {
     decline(channel, "the second half of the code is wrong");
     throw new CaravanError(
       "permission_denied",
@@ -208,7 +208,7 @@ export class JoinRequests {
     channel.send({ proof: codeProof(secret, session, "member") });
     try {
       const { proof } = await next(channel, Proof, STEP_LIMIT_MS);
-      if (!sameProof(proof, codeProof(secret, session, "joiner")))
+      if (!sameMac(proof, codeProof(secret, session, "joiner")))
         throw new CaravanError("permission_denied", "the new node does not know its own code");
       channel.send({ credentials: this.#options.credentials() });
       channel.finish();

@@ -10,23 +10,21 @@
 #define CV_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,f16c,fma,avx2")))
 #define CV_INLINE_VNNI static inline __attribute__((always_inline)) CV_TARGET_VNNI
 
+/* Measured crossovers on Zen 4: up to so many activation rows streaming is faster than unpacking a tile, and from so many on
+ * it pays to transpose 4-bit codes on the way. */
+enum { CV_VNNI_STREAM_ROWS = 8, CV_VNNI_BATCH_FROM = 5 };
+
 /* Few activation rows: weights are streamed once in the checkpoint's layout. Any a->n; meant for up to CV_VNNI_STREAM_ROWS. */
 void cv_vnni_stream(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_stream_scratch(size_t cols);
 
-/* Several activation rows, 4-bit codes: streamed too, and transposed on the way. Any a->n. */
+/* CV_VNNI_BATCH_FROM to CV_VNNI_STREAM_ROWS activation rows, 4-bit codes: streamed too, and transposed on the way. */
 void cv_vnni_batch(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_batch_scratch(size_t cols);
 
 /* Many activation rows: a tile of weight rows is unpacked to the cache once and used for all of them. */
 void cv_vnni_tile(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_tile_scratch(size_t cols);
-
-/* Measured crossover of the two on Zen 4: up to this many activation rows streaming is faster. */
-enum { CV_VNNI_STREAM_ROWS = 8 };
-
-/* And of streaming with and without transposing: from so many rows on it pays. */
-enum { CV_VNNI_BATCH_FROM = 5 };
 
 /* acc + the dots of four unsigned codes and four activations a lane. Assembly because GCC 12 copies (and spills) the
  * accumulators of its intrinsic around loops; "+v" ties them to their registers. */

@@ -13,7 +13,7 @@
 
 #include <string.h>
 
-enum { ROWS = 16, TOKENS = 8, LINE = 64, LINE_COLUMNS = 128 };
+enum { ROWS = 16, TOKENS = CV_VNNI_STREAM_ROWS, LINE = 64, LINE_COLUMNS = 128 };
 
 typedef struct {
     int8_t *q;
@@ -91,23 +91,23 @@ typedef void (*batch_kernel)(const batch_rows *w, const batch_scratch *s, const 
     CV_TARGET_VNNI static void batch_##group##_##tokens(const batch_rows *w, const batch_scratch *s, const float *scale, const float *sum, size_t g_stride, size_t cols) { \
         multiply(w, s, scale, sum, g_stride, cols, group, tokens); \
     }
-#define BATCH_TOKENS(group) BATCH(group, 1) BATCH(group, 2) BATCH(group, 3) BATCH(group, 4) BATCH(group, 5) BATCH(group, 6) BATCH(group, 7) BATCH(group, 8)
+#define BATCH_TOKENS(group) BATCH(group, 5) BATCH(group, 6) BATCH(group, 7) BATCH(group, 8)
 BATCH_TOKENS(32)
 BATCH_TOKENS(64)
 BATCH_TOKENS(128)
 
-#define KERNELS(group) {batch_##group##_1, batch_##group##_2, batch_##group##_3, batch_##group##_4, batch_##group##_5, batch_##group##_6, batch_##group##_7, batch_##group##_8}
-static const batch_kernel kernels[3][TOKENS] = {KERNELS(32), KERNELS(64), KERNELS(128)};
+#define KERNELS(group) {batch_##group##_5, batch_##group##_6, batch_##group##_7, batch_##group##_8}
+static const batch_kernel kernels[3][TOKENS - CV_VNNI_BATCH_FROM + 1] = {KERNELS(32), KERNELS(64), KERNELS(128)};
 
-/* Activation rows t0 … t0+n-1 into the order of the steps. */
-CV_TARGET_VNNI static void pack(const cv_qact *a, size_t t0, size_t n, int8_t *q) {
-    const __m512i words = _mm512_setzero_si512();
+/* All activation rows into the order of the steps. */
+CV_TARGET_VNNI static void pack(const cv_qact *a, int8_t *q) {
+    const size_t n = a->n;
     for (size_t t = 0; t < n; t++) {
-        const int8_t *from = a->q + (t0 + t) * a->q_stride;
+        const int8_t *from = a->q + t * a->q_stride;
         for (size_t line = 0; line * LINE_COLUMNS < a->cols; line++)
             for (size_t half = 0; half < 2; half++) { /* 64 columns: eight dwords of even ones and eight of odd ones */
-                const size_t first = line * LINE_COLUMNS + half * 64;
-                const __m512i x = first < a->cols ? _mm512_maskz_loadu_epi8(a->cols - first >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (a->cols - first)) - 1, from + first) : words;
+                const size_t first = line * LINE_COLUMNS + half * 64, left = first < a->cols ? a->cols - first : 0;
+                const __m512i x = _mm512_maskz_loadu_epi8(left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1, from + (left ? first : 0));
                 int32_t even[8], odd[8];
                 _mm256_storeu_si256((__m256i *)(void *)even, _mm512_cvtepi16_epi8(x));
                 _mm256_storeu_si256((__m256i *)(void *)odd, _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 8)));
@@ -121,27 +121,23 @@ CV_TARGET_VNNI static void pack(const cv_qact *a, size_t t0, size_t n, int8_t *q
 }
 
 CV_TARGET_VNNI void cv_vnni_batch(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
-    const size_t groups = w->cols / w->group, pieces = (a->n + TOKENS - 1) / TOKENS;
+    const size_t groups = w->cols / w->group, n = a->n, next = n * ROWS;
     const batch_scratch s = scratch_at(scratch, w->cols, groups);
-    const batch_kernel *kernel = kernels[w->group == 32 ? 0 : w->group == 64 ? 1 : 2];
+    const batch_kernel kernel = kernels[w->group == 32 ? 0 : w->group == 64 ? 1 : 2][n - CV_VNNI_BATCH_FROM];
     const uint8_t *data = w->data + e * w->expert_bytes, *scales = w->scales + e * w->expert_scale_bytes, *biases = w->biases + e * w->expert_scale_bytes;
-    for (size_t piece = 0, t0 = 0; piece < pieces; piece++) { /* as even as can be: 9 rows are 5 and 4 */
-        const size_t n = (piece + 1) * a->n / pieces - t0;
-        pack(a, t0, n, s.q);
-        for (size_t r = row0; r < row1; r += ROWS) {
-            batch_rows rows = {.ahead = r + 2 * ROWS <= row1 ? ROWS * w->row_bytes : 0};
-            for (size_t i = 0; i < ROWS; i++) rows.row[i] = data + (r + i < row1 ? r + i : row1 - 1) * w->row_bytes;
-            cv_vnni_scales(scales, w->scale_row_bytes, r, row1 - 1, w->scale_type, groups, s.scale, ROWS);
-            cv_vnni_scales(biases, w->scale_row_bytes, r, row1 - 1, w->scale_type, groups, s.bias, ROWS);
-            kernel[n - 1](&rows, &s, a->scale + t0 * a->g_stride, a->sum + t0 * a->g_stride, a->g_stride, w->cols);
-            const size_t left = row1 - r, next = n * ROWS;
-            for (size_t t = 0; t < n; t++) {
-                const float *c = s.chain + t * ROWS;
-                const __m512 sum = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + next)), _mm512_add_ps(_mm512_load_ps(c + 2 * next), _mm512_load_ps(c + 3 * next)));
-                _mm512_mask_storeu_ps(out + (t0 + t) * ldo + r, left >= ROWS ? 0xffff : (__mmask16)((1u << left) - 1), sum);
-            }
+    pack(a, s.q);
+    for (size_t r = row0; r < row1; r += ROWS) {
+        batch_rows rows = {.ahead = r + 2 * ROWS <= row1 ? ROWS * w->row_bytes : 0};
+        for (size_t i = 0; i < ROWS; i++) rows.row[i] = data + (r + i < row1 ? r + i : row1 - 1) * w->row_bytes;
+        cv_vnni_scales(scales, w->scale_row_bytes, r, row1 - 1, w->scale_type, groups, s.scale, ROWS);
+        cv_vnni_scales(biases, w->scale_row_bytes, r, row1 - 1, w->scale_type, groups, s.bias, ROWS);
+        kernel(&rows, &s, a->scale, a->sum, a->g_stride, w->cols);
+        const size_t left = row1 - r;
+        for (size_t t = 0; t < n; t++) {
+            const float *c = s.chain + t * ROWS;
+            const __m512 sum = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + next)), _mm512_add_ps(_mm512_load_ps(c + 2 * next), _mm512_load_ps(c + 3 * next)));
+            _mm512_mask_storeu_ps(out + t * ldo + r, left >= ROWS ? 0xffff : (__mmask16)((1u << left) - 1), sum);
         }
-        t0 += n;
     }
 }
 
