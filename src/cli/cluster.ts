@@ -2,10 +2,12 @@
 // running node knows is asked of it.
 
 import { hostname } from "node:os";
+import { join } from "node:path";
 import * as v from "valibot";
 import { forgetCluster, loadCluster, newCluster, saveCluster } from "../cluster/net/cluster-file.ts";
 import { clusterFolder, loadIdentity } from "../cluster/net/identity.ts";
 import { parseCode } from "../cluster/net/join-code.ts";
+import { GRACE_HOURS, removeParts } from "../cluster/net/model-parts.ts";
 import { CaravanError } from "../errors.ts";
 import { askNode, type RunningNode, runningNodes } from "../node/running-nodes.ts";
 import { resolvePaths } from "../paths.ts";
@@ -15,9 +17,12 @@ import { formatBytes } from "./progress.ts";
 
 const ACCEPT_LIMIT_MS = 15_000;
 const STATE_LIMIT_MS = 3000;
+/** Large files take a while to unlink. */
+const CLEAN_LIMIT_MS = 60_000;
 
 const ErrorReply = v.object({ error: v.looseObject({ message: v.string() }) });
 const Accepted = v.object({ accepted: v.string() });
+const Cleaned = v.object({ bytes: v.number() });
 const State = v.looseObject({
   cluster: v.nullable(v.string()),
   self: v.optional(v.looseObject({ id: v.string(), name: v.string() })),
@@ -40,6 +45,9 @@ const State = v.looseObject({
   ),
   strangers: v.optional(v.array(v.object({ address: v.string(), name: v.string(), reason: v.string() }))),
   problems: v.optional(v.array(v.object({ address: v.string(), problem: v.string() }))),
+  parts: v.optional(
+    v.array(v.object({ model: v.string(), bytes: v.number(), in_use: v.boolean(), idle_hours: v.number() })),
+  ),
 });
 
 function folder(): string {
@@ -127,9 +135,23 @@ async function status(json: boolean): Promise<number> {
   return 0;
 }
 
+/** Drops fetched parts of models: by the running node, which knows what is in use, or directly where none runs. */
+async function clean(model: string | undefined): Promise<number> {
+  const [node] = await runningNodes();
+  let bytes: number;
+  if (node === undefined) bytes = removeParts(join(resolvePaths().data, "parts"), model);
+  else {
+    const query = model === undefined ? "" : `?model=${encodeURIComponent(model)}`;
+    const init = { method: "DELETE", signal: AbortSignal.timeout(CLEAN_LIMIT_MS) };
+    ({ bytes } = await ask(node, `/cluster/parts${query}`, Cleaned, init));
+  }
+  process.stdout.write(`${formatBytes(bytes)} of fetched parts were dropped; what a rank reads stays.\n`);
+  return 0;
+}
+
 function describe(state: v.InferOutput<typeof State>): string {
   if (state.cluster === null) return "This node is in no cluster. `caravan cluster create` makes one.\n";
-  const { nodes = [], join_requests: requests = [], strangers = [], problems = [] } = state;
+  const { nodes = [], join_requests: requests = [], strangers = [], problems = [], parts = [] } = state;
   const lines = [`cluster ${state.cluster}, ${nodes.length} node${nodes.length === 1 ? "" : "s"}`];
   for (const node of nodes) {
     const own = node.id === state.self?.id;
@@ -151,6 +173,10 @@ function describe(state: v.InferOutput<typeof State>): string {
   for (const { address, name, reason } of strangers)
     lines.push(`  no member: ${name} at ${address}: ${reason}`);
   for (const { address, problem } of problems) lines.push(`  no answer: ${address}: ${problem}`);
+  for (const { model, bytes, in_use, idle_hours } of parts)
+    lines.push(
+      `  fetched part of ${model}: ${formatBytes(bytes)}, ${in_use ? "in use" : `not read for ${idle_hours} h: dropped after ${GRACE_HOURS} h, or by \`caravan cluster clean\``}`,
+    );
   return `${lines.join("\n")}\n`;
 }
 
@@ -165,14 +191,15 @@ function defaultName(): string {
 
 export const cluster: Command = {
   name: "cluster",
-  summary: "make, show or leave a cluster, or let a node in",
-  positionals: "create [NAME] | status | accept CODE | leave",
+  summary: "make, show or leave a cluster, let a node in, drop fetched parts",
+  positionals: "create [NAME] | status | accept CODE | leave | clean [MODEL]",
   count: [1, 2],
   options: { json: { help: "print JSON (status)" } },
   details: `create  makes a cluster with this node as its first
 status  shows the nodes, as the node that runs here sees them
 accept  lets the machine in that shows CODE (\`caravan join\` there)
-leave   forgets the cluster and its secret`,
+leave   forgets the cluster and its secret
+clean   drops parts of models that were fetched for ranks and are read by none now`,
   async run(args: Arguments) {
     const [action, value] = args.positionals;
     if ((action === "status" || action === "leave") && value !== undefined)
@@ -184,10 +211,12 @@ leave   forgets the cluster and its secret`,
         return await status(args.flag("json"));
       case "leave":
         return await leave();
+      case "clean":
+        return await clean(value);
       case "accept":
         return await accept(args.positional(1));
       default:
-        throw usage("`caravan cluster` takes create, status, accept or leave");
+        throw usage("`caravan cluster` takes create, status, accept, leave or clean");
     }
   },
 };

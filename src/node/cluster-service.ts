@@ -119,6 +119,12 @@ export class NodeCluster implements ClusterService {
       ...(ledger === undefined
         ? {}
         : { ledger: { planned: ledger.planned, reserved: ledger.reserved, free: ledger.free } }),
+      parts: (this.#driver?.parts.list() ?? []).map(({ model, bytes, inUse, idleHours }) => ({
+        model,
+        bytes,
+        in_use: inUse,
+        idle_hours: idleHours,
+      })),
       ...(conflict === undefined ? {} : { conflict }),
     };
   }
@@ -142,6 +148,10 @@ export class NodeCluster implements ClusterService {
 
   stopInstance(id: string): Promise<boolean> {
     return this.#clusterDriver().stop(id);
+  }
+
+  cleanParts(model: string | undefined): Promise<number> {
+    return this.#clusterDriver().parts.clean(model);
   }
 
   mayPass(): boolean {

@@ -50,6 +50,7 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
       // By name only: what another node says must not open any folder of this machine.
       model: (name) => resolveModel(store(), name),
       partsFolder: join(resolvePaths().data, "parts"),
+      verdictsFile: join(resolvePaths().data, "checked-files.json"),
       models: () => {
         const now = performance.now();
         if (listed === undefined || now - listed.atMs > MODELS_MS)

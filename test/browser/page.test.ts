@@ -98,6 +98,7 @@ function scriptedCluster() {
       changed();
       return true;
     },
+    cleanParts: async () => 0,
     mayPass: () => false,
     pass: async () => undefined,
   };

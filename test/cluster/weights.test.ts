@@ -2,17 +2,32 @@
 // where an interruption left it.
 
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import fc from "fast-check";
 import { evenShares } from "../../src/cluster/even-shares.ts";
 import { newCluster } from "../../src/cluster/net/cluster-file.ts";
 import { dial } from "../../src/cluster/net/dial.ts";
+import { FileVerdicts } from "../../src/cluster/net/file-verdicts.ts";
 import { newIdentity } from "../../src/cluster/net/identity.ts";
 import { listen } from "../../src/cluster/net/listener.ts";
 import { ModelSourceChannel, serveModelFiles } from "../../src/cluster/net/model-files.ts";
-import { fetchShard } from "../../src/cluster/net/shard-store.ts";
+import { GRACE_HOURS, ModelParts } from "../../src/cluster/net/model-parts.ts";
+import { readPartNote } from "../../src/cluster/net/part-note.ts";
+import { fetchShard, hasShard } from "../../src/cluster/net/shard-store.ts";
 import { shardPlan } from "../../src/cluster/shard.ts";
 import {
   type ByteRange,
@@ -45,6 +60,35 @@ function folder(): string {
   return path;
 }
 
+/** The tiny model as the hub's cache has it: files are links to blobs that are called by their hashes. */
+function pulled(models: string): { blob: string } {
+  const made = writeTinyChatModel(join(folder(), "tiny"), 1);
+  mkdirSync(join(models, "blobs"));
+  mkdirSync(join(models, "tiny"));
+  let blob = "";
+  for (const name of readdirSync(made)) {
+    const content = readFileSync(join(made, name));
+    const lfs = name.endsWith(".safetensors");
+    const hash = lfs
+      ? createHash("sha256").update(content).digest("hex")
+      : createHash("sha1").update(`blob ${content.length}\0`).update(content).digest("hex");
+    writeFileSync(join(models, "blobs", hash), content);
+    symlinkSync(join("..", "blobs", hash), join(models, "tiny", name));
+    if (lfs) blob = join(models, "blobs", hash);
+  }
+  return { blob };
+}
+
+/** Flips a bit behind the header and keeps size and time. */
+function alter(path: string): void {
+  const { atime, mtime } = statSync(path);
+  const content = readFileSync(path);
+  const at = content.length - 5;
+  content[at] = (content[at] ?? 0) ^ 1;
+  writeFileSync(path, content);
+  utimesSync(path, atime, mtime);
+}
+
 /** Asks a holder over a connection of its own. */
 async function source(folderOf: (model: string) => string, model = "tiny") {
   const settings = (id: string) => ({
@@ -52,13 +96,14 @@ async function source(folderOf: (model: string) => string, model = "tiny") {
     node: { id, name: "n", version: "1", incarnation: 1, port: 0 },
   });
   const [a, b] = [newIdentity(), newIdentity()];
+  const verdicts = new FileVerdicts(join(folder(), "checked.json"));
   const listener = await listen({
     identity: b,
     settings: () => settings(b.id),
     host: "127.0.0.1",
     port: 0,
     log: LOG,
-    onPeer: (channel) => void serveModelFiles(channel, folderOf),
+    onPeer: (channel) => void serveModelFiles(channel, { folderOf, verdicts }),
   });
   cleanups.push(() => listener.close());
   const { channel } = await dial({
@@ -174,12 +219,182 @@ describe("the part of a rank", () => {
     // Only the 8 bytes that say how long a header is.
     expect(second).toEqual({ bytes: 8, done: true });
     const [dir = ""] = readdirSync(parts);
-    writeFileSync(join(parts, dir, "held.ranges"), "{damaged");
+    writeFileSync(join(parts, dir, "part.json"), "{damaged");
     const third = await fetch(Number.POSITIVE_INFINITY);
     expect(third).toEqual({ bytes: first.bytes, done: true });
     rmSync(join(parts, dir), { recursive: true });
     expect((await fetch(first.bytes / 2)).done).toBe(false);
     expect((await fetch(Number.POSITIVE_INFINITY)).done).toBe(true);
+  });
+});
+
+describe("what the hub states of a file", () => {
+  const order = async (models: string, tensor: number) => {
+    const plan = await planOf(join(models, "tiny"));
+    const { ask } = await source((name) => join(models, name));
+    const shares = evenShares(plan, tensor, 1);
+    const signal = new AbortController().signal;
+    return { source: await ask(), model: "tiny", shares, rank: 0, onProgress: () => undefined, signal };
+  };
+
+  test("is compared here where the whole file has come, and at the holder where only ranges have", async () => {
+    const models = folder();
+    pulled(models);
+    const dir = await fetchShard(folder(), await order(models, 1));
+    const files = readPartNote(dir)?.files ?? {};
+    expect(Object.values(files).map(({ checked }) => checked)).toEqual(
+      Object.values(files).map(() => "whole"),
+    );
+    const part = await fetchShard(folder(), await order(models, 2));
+    const note = readPartNote(part)?.files ?? {};
+    expect(note["model.safetensors"]?.checked).toBe("source");
+    expect(note["config.json"]?.checked).toBe("whole");
+  });
+
+  for (const tensor of [1, 2])
+    test(`finds a weight file that was altered at the holder: ${tensor === 1 ? "whole" : "ranges"}`, async () => {
+      const models = folder();
+      const { blob } = pulled(models);
+      alter(blob);
+      const parts = folder();
+      const failed = fetchShard(parts, await order(models, tensor));
+      await expect(failed).rejects.toMatchObject({
+        code: "bad_file",
+        where: expect.stringContaining("model.safetensors"),
+      });
+      // Nothing of the file counts as fetched.
+      const [dir = ""] = readdirSync(parts);
+      expect(readPartNote(join(parts, dir))?.files["model.safetensors"]?.ranges).toEqual([]);
+    });
+
+  test("is read once at the holder, and again when the file has changed", async () => {
+    const models = folder();
+    const { blob } = pulled(models);
+    const remembered = join(folder(), "checked.json");
+    const hash = { kind: "sha256", value: basename(blob) } as const;
+    const first = new FileVerdicts(remembered).check(blob, hash);
+    await first.result;
+    expect(first.done).toBe(statSync(blob).size);
+    const again = new FileVerdicts(remembered).check(blob, hash);
+    await again.result;
+    expect(again.done).toBe(0);
+    alter(blob);
+    utimesSync(blob, new Date(), new Date());
+    await expect(new FileVerdicts(remembered).check(blob, hash).result).rejects.toThrow(
+      "not what the hub states",
+    );
+  });
+});
+
+describe("parts on the disk", () => {
+  const partsOf = (dir: string, models: string, used: Set<string>, holders: string[] = ["x"]) =>
+    new ModelParts({
+      folder: dir,
+      holders: () => holders,
+      open: async () => (await source((name) => join(models, name))).channel,
+      nameOf: () => "x",
+      inUse: () => used,
+      log: LOG,
+    });
+  const missing = new CaravanError("model_not_found", "none");
+
+  test("are found again after a restart, also where no other node has the model any more", async () => {
+    const [models, dir] = [folder(), folder()];
+    pulled(models);
+    const shares = evenShares(await planOf(join(models, "tiny")), 2, 1);
+    const order = {
+      model: "tiny",
+      shares,
+      rank: 1,
+      onProgress: () => undefined,
+      signal: new AbortController().signal,
+    };
+    const { path } = await partsOf(dir, models, new Set()).prepare(order, missing);
+    const restarted = partsOf(dir, models, new Set(), []);
+    expect(restarted.find("tiny")?.path).toBe(path);
+    expect((await restarted.prepare(order, missing)).path).toBe(path);
+    // Another rank reads what is not here.
+    await expect(restarted.prepare({ ...order, rank: 0 }, missing)).rejects.toThrow("none");
+  });
+
+  test("go when no rank has read them for the grace, when asked for, and when room is needed; those in use stay", async () => {
+    const [models, dir] = [folder(), folder()];
+    pulled(models);
+    const used = new Set<string>(["tiny"]);
+    const parts = partsOf(dir, models, used);
+    const shares = evenShares(await planOf(join(models, "tiny")), 2, 1);
+    const order = {
+      model: "tiny",
+      shares,
+      rank: 1,
+      onProgress: () => undefined,
+      signal: new AbortController().signal,
+    };
+    await parts.prepare(order, missing);
+    const hour = 3_600_000;
+    await parts.age(0);
+    await parts.age(1000 * hour);
+    expect(parts.list()).toMatchObject([{ model: "tiny", inUse: true, idleHours: 0 }]);
+    expect(await parts.clean()).toBe(0);
+    used.clear();
+    await parts.age((1000 + GRACE_HOURS - 1) * hour);
+    expect(parts.list()).toMatchObject([{ model: "tiny", inUse: false, idleHours: GRACE_HOURS - 1 }]);
+    // Noted: a restart does not begin the grace anew.
+    expect(partsOf(dir, models, used).list()[0]?.idleHours).toBe(GRACE_HOURS - 1);
+    await parts.age((1000 + GRACE_HOURS) * hour);
+    expect(readdirSync(dir)).toEqual([]);
+
+    await parts.prepare(order, missing);
+    expect(await parts.clean("another")).toBe(0);
+    expect(await parts.clean("tiny")).toBeGreaterThan(1000);
+    expect(readdirSync(dir)).toEqual([]);
+  });
+
+  test("a disk without room is told before anything comes; unused parts make way", async () => {
+    const [models, dir] = [folder(), folder()];
+    pulled(models);
+    const shares = evenShares(await planOf(join(models, "tiny")), 2, 1);
+    const { ask } = await source((name) => join(models, name));
+    const asked: number[] = [];
+    const failed = fetchShard(dir, {
+      ...{ source: await ask(), model: "tiny", shares, rank: 1, onProgress: () => undefined },
+      signal: new AbortController().signal,
+      spareBytes: 1e18,
+      makeRoom: async (bytes) => void asked.push(bytes),
+    });
+    await expect(failed).rejects.toMatchObject({ code: "disk_full" });
+    expect(asked.length).toBe(1);
+    expect(asked[0]).toBeGreaterThan(1e17);
+  });
+
+  test("a disk that fills up while fetching ends with one clear error, and the fetch goes on when there is room", async () => {
+    const small = folder();
+    if (Bun.spawnSync(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small]).exitCode !== 0) {
+      console.log("skipped: no file system can be mounted here");
+      return;
+    }
+    cleanups.push(() => Bun.spawnSync(["umount", small]));
+    const models = folder();
+    pulled(models);
+    const { size } = statSync(join(models, "tiny", "model.safetensors"));
+    const shares = evenShares(await planOf(join(models, "tiny")), 1, 1);
+    const order = async () => {
+      const { ask } = await source((name) => join(models, name));
+      return {
+        ...{ source: await ask(), model: "tiny", shares, rank: 0, onProgress: () => undefined },
+        ...{ signal: new AbortController().signal, spareBytes: Number.NEGATIVE_INFINITY },
+      };
+    };
+    writeFileSync(join(small, "ballast"), Buffer.alloc(200_000));
+    expect(size).toBeGreaterThan(56_000);
+    await expect(fetchShard(join(small, "parts"), await order())).rejects.toMatchObject({
+      code: "disk_full",
+      where: expect.stringContaining(small),
+    });
+    rmSync(join(small, "ballast"));
+    Bun.spawnSync(["mount", "-o", "remount,size=16m", small]);
+    const dir = await fetchShard(join(small, "parts"), await order());
+    expect(await hasShard(dir, shares, 0)).toBe(true);
   });
 });
 

@@ -14,6 +14,8 @@ import type { ClusterService } from "./service.ts";
 
 const acceptSchema = v.strictObject({ code: v.pipe(v.string(), v.minLength(1), v.maxLength(64)) });
 
+const partsSchema = v.strictObject({ model: v.exactOptional(v.pipe(v.string(), v.maxLength(512))) });
+
 const modelName = v.pipe(v.string(), v.minLength(1), v.maxLength(512));
 const positive = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(most));
 const askedEntries = {
@@ -75,6 +77,17 @@ export function clusterRoutes(
         const { model, ...asked } = read(instanceSchema, await readJsonObject(context, settings));
         const id = await service().createInstance(model, asked);
         return Response.json({ id, model }, { status: 202 });
+      },
+    },
+    ADMIN,
+  );
+  route(
+    app,
+    "/cluster/parts",
+    {
+      DELETE: async (context) => {
+        const { model } = read(partsSchema, context.req.query());
+        return Response.json({ bytes: await service().cleanParts(model) });
       },
     },
     ADMIN,

@@ -36,6 +36,8 @@ export interface ClusterService {
   createInstance(model: string, asked: PlacementRequest): Promise<string>;
   /** False: there is none with this id. */
   stopInstance(id: string): Promise<boolean>;
+  /** Drops fetched parts of models that no rank here reads, of one model or of all; the bytes that come free. */
+  cleanParts(model: string | undefined): Promise<number>;
   /** Whether any request could be another node's to answer: otherwise bodies are not looked at. */
   mayPass(): boolean;
   /** The other node's answer, or undefined where this node is to answer. Rejects where the one that should cannot. */

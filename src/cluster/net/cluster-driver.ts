@@ -20,14 +20,15 @@ import type { RunningRequest } from "../requests.ts";
 import type { Link, ModelPresence, NodeId, NodeInfo, NodeSpeed, PlacementRequest } from "../types.ts";
 import type { Channel } from "./channel.ts";
 import type { ClusterWork } from "./cluster-node.ts";
+import { FileVerdicts } from "./file-verdicts.ts";
 import type { Peer, Purpose } from "./hello.ts";
 import type { Link as PeerLink } from "./link.ts";
 import type { Mesh } from "./mesh.ts";
-import { ModelSourceChannel, serveModelFiles } from "./model-files.ts";
+import { serveModelFiles } from "./model-files.ts";
+import { ModelParts } from "./model-parts.ts";
 import { ModelTermsCache } from "./model-source.ts";
 import { machineInfo } from "./node-info.ts";
 import { ProcessRanks } from "./rank-runner.ts";
-import { fetchShard } from "./shard-store.ts";
 import { ExchangeSchema, InstanceCallSchema, PlacementCallSchema } from "./wire.ts";
 
 /** The slow parts of this node's record (memory, models, links) are read anew this often. */
@@ -46,6 +47,8 @@ export interface ClusterDriverOptions {
   model: (name: string) => InstalledModel;
   /** Where parts of models that other nodes have are kept. */
   partsFolder: string;
+  /** Remembers which files have the content that the hub states (file-verdicts.ts). */
+  verdictsFile: string;
   models: () => ModelPresence[];
   links: () => Link[];
   run: RunOptions;
@@ -72,8 +75,9 @@ export class ClusterDriver implements ClusterWork {
   readonly #ledger: MemoryLedger;
   readonly #terms: ModelTermsCache;
   readonly #open = new Map<string, OpenInstance>();
-  /** Parts of models that were fetched for ranks, by name. */
-  readonly #parts = new Map<string, InstalledModel>();
+  readonly #verdicts: FileVerdicts;
+  /** Parts of models that were fetched for ranks. */
+  readonly parts: ModelParts;
   /** Ends the answer of a request that this node passed on. */
   readonly #failRequest = new Map<string, (error: CaravanError) => void>();
   #logic: ClusterLogic | undefined;
@@ -85,6 +89,15 @@ export class ClusterDriver implements ClusterWork {
   constructor(options: ClusterDriverOptions) {
     this.#options = options;
     this.#ledger = new MemoryLedger(availableMemory().available);
+    this.#verdicts = new FileVerdicts(options.verdictsFile);
+    this.parts = new ModelParts({
+      folder: options.partsFolder,
+      holders: (model) => (this.#mesh === undefined ? [] : this.#holdersOf(model)),
+      open: (node, signal) => this.#openFiles(node, signal),
+      nameOf: (id) => this.nameOf(id),
+      inUse: () => this.#modelsOfRanks(),
+      log: options.log,
+    });
     this.#terms = new ModelTermsCache(
       (name) => this.#model(name),
       options.run,
@@ -297,7 +310,8 @@ export class ClusterDriver implements ClusterWork {
 
   onChannel(channel: Channel, peer: Peer, purpose: Purpose): boolean {
     if (purpose === "file") {
-      void serveModelFiles(channel, (model) => this.#options.model(model).path);
+      const folderOf = (model: string) => this.#options.model(model).path;
+      void serveModelFiles(channel, { folderOf, verdicts: this.#verdicts });
       return true;
     }
     return this.#ranks.onChannel(channel, peer, purpose);
@@ -317,7 +331,7 @@ export class ClusterDriver implements ClusterWork {
     try {
       return this.#options.model(name);
     } catch (thrown) {
-      const part = this.#parts.get(name);
+      const part = this.parts.find(name);
       if (part === undefined) throw thrown;
       return part;
     }
@@ -332,27 +346,26 @@ export class ClusterDriver implements ClusterWork {
     try {
       return this.#options.model(name);
     } catch (thrown) {
-      if (asCaravanError(thrown).code !== "model_not_found") throw thrown;
-      const holders = this.#holdersOf(name);
-      if (holders.length === 0 || this.#mesh === undefined) throw thrown;
-      let last: unknown = thrown;
-      for (const holder of holders) {
-        try {
-          const source = await ModelSourceChannel.ask(await this.#mesh.open(holder, "file", signal), name);
-          this.#options.log.info("fetching a part of a model", { model: name, from: this.nameOf(holder) });
-          const { partsFolder } = this.#options;
-          const fetch = { source, model: name, shares: ranks, rank: order.rank, onProgress, signal };
-          const path = await fetchShard(partsFolder, fetch).finally(() => source.close());
-          const part: InstalledModel = { name, path, source: "folder", bytes: 0, created: 0 };
-          this.#parts.set(name, part);
-          return part;
-        } catch (failed) {
-          signal.throwIfAborted();
-          last = failed;
-        }
-      }
-      throw last;
+      const missing = asCaravanError(thrown);
+      if (missing.code !== "model_not_found") throw thrown;
+      const { rank } = order;
+      return await this.parts.prepare({ model: name, shares: ranks, rank, onProgress, signal }, missing);
     }
+  }
+
+  #openFiles(node: NodeId, signal: AbortSignal): Promise<Channel> {
+    if (this.#mesh === undefined)
+      return Promise.reject(new CaravanError("cluster_degraded", "this node has left the cluster"));
+    return this.#mesh.open(node, "file", signal);
+  }
+
+  /** Of instances that have, or had last, a rank on this node. */
+  #modelsOfRanks(): ReadonlySet<string> {
+    const states = this.members().flatMap(({ record: { info } }) => [...info.instances, ...info.orphans]);
+    const here = states.filter(
+      ({ phase, spec }) => phase !== "gone" && spec.ranks.some(({ node }) => node === this.#options.id),
+    );
+    return new Set(here.map(({ spec }) => spec.model));
   }
 
   /** Nodes that have all of the model, the nearest first. */
@@ -400,7 +413,12 @@ export class ClusterDriver implements ClusterWork {
 
   #tick(): void {
     try {
-      if (this.#beats++ % REFRESH_BEATS === 0) this.#refresh();
+      if (this.#beats++ % REFRESH_BEATS === 0) {
+        this.#refresh();
+        this.parts.age(performance.now()).catch((thrown) => {
+          this.#options.log.warn("parts of models are not kept in order", asCaravanError(thrown).toJSON());
+        });
+      }
       this.#reportLoad();
       this.#logic?.tick();
       const conflict = this.conflict;

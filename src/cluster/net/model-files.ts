@@ -1,20 +1,27 @@
 // Gives other nodes the files of a model that is here: a list, then any ranges, each with its hash. On a connection of purpose
 // "file". Only models by name, only files in the model's folder, only those that a model is made of.
 //
-//   asker: {model}                        holder: {files: [{name, size}]}
+//   asker: {model}                        holder: {files: [{name, size, hash?}]}
 //   asker: {name, start, end} …           holder: bytes …, {sha256}
+//   asker: {verify: name}                 holder: {reading: bytes} …, {verified: name}
+//
+// hash: what the hub states of the whole file, where the file came from there. The holder vouches for it only when asked to verify.
 
 import { createHash } from "node:crypto";
-import { open, readdir, stat } from "node:fs/promises";
-import { join } from "node:path";
+import { open, readdir, readlink, stat } from "node:fs/promises";
+import { basename, dirname, join } from "node:path";
 import * as v from "valibot";
 import { asCaravanError, CaravanError } from "../../errors.ts";
 import { type Channel, MAX_BYTES_FRAME } from "./channel.ts";
+import type { FileVerdicts } from "./file-verdicts.ts";
+import { type FileHash, FileHashSchema } from "./part-note.ts";
 
 /** Longest range of one request. */
 export const MOST_RANGE_BYTES = 16 * 1024 * 1024;
 const IDLE_LIMIT_MS = 120_000;
 const MOST_FILES = 1024;
+/** While the holder reads a file, it says how far it is that often. */
+const READING_MS = 1000;
 
 /** What a model is made of; nothing else leaves the folder. */
 const FILE_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.(?:json|safetensors|jinja|txt|model)$/;
@@ -22,10 +29,14 @@ const FILE_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.(?:json|safetensors|jinja|
 const size = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
 const fileName = v.pipe(v.string(), v.regex(FILE_NAME));
 const Ask = v.object({ model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)) });
-const Range = v.object({ name: fileName, start: size, end: size });
+const Wish = v.union([v.object({ name: fileName, start: size, end: size }), v.object({ verify: fileName })]);
 const Files = v.object({
-  files: v.pipe(v.array(v.object({ name: fileName, size })), v.maxLength(MOST_FILES)),
+  files: v.pipe(
+    v.array(v.object({ name: fileName, size, hash: v.exactOptional(FileHashSchema) })),
+    v.maxLength(MOST_FILES),
+  ),
 });
+const Verdict = v.union([v.object({ reading: size }), v.object({ verified: fileName })]);
 const Hash = v.object({ sha256: v.pipe(v.string(), v.regex(/^[0-9a-f]{64}$/)) });
 const Failure = v.object({ error: v.record(v.string(), v.unknown()) });
 
@@ -33,20 +44,28 @@ export interface ModelFile {
   name: string;
   /** Bytes. */
   size: number;
+  hash?: FileHash;
 }
 
-/** The holder's side. `folderOf`: of a model by name, throws model_not_found. Never rejects. */
-export async function serveModelFiles(channel: Channel, folderOf: (model: string) => string): Promise<void> {
+export interface HolderOptions {
+  /** Folder of a model by name. Throws model_not_found. */
+  folderOf: (model: string) => string;
+  verdicts: FileVerdicts;
+}
+
+/** The holder's side. Never rejects. */
+export async function serveModelFiles(channel: Channel, options: HolderOptions): Promise<void> {
   try {
     const { model } = v.parse(Ask, await channel.readJson(IDLE_LIMIT_MS));
-    const folder = folderOf(model);
+    const folder = options.folderOf(model);
     const files = await listFiles(folder);
     channel.send({ files });
     for (;;) {
       const frame = await channel.read(IDLE_LIMIT_MS);
       if (frame === undefined) return;
-      const range = v.parse(Range, frame.kind === "json" ? frame.value : undefined);
-      await sendRange(channel, folder, files, range);
+      const wish = v.parse(Wish, frame.kind === "json" ? frame.value : undefined);
+      if ("verify" in wish) await verifyFile(channel, folder, files, wish.verify, options.verdicts);
+      else await sendRange(channel, folder, files, wish);
     }
   } catch (thrown) {
     if (channel.open) channel.send({ error: asCaravanError(thrown).toJSON() });
@@ -59,16 +78,47 @@ async function listFiles(folder: string): Promise<ModelFile[]> {
   const files: ModelFile[] = [];
   for (const name of names.slice(0, MOST_FILES)) {
     const found = await stat(join(folder, name));
-    if (found.isFile()) files.push({ name, size: found.size });
+    if (!found.isFile()) continue;
+    const hash = await statedHash(join(folder, name));
+    files.push({ name, size: found.size, ...(hash === undefined ? {} : { hash }) });
   }
   return files;
+}
+
+/** In the hub's cache a model's file is a link to a blob whose name is the content's hash, as the hub stated it. */
+async function statedHash(path: string): Promise<FileHash | undefined> {
+  const target = await readlink(path).catch(() => undefined);
+  if (target === undefined || basename(dirname(target)) !== "blobs") return undefined;
+  const value = basename(target);
+  if (/^[0-9a-f]{64}$/.test(value)) return { kind: "sha256", value };
+  return /^[0-9a-f]{40}$/.test(value) ? { kind: "git", value } : undefined;
+}
+
+async function verifyFile(
+  channel: Channel,
+  folder: string,
+  files: readonly ModelFile[],
+  name: string,
+  verdicts: FileVerdicts,
+): Promise<void> {
+  const hash = files.find((each) => each.name === name)?.hash;
+  if (hash === undefined)
+    throw new CaravanError("invalid_argument", "nobody stated a hash of this file", { where: name });
+  const check = verdicts.check(join(folder, name), hash);
+  const alive = setInterval(() => channel.send({ reading: check.done }), READING_MS);
+  try {
+    await check.result;
+  } finally {
+    clearInterval(alive);
+  }
+  channel.send({ verified: name });
 }
 
 async function sendRange(
   channel: Channel,
   folder: string,
   files: readonly ModelFile[],
-  { name, start, end }: v.InferOutput<typeof Range>,
+  { name, start, end }: { name: string; start: number; end: number },
 ): Promise<void> {
   const file = files.find((each) => each.name === name);
   if (file === undefined || start >= end || end > file.size || end - start > MOST_RANGE_BYTES)
@@ -129,6 +179,17 @@ export class ModelSourceChannel {
           where: name,
         });
       return bytes;
+    }
+  }
+
+  /** Has the holder compare its whole file with the hash that the hub states. `onBytes`: how much of it has been read. Rejects
+   * with bad_file where it is another one. */
+  async verify(name: string, onBytes: (read: number) => void): Promise<void> {
+    this.channel.send({ verify: name });
+    for (;;) {
+      const verdict = read(Verdict, await this.channel.readJson(IDLE_LIMIT_MS));
+      if ("verified" in verdict) return;
+      onBytes(verdict.reading);
     }
   }
 

@@ -1,14 +1,14 @@
-// Models of which this node has only what its rank reads, in caravan's own folder: files as long as the originals with
-// holes where nothing was needed, so that offsets and load plans are the same as on the node that has it all. What has arrived is
-// written down after it is on the disk, so that an interrupted fetch goes on where it was.
+// Fetches the part of a model that a rank reads into caravan's own folder: files as long as the originals with holes where
+// nothing was needed, so that offsets and load plans are the same as on the node that has it all. What has arrived is written
+// down (part-note.ts), so that an interrupted fetch goes on where it was, also after a restart.
 
 import { createHash } from "node:crypto";
 import { type FileHandle, mkdir, open, statfs } from "node:fs/promises";
 import { basename, join } from "node:path";
-import * as v from "valibot";
-import { CaravanError } from "../../errors.ts";
-import { AtomicFile, writeError } from "../../model/atomic-file.ts";
+import { asCaravanError, CaravanError } from "../../errors.ts";
+import { writeError } from "../../model/atomic-file.ts";
 import { readModelConfig } from "../../model/config.ts";
+import { hashFile } from "../../model/download/part-file.ts";
 import { makeLoadPlan } from "../../model/load-plan.ts";
 import { openCheckpoint } from "../../model/safetensors.ts";
 import { MAX_HEADER_BYTES } from "../../model/safetensors-header.ts";
@@ -16,37 +16,70 @@ import { makeFolder } from "../../paths.ts";
 import { type Share, shardPlan } from "../shard.ts";
 import { type ByteRange, mergeRanges, missingRanges, shardRanges, totalBytes } from "../shard-ranges.ts";
 import { MOST_RANGE_BYTES, type ModelFile, type ModelSourceChannel } from "./model-files.ts";
+import { isWhole, type PartFile, type PartNote, readPartNote, writePartNote } from "./part-note.ts";
 
 const WEIGHTS = /\.safetensors$/;
-/** What has arrived is noted each time so much more has. */
-const NOTE_BYTES = 256 * 1024 * 1024;
+/** What has arrived is noted each time so much more has: as much comes again after a power cut. */
+const NOTE_BYTES = 64 * 1024 * 1024;
 /** Room that stays free on the disk. */
-const SPARE_BYTES = 1e9;
+export const SPARE_BYTES = 1e9;
 /** Largest file that is no weights. */
 const MOST_SMALL_BYTES = 256 * 1024 * 1024;
-
-const range = v.strictTuple([v.pipe(v.number(), v.safeInteger()), v.pipe(v.number(), v.safeInteger())]);
-const Held = v.record(v.string(), v.array(range));
 
 export interface FetchOptions {
   source: ModelSourceChannel;
   model: string;
   shares: readonly Share[];
   rank: number;
-  /** 0 to 1. */
+  /** 0 to 1, the check at the end included. */
   onProgress: (fraction: number) => void;
   signal: AbortSignal;
+  /** Makes at least so many bytes free if it can, before a fetch is refused for want of room. */
+  makeRoom?: (bytes: number) => Promise<void>;
+  spareBytes?: number;
 }
 
 /** `folder`: of all partial models. Resolves with the folder of this one once the rank can load from it. Rejects with
- * disk_full, download_failed or bad_file. */
+ * disk_full, download_failed or bad_file; what has arrived stays and is not fetched again. */
 export async function fetchShard(folder: string, options: FetchOptions): Promise<string> {
   const { source, model } = options;
   const fetch = new ShardFetch(join(folder, folderName(model, source.files)), options);
   try {
     return await fetch.run();
+  } catch (thrown) {
+    await fetch.keep();
+    throw thrown;
   } finally {
     await fetch.close();
+  }
+}
+
+/** Bytes of each file that a rank reads, for a folder whose headers and small files are there. */
+async function rangesOf(
+  folder: string,
+  shares: readonly Share[],
+  rank: number,
+): Promise<Map<string, ByteRange[]>> {
+  const plan = makeLoadPlan(readModelConfig(folder), await openCheckpoint(folder));
+  return new Map(
+    [...shardRanges(shardPlan(plan, shares, rank))].map(([path, ranges]) => [basename(path), ranges]),
+  );
+}
+
+/** Whether a rank can load from the folder without anything more. */
+export async function hasShard(folder: string, shares: readonly Share[], rank: number): Promise<boolean> {
+  const note = readPartNote(folder);
+  if (note === undefined) return false;
+  for (const [name, file] of Object.entries(note.files))
+    if (!WEIGHTS.test(name) && !isWhole(file)) return false;
+  try {
+    const wanted = await rangesOf(folder, shares, rank);
+    return [...wanted].every(
+      ([name, ranges]) => missingRanges(ranges, note.files[name]?.ranges ?? []).length === 0,
+    );
+  } catch (thrown) {
+    if (asCaravanError(thrown).code === "internal_error") throw thrown;
+    return false; // headers are missing, or are not those of a model
   }
 }
 
@@ -63,7 +96,7 @@ class ShardFetch {
   readonly #folder: string;
   readonly #options: FetchOptions;
   readonly #handles = new Map<string, FileHandle>();
-  #held: Record<string, ByteRange[]> = {};
+  #note: PartNote | undefined;
   #sinceNote = 0;
 
   constructor(folder: string, options: FetchOptions) {
@@ -72,35 +105,42 @@ class ShardFetch {
   }
 
   async run(): Promise<string> {
-    const { files } = this.#options.source;
+    const { source, model, shares, rank } = this.#options;
     makeFolder(this.#folder, "keep a part of a model");
     await mkdir(this.#folder, { recursive: true });
-    this.#held = await this.#readNote();
-    // Everything but weights whole, and the headers of those: then the plan says what else.
-    const small = new Map<string, ByteRange[]>();
-    for (const { name, size } of files) {
-      if (WEIGHTS.test(name)) small.set(name, [[0, await this.#headerBytes(name, size)]]);
-      else if (size > MOST_SMALL_BYTES)
-        throw new CaravanError("download_failed", `${name} is too large for what it is`);
-      else if (size > 0) small.set(name, [[0, size]]);
-    }
-    await this.#fetch(small, () => undefined);
-    const plan = makeLoadPlan(readModelConfig(this.#folder), await openCheckpoint(this.#folder));
-    const { shares, rank, onProgress } = this.#options;
-    const wanted = new Map(
-      [...shardRanges(shardPlan(plan, shares, rank))].map(([path, ranges]) => [basename(path), ranges]),
+    this.#note = reconciled(readPartNote(this.#folder), model, source.files);
+    // A folder says what it is before anything else is in it.
+    await this.#save();
+    await this.#fetch(await this.#smallParts(), () => undefined);
+    const wanted = await rangesOf(this.#folder, shares, rank);
+    const all = bytesOf(wanted);
+    const missing = bytesOf(this.#missing(wanted));
+    await this.#checkRoom(missing);
+    // Of files that the rank reads nothing of but the header, nobody needs to know more.
+    const toCheck = source.files.filter(
+      ({ name, hash }) => hash !== undefined && (wanted.has(name) || !WEIGHTS.test(name)),
     );
-    const all = [...wanted.values()].reduce((sum, ranges) => sum + totalBytes(ranges), 0);
-    const missing = this.#missing(wanted);
-    const bytes = [...missing.values()].reduce((sum, ranges) => sum + totalBytes(ranges), 0);
-    await this.#checkRoom(bytes);
-    let done = all - bytes;
-    await this.#fetch(wanted, (more) => {
+    const work = all + toCheck.reduce((sum, { size }) => sum + size, 0);
+    let done = all - missing;
+    const onBytes = (more: number) => {
       done += more;
-      onProgress(all === 0 ? 1 : done / all);
-    });
-    await this.#note();
+      this.#options.onProgress(work === 0 ? 1 : Math.min(1, done / work));
+    };
+    await this.#fetch(wanted, onBytes);
+    for (const file of toCheck) await this.#check(file, onBytes);
+    this.#options.onProgress(1);
+    await this.#save();
     return this.#folder;
+  }
+
+  /** After a failure: notes what has arrived, if the disk takes it. The note before is true as well, of less. */
+  async keep(): Promise<void> {
+    if (this.#note === undefined) return;
+    try {
+      await this.#save();
+    } catch (thrown) {
+      if (asCaravanError(thrown).code === "internal_error") throw thrown;
+    }
   }
 
   async close(): Promise<void> {
@@ -108,10 +148,27 @@ class ShardFetch {
     this.#handles.clear();
   }
 
+  #of(name: string): PartFile {
+    const file = this.#note?.files[name];
+    if (file === undefined)
+      throw new CaravanError("download_failed", "the other node lacks it", { where: name });
+    return file;
+  }
+
+  /** Everything but weights whole, and the headers of those: then the plan says what else. */
+  async #smallParts(): Promise<Map<string, ByteRange[]>> {
+    const small = new Map<string, ByteRange[]>();
+    for (const { name, size } of this.#options.source.files) {
+      if (WEIGHTS.test(name)) small.set(name, [[0, await this.#headerBytes(name, size)]]);
+      else if (size > MOST_SMALL_BYTES)
+        throw new CaravanError("download_failed", `${name} is too large for what it is`);
+      else small.set(name, size > 0 ? [[0, size]] : []);
+    }
+    return small;
+  }
+
   #missing(wanted: ReadonlyMap<string, ByteRange[]>): Map<string, ByteRange[]> {
-    return new Map(
-      [...wanted].map(([name, ranges]) => [name, missingRanges(ranges, this.#held[name] ?? [])]),
-    );
+    return new Map([...wanted].map(([name, ranges]) => [name, missingRanges(ranges, this.#of(name).ranges)]));
   }
 
   /** Length of a safetensors file's header, its 8 bytes included. */
@@ -127,30 +184,62 @@ class ShardFetch {
   async #fetch(wanted: ReadonlyMap<string, ByteRange[]>, onBytes: (more: number) => void): Promise<void> {
     const { source, signal } = this.#options;
     for (const [name, ranges] of this.#missing(wanted)) {
-      const file = source.files.find((each) => each.name === name);
-      if (file === undefined)
-        throw new CaravanError("download_failed", "the other node lacks it", { where: name });
-      const handle = await this.#open(file);
+      const file = this.#of(name);
+      const handle = await this.#open(name, file.size);
       for (const [first, end] of ranges)
         for (let start = first; start < end; start += MOST_RANGE_BYTES) {
           signal.throwIfAborted();
           const stop = Math.min(end, start + MOST_RANGE_BYTES);
           const bytes = await source.read(name, start, stop);
-          try {
-            await handle.write(bytes, 0, bytes.length, start);
-          } catch (cause) {
-            throw writeError(join(this.#folder, name), cause);
-          }
-          this.#held[name] = mergeRanges([...(this.#held[name] ?? []), [start, stop]]);
+          await writeAll(handle, bytes, start, join(this.#folder, name));
+          file.ranges = mergeRanges([...file.ranges, [start, stop]]);
+          delete file.checked;
           onBytes(bytes.length);
           this.#sinceNote += bytes.length;
-          if (this.#sinceNote >= NOTE_BYTES) await this.#note();
+          if (this.#sinceNote >= NOTE_BYTES) await this.#save();
         }
     }
   }
 
+  /** Compares a file's content with what the hub states: here where all of it is here, else at the node that it comes from. */
+  async #check({ name, size, hash }: ModelFile, onBytes: (more: number) => void): Promise<void> {
+    const file = this.#of(name);
+    if (hash === undefined) return;
+    if (file.checked === "whole" || (file.checked === "source" && !isWhole(file))) {
+      onBytes(size);
+      return;
+    }
+    let seen = 0;
+    const upTo = (read: number) => {
+      onBytes(Math.max(0, Math.min(read, size) - seen));
+      seen = Math.max(seen, read);
+    };
+    try {
+      if (isWhole(file)) {
+        const handle = await this.#open(name, size);
+        const found = await hashFile(handle, size, hash.kind, this.#options.signal, (more) =>
+          upTo(seen + more),
+        );
+        if (found !== hash.value)
+          throw new CaravanError("bad_file", "its content is not what the hub states for it", {
+            where: join(this.#folder, name),
+            hint: "It is fetched again at the next try; if that ends the same way, the node that it comes from has an altered file.",
+          });
+        file.checked = "whole";
+      } else {
+        await this.#options.source.verify(name, upTo);
+        file.checked = "source";
+      }
+    } catch (thrown) {
+      // Nobody knows which of its bytes are wrong.
+      if (asCaravanError(thrown).code === "bad_file") file.ranges = [];
+      throw thrown;
+    }
+    upTo(size);
+  }
+
   /** The file at its whole length, mostly a hole. */
-  async #open({ name, size }: ModelFile): Promise<FileHandle> {
+  async #open(name: string, size: number): Promise<FileHandle> {
     const known = this.#handles.get(name);
     if (known !== undefined) return known;
     const path = join(this.#folder, name);
@@ -165,34 +254,75 @@ class ShardFetch {
   }
 
   async #checkRoom(bytes: number): Promise<void> {
-    const { bavail, bsize } = await statfs(this.#folder);
-    if (bavail * bsize < bytes + SPARE_BYTES) {
-      throw new CaravanError(
-        "disk_full",
-        `this part of ${this.#options.model} needs ${(bytes / 1e9).toFixed(1)} GB, ${((bavail * bsize) / 1e9).toFixed(1)} GB are free`,
-        { where: this.#folder, hint: "Free some space, or set CARAVAN_DATA_DIR to a larger disk." },
-      );
-    }
-  }
-
-  get #notePath(): string {
-    return join(this.#folder, "held.ranges");
-  }
-
-  async #readNote(): Promise<Record<string, ByteRange[]>> {
-    const note = Bun.file(this.#notePath);
-    if (!(await note.exists())) return {};
-    const parsed = v.safeParse(Held, await note.json().catch(() => undefined));
-    // A damaged note costs a new fetch, not a wrong model.
-    return parsed.success ? parsed.output : {};
+    const { model, makeRoom, spareBytes = SPARE_BYTES } = this.#options;
+    const free = async () => {
+      const { bavail, bsize } = await statfs(this.#folder);
+      return bavail * bsize;
+    };
+    const lacking = bytes === 0 ? 0 : bytes + spareBytes - (await free());
+    if (lacking <= 0) return;
+    await makeRoom?.(lacking);
+    const left = await free();
+    if (left >= bytes + spareBytes) return;
+    throw new CaravanError(
+      "disk_full",
+      `this part of ${model} needs ${gigabytes(bytes)} more and ${gigabytes(spareBytes)} to spare, ${gigabytes(left)} are free`,
+      {
+        where: this.#folder,
+        hint: "Free some space (`caravan cluster clean` drops parts that no rank reads), or set CARAVAN_DATA_DIR to a larger disk.",
+      },
+    );
   }
 
   /** Data first, then the note that says it is there. */
-  async #note(): Promise<void> {
+  async #save(): Promise<void> {
+    if (this.#note === undefined) return;
     this.#sinceNote = 0;
-    for (const handle of this.#handles.values()) await handle.sync();
-    const file = await AtomicFile.create(this.#notePath);
-    await file.write(Buffer.from(JSON.stringify(this.#held)), 0);
-    await file.commit();
+    for (const [name, handle] of this.#handles) {
+      try {
+        await handle.sync();
+      } catch (cause) {
+        throw writeError(join(this.#folder, name), cause);
+      }
+    }
+    await writePartNote(this.#folder, this.#note);
   }
+}
+
+/** A disk that fills up takes a piece without an error first. */
+async function writeAll(handle: FileHandle, bytes: Uint8Array, at: number, path: string): Promise<void> {
+  try {
+    for (let done = 0; done < bytes.length; ) {
+      const { bytesWritten } = await handle.write(bytes, done, bytes.length - done, at + done);
+      if (bytesWritten === 0)
+        throw new CaravanError("disk_full", "nothing more can be written", { where: path });
+      done += bytesWritten;
+    }
+  } catch (cause) {
+    throw writeError(path, cause);
+  }
+}
+
+/** The note for the files as the other node has them now: what it says of other contents counts for nothing. */
+function reconciled(note: PartNote | undefined, model: string, files: readonly ModelFile[]): PartNote {
+  const fresh: PartNote = { model, idleHours: 0, files: {} };
+  for (const { name, size, hash } of files) {
+    const known = note?.files[name];
+    const same =
+      known?.size === size &&
+      (hash === undefined || known.hash === undefined || known.hash.value === hash.value);
+    // Fetched when nobody stated a hash: its check is still to come.
+    fresh.files[name] = same
+      ? { ...known, ...(hash === undefined ? {} : { hash }) }
+      : { size, ranges: [], ...(hash === undefined ? {} : { hash }) };
+  }
+  return fresh;
+}
+
+function bytesOf(parts: ReadonlyMap<string, readonly ByteRange[]>): number {
+  return [...parts.values()].reduce((sum, ranges) => sum + totalBytes(ranges), 0);
+}
+
+function gigabytes(bytes: number): string {
+  return `${(bytes / 1e9).toFixed(1)} GB`;
 }

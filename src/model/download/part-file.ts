@@ -147,12 +147,13 @@ export class PartFile {
   }
 }
 
-/** Hash of an open file of `size` bytes. */
+/** Hash of an open file of `size` bytes. `onBytes`: of each piece that was read. */
 export async function hashFile(
   file: FileHandle,
   size: number,
   kind: "sha256" | "git",
   signal: AbortSignal,
+  onBytes: (bytes: number) => void = () => undefined,
 ): Promise<string> {
   const hasher = new Bun.CryptoHasher(kind === "git" ? "sha1" : "sha256");
   if (kind === "git") hasher.update(`blob ${size}\0`);
@@ -163,6 +164,7 @@ export async function hashFile(
     if (bytesRead === 0) break; // shorter than it should be: the hash will differ
     hasher.update(block.subarray(0, bytesRead));
     at += bytesRead;
+    onBytes(bytesRead);
   }
   return hasher.digest("hex");
 }

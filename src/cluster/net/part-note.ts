@@ -1,0 +1,85 @@
+// What of a model is in a folder of parts, written down beside it (part.json): which ranges of which files have arrived, what is
+// known of their content, and for how long no rank has read them. Data reaches the disk before the note that says so.
+
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import * as v from "valibot";
+import { AtomicFile } from "../../model/atomic-file.ts";
+import { type ByteRange, totalBytes } from "../shard-ranges.ts";
+
+/** What the hub states of a file's content: its sha256, or the id that git gives it (files outside LFS). Lower-case hex. */
+export interface FileHash {
+  kind: "sha256" | "git";
+  value: string;
+}
+
+/**
+ * How far a file's content was checked. "whole": all of it is here and has the stated hash. "source": the file that the ranges come
+ * from has it, and each range came with a hash of its own. Missing: each range came with a hash of what the other node read.
+ */
+export type Checked = "whole" | "source";
+
+export interface PartFile {
+  /** Of the whole file, bytes. */
+  size: number;
+  /** What has arrived; sorted, without overlaps. */
+  ranges: ByteRange[];
+  hash?: FileHash;
+  checked?: Checked;
+}
+
+export interface PartNote {
+  model: string;
+  /** Hours in which a node ran here and no rank read it. Not a date: clocks jump. */
+  idleHours: number;
+  files: Record<string, PartFile>;
+}
+
+const NOTE_NAME = "part.json";
+
+const bytes = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
+export const FileHashSchema = v.variant("kind", [
+  v.object({ kind: v.literal("sha256"), value: v.pipe(v.string(), v.regex(/^[0-9a-f]{64}$/)) }),
+  v.object({ kind: v.literal("git"), value: v.pipe(v.string(), v.regex(/^[0-9a-f]{40}$/)) }),
+]);
+const NoteSchema = v.object({
+  model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)),
+  idleHours: bytes,
+  files: v.record(
+    v.string(),
+    v.object({
+      size: bytes,
+      ranges: v.array(v.strictTuple([bytes, bytes])),
+      hash: v.exactOptional(FileHashSchema),
+      checked: v.exactOptional(v.picklist(["whole", "source"])),
+    }),
+  ),
+});
+
+/** undefined where there is none, or a damaged one: that costs a new fetch, not a wrong model. */
+export function readPartNote(folder: string): PartNote | undefined {
+  let value: unknown;
+  try {
+    value = JSON.parse(readFileSync(join(folder, NOTE_NAME), "utf8"));
+  } catch {
+    return undefined;
+  }
+  const parsed = v.safeParse(NoteSchema, value);
+  return parsed.success ? parsed.output : undefined;
+}
+
+/** Rejects with disk_full or bad_file; the note before stays then. */
+export async function writePartNote(folder: string, note: PartNote): Promise<void> {
+  const file = await AtomicFile.create(join(folder, NOTE_NAME));
+  await file.write(Buffer.from(JSON.stringify(note)), 0);
+  await file.commit();
+}
+
+/** Bytes that the part takes on the disk, holes not counted. */
+export function partBytes({ files }: PartNote): number {
+  return Object.values(files).reduce((sum, { ranges }) => sum + totalBytes(ranges), 0);
+}
+
+export function isWhole({ size, ranges }: PartFile): boolean {
+  return size === 0 || ranges.some(([start, end]) => start === 0 && end >= size);
+}
