@@ -30,6 +30,7 @@ export interface StateView {
   self: { id: string };
   nodes: { id: string; name: string; reachable: boolean; round_trip_us?: number; bandwidth?: number }[];
   instances: InstanceView[];
+  parts?: { model: string; bytes: number; in_use: boolean; idle_hours: number }[];
 }
 
 /** Where a node lives. */

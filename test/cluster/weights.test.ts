@@ -41,8 +41,9 @@ import { createLogger } from "../../src/log.ts";
 import { readModelConfig } from "../../src/model/config.ts";
 import { elementBits, makeLoadPlan, type PlannedTensor } from "../../src/model/load-plan.ts";
 import { openCheckpoint } from "../../src/model/safetensors.ts";
+import { MisbehavingHub } from "../tools/misbehaving-hub.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
-import { ClusterLab, libraryHere, loopbackHosts } from "./cluster-lab.ts";
+import { ClusterLab, eventually, libraryHere, loopbackHosts } from "./cluster-lab.ts";
 
 // Of a busy machine; each waits for what it needs and no longer.
 setDefaultTimeout(60_000);
@@ -489,4 +490,54 @@ test.skipIf(!libraryHere)(
     expect(existsSync(join(lab.folder, "a", "parts"))).toBe(false);
   },
   60_000,
+);
+
+test.skipIf(!libraryHere)(
+  "four nodes cause one download from outside: one pulls, the others' parts come from it",
+  async () => {
+    const made = writeTinyChatModel(join(folder(), "tiny"), 1);
+    const files = readdirSync(made).map((path) => ({ path, content: readFileSync(join(made, path)) }));
+    const hub = await MisbehavingHub.start("org/tiny", files);
+    cleanups.push(() => hub.stop());
+    const all = files.reduce((sum, { content }) => sum + content.length, 0);
+    const lab = new ClusterLab(
+      loopbackHosts(4).map((host) => {
+        const [models, cache] = [folder(), folder()];
+        const env = { CARAVAN_MODELS_DIR: models, HF_HUB_CACHE: cache, HF_ENDPOINT: hub.url };
+        return { ...host, args: ["--transport", "tcp"], env: { ...host.env, ...env } };
+      }),
+    );
+    cleanups.push(() => lab.close());
+    await lab.start();
+    const [a, b, , d] = lab.nodes;
+    if (a === undefined || b === undefined || d === undefined) throw new Error("four nodes");
+    const pulled = await a.post("/models/pull", { model: "org/tiny" });
+    expect(await pulled.text()).toContain("success");
+    expect(hub.bytesServed()).toBe(all);
+    await eventually(
+      "b hears of the model",
+      15_000,
+      async () => (await b.fetch("/cluster/plan?model=org/tiny")).ok,
+    );
+    const alone = await b.say("org/tiny", 30);
+    // Every node has a rank.
+    const instance = await lab.place(b, { model: "org/tiny", tensor: 2, pipeline: 2 });
+    expect(new Set(instance.ranks.map(({ node }) => node)).size).toBe(4);
+    for (const node of lab.nodes) expect(await node.say("org/tiny", 30)).toBe(alone);
+    expect(hub.bytesServed(), "bytes from outside").toBe(all);
+    const parts = await Promise.all(lab.nodes.map(async (node) => (await node.state()).parts ?? []));
+    expect(parts.map(({ length }) => length)).toEqual([0, 1, 1, 1]);
+    expect(parts[1]).toMatchObject([{ model: "org/tiny", in_use: true }]);
+    const sizes = parts.map((each) => each[0]?.bytes ?? 0);
+    console.log(`  ${all} bytes from outside, ${sizes.join(" + ")} of them from the first node`);
+    // Parts that are in use stay; those that are not go when asked.
+    expect(await (await d.fetch("/cluster/parts", { method: "DELETE" })).json()).toEqual({ bytes: 0 });
+    await lab.removeAll();
+    await eventually("the part is free", 15_000, async () => (await d.state()).parts?.[0]?.in_use === false);
+    const cleaned = await d.fetch("/cluster/parts?model=org/tiny", { method: "DELETE" });
+    expect(await cleaned.json()).toEqual({ bytes: sizes[3] });
+    expect(readdirSync(join(lab.folder, "d", "parts"))).toEqual([]);
+    expect(hub.bytesServed(), "bytes from outside").toBe(all);
+  },
+  90_000,
 );
