@@ -25,7 +25,7 @@
 #define CV_API
 #endif
 
-#define CV_ABI_VERSION 2u
+#define CV_ABI_VERSION 3u
 
 enum {
     CV_OK = 0,
@@ -303,13 +303,14 @@ typedef struct {
     uint8_t key[32];       /* session key from the control plane: MAC of every TCP frame */
     uint8_t instance[16];  /* id of the instance; the same on all ranks */
     char host[256];        /* numeric address under which the other ranks reach this one over TCP, IPv6 without scope; "" = 127.0.0.1, loopback only */
-    char rdma_device[64];  /* device for each other rank: one name, names by rank with commas ("", for this one), or a pattern with %r (this rank) and
+    char rdma_device[512]; /* device for each other rank: one name, names by rank with commas ("", for this one), or a pattern with %r (this rank) and
                               %p (the other); "" = the devices whose IPv4 addresses are nearest to each other */
+    char no_rdma[200];     /* why this rank takes no part in RDMA: the others hear it, and nobody tries; "" = it may */
     uint32_t silence_ms;   /* a peer that sends nothing for this long while somebody waits is dead; 0 = 1000 */
     uint32_t max_message;  /* bytes of the largest message, 0 = 64 MiB */
     uint32_t rdma_flags;   /* CV_RDMA_*, the same on all ranks; 0 = unreliable queue pairs on macOS, reliable ones elsewhere */
     uint32_t reserved[5];
-} cv_group_options; /* 424 bytes */
+} cv_group_options; /* 1072 bytes */
 
 typedef struct {
     uint32_t transport;        /* what was voted for, CV_TRANSPORT_* */
@@ -331,6 +332,15 @@ CV_API int cv_group_connect(cv_group *group, const void *addresses, const uint64
 /* The same without blocking: starts connecting in a thread of the group; poll until it is not CV_E_AGAIN. */
 CV_API int cv_group_connect_start(cv_group *group, const void *addresses, const uint64_t *sizes, uint32_t timeout_ms, char *err, size_t err_size);
 CV_API int cv_group_connect_poll(cv_group *group, char *note, size_t note_size, char *err, size_t err_size);
+
+/* What the connection of two ranks gives: both call it at the same time, on a connected group of two. round_trip_us: of 8 bytes,
+ * median of 21; bandwidth: bytes/s one way, over about `most_ms` of sending. Blocks for most_ms and at most 3 s more. */
+CV_API int cv_group_measure(cv_group *group, uint32_t most_ms, double *round_trip_us, double *bandwidth, char *err, size_t err_size);
+
+/* This machine's RDMA devices: a line each, fields divided by tabs: name, port state (4 = active), IPv4 address of its GID or "", what is
+ * wrong with it or "". CV_E_UNSUPPORTED with the reason where the system has no library for them. Where a port is wedged the library
+ * may never come back: call it in a process that can be killed. */
+CV_API int cv_rdma_devices(char *out, size_t out_size, char *err, size_t err_size);
 
 /* Ends every call of this rank with CV_E_ABORTED and tells the other ranks. Any thread, does not block. */
 CV_API void cv_group_abort(cv_group *group, const char *why);

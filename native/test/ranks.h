@@ -38,7 +38,7 @@ typedef struct {
     uint32_t hold_ms; /* the last rank opens this much later than the others */
     uint32_t largest; /* bytes of the largest message that bodies send; 0 = their own */
     uint32_t rdma_flags;
-    char rdma_device[64], host[64];
+    char rdma_device[64], no_rdma[64], host[64];
     uint64_t epoch;
     atomic_int go, count; /* for bodies */
     atomic_uint_fast64_t stamp_ns;
@@ -66,7 +66,8 @@ static inline void ranks_free(rank_world *w) { munmap(w, sizeof *w); }
 
 static inline cv_group_options ranks_options(const rank_world *w, uint32_t rank) {
     cv_group_options o = {.version = CV_ABI_VERSION, .rank = rank, .size = w->size, .transport = w->transport, .epoch = w->epoch, .silence_ms = w->silence_ms, .rdma_flags = w->rdma_flags};
-    memcpy(o.rdma_device, w->rdma_device, sizeof o.rdma_device);
+    memcpy(o.rdma_device, w->rdma_device, sizeof w->rdma_device);
+    memcpy(o.no_rdma, w->no_rdma, sizeof w->no_rdma);
     memcpy(o.host, w->host, sizeof w->host);
     for (int i = 0; i < 32; i++) o.key[i] = (unsigned char)(i * 7 + 1);
     for (int i = 0; i < 16; i++) o.instance[i] = (unsigned char)(i + 1);

@@ -31,7 +31,9 @@ static void sums_and_messages(cv_checks *c) {
     works_in(c, "unreliable queue pairs: messages of all sizes arrive whole and in order", body_messages, rdma_world(3, CV_RDMA_UC | CV_RDMA_APPLE_RULES));
     works_in(c, "reliable queue pairs: messages of all sizes arrive whole and in order", body_messages, rdma_world(2, CV_RDMA_RC));
     works_in(c, "unreliable queue pairs: channels run at the same time", body_channels, rdma_world(3, CV_RDMA_UC | CV_RDMA_APPLE_RULES));
-    rank_world *w = rdma_world(3, CV_RDMA_UC);
+    rank_world *w = rdma_world(2, CV_RDMA_UC | CV_RDMA_APPLE_RULES);
+    works_in(c, "round trip and bandwidth of a cable are measured", body_measure, w);
+    w = rdma_world(3, CV_RDMA_UC);
     w->rdma_device[0] = 0;
     works_in(c, "devices whose addresses are nearest to each other are found without names", body_sums, w);
 }
@@ -122,6 +124,29 @@ static void without_device(cv_checks *c) {
     for (uint32_t r = 0; r < 2; r++) cv_check(c, strstr(w->rank[r].text, "the ranks cannot be connected by RDMA: no RDMA: "), "%s", w->rank[r].text);
     ranks_free(w);
     cv_end_case(c);
+
+    cv_case(c, "a rank that may not use RDMA says why, and nobody looks for devices");
+    w = rdma_world(2, CV_RDMA_UC);
+    snprintf(w->no_rdma, sizeof w->no_rdma, "it is turned off here");
+    ranks_start(w, body_none);
+    check_all(c, w, CV_E_GROUP);
+    for (uint32_t r = 0; r < 2; r++) cv_check(c, strstr(w->rank[r].text, "no RDMA: it is turned off here (rank 0)"), "%s", w->rank[r].text);
+    ranks_free(w);
+    cv_end_case(c);
+}
+
+/* Whatever this machine has: a line with four fields for each device, or the reason why none can be listed. */
+static void devices_listed(cv_checks *c) {
+    cv_case(c, "devices are listed, or why they cannot be");
+    char out[4096] = "x", err[200] = "";
+    int code = cv_rdma_devices(out, sizeof out, err, sizeof err);
+    if (code == CV_E_UNSUPPORTED) cv_check(c, err[0] && !out[0], "no reason, or a list all the same: %s", out);
+    else cv_check(c, code == CV_OK, "%d %s", code, err);
+    size_t tabs = 0, lines = 0;
+    for (char *p = out; *p; p++) tabs += *p == '\t', lines += *p == '\n';
+    cv_check(c, tabs == 3 * lines, "%zu tabs in %zu lines", tabs, lines);
+    cv_check(c, cv_rdma_devices(NULL, 0, err, sizeof err) == CV_E_ARGUMENT, "no room is no mistake");
+    cv_end_case(c);
 }
 
 /* ---- logits ---- */
@@ -189,6 +214,7 @@ int main(int argc, char **argv) {
 #endif
     if (argc == 5 && strcmp(argv[1], "compare") == 0) return compare(argv[2], argv[3], argv[4]);
     without_device(&c);
+    devices_listed(&c);
     apple_cases(&c);
     return cv_report(&c);
 }

@@ -245,6 +245,7 @@ int main(void) {
         works(&c, "messages of all sizes arrive whole and in order", body_messages, 2, kind);
         works(&c, "messages of all sizes arrive whole and in order", body_messages, 4, kind);
         works(&c, "channels run at the same time without disturbing each other", body_channels, 3, kind);
+        works(&c, "round trip and bandwidth of two ranks are measured", body_measure, 2, kind);
         late(&c, kind);
         aborted(&c, kind);
         wrong_size(&c, kind);

@@ -107,8 +107,8 @@ static int check_options(const cv_group_options *o, cv_err err) {
     if (o->version != CV_ABI_VERSION) return cv_fail(err, CV_E_ARGUMENT, "the group's options are of version %u, not %u", o->version, CV_ABI_VERSION);
     if (o->size < 1 || o->size > CV_MAX_RANKS || o->rank >= o->size) return cv_fail(err, CV_E_ARGUMENT, "rank %u of %u: there may be 1 to %u ranks", o->rank, o->size, CV_MAX_RANKS);
     if (o->transport > CV_TRANSPORT_TCP) return cv_fail(err, CV_E_ARGUMENT, "there is no transport %u", o->transport);
-    if (memchr(o->host, 0, sizeof o->host) == NULL || memchr(o->rdma_device, 0, sizeof o->rdma_device) == NULL)
-        return cv_fail(err, CV_E_ARGUMENT, "the host or the device has no end");
+    if (memchr(o->host, 0, sizeof o->host) == NULL || memchr(o->rdma_device, 0, sizeof o->rdma_device) == NULL || memchr(o->no_rdma, 0, sizeof o->no_rdma) == NULL)
+        return cv_fail(err, CV_E_ARGUMENT, "a text among the group's options has no end");
     return CV_OK;
 }
 

@@ -1,6 +1,6 @@
 /* rdma.h — the RDMA transport's records: two queue pairs ("lanes") for each other rank, one with small and one with large slots, because on
- * Apple's devices a SEND and the RECV that it meets must span the same number of 4 KiB frames. rdma_setup.c makes them,
- * rdma.c moves frames over them. */
+ * Apple's devices a SEND and the RECV that it meets must span the same number of 4 KiB frames. rdma_devices.c finds the devices, rdma_setup.c
+ * makes the queue pairs, rdma.c moves frames over them. */
 #ifndef CV_TRANSPORT_RDMA_H
 #define CV_TRANSPORT_RDMA_H
 
@@ -17,6 +17,8 @@ enum { CV_LANE_SMALL = 0, CV_LANE_LARGE = 1, CV_LANES };
 #define CV_RESERVED_CREDITS 2u /* of the small lane: for credits and heartbeats when data has used up the others */
 #define CV_RDMA_ALIGN 16384u   /* pages of Apple's machines */
 #define CV_STASH_MOST (64u << 20)
+#define CV_RDMA_LISTED 8       /* devices of a rank that are looked at */
+#define CV_RDMA_WHY_BYTES 200
 
 /* Frames that carry no channel's data. */
 #define CV_RDMA_BEAT 0xfff0u
@@ -56,6 +58,7 @@ typedef struct {
     vb_mr *mr;
     uint8_t *memory;
     size_t bytes;
+    uint32_t port_state; /* VB_PORT_ACTIVE or another one */
     int gid_index;
     vb_gid gid;
     uint16_t lid;
@@ -84,6 +87,21 @@ typedef struct {
     cv_rdma_link links[CV_MAX_RANKS];
     uint64_t last_beat;
 } cv_rdma;
+
+/* What a rank says of its devices, before any is opened for good. */
+typedef struct {
+    uint32_t works, flags, n;
+    uint8_t ip[CV_RDMA_LISTED][4]; /* of the devices' IPv4-mapped GIDs */
+    char why[CV_RDMA_WHY_BYTES];
+} cv_rdma_survey;
+
+/* rdma_devices.c. look: opens the devices that this rank may need, with the reason in mine->why where there is none. name_for: the device's
+ * name for a peer as the options give it, "" = whichever is nearest. choose_device: the device towards a peer, NULL where the named one is
+ * not there. explain: what an errno value of the library means for people. */
+void cv_rdma_look(const cv_group *g, cv_rdma *s, cv_rdma_survey *mine);
+void cv_rdma_name_for(const cv_group *g, uint32_t peer, char out[64]);
+cv_rdma_device *cv_rdma_choose_device(const cv_group *g, cv_rdma *s, uint32_t peer, const cv_rdma_survey *all);
+const char *cv_rdma_explain(int error);
 
 /* rdma.c */
 extern const cv_wire cv_rdma_wire;

@@ -1,5 +1,5 @@
-/* rdma_setup.c — brings queue pairs between all ranks up: which device reaches which rank, memory, queue pairs, receives, a first heartbeat on
- * every lane. All ranks take every step together and hear of each other's reasons, so that all fall back when one cannot.
+/* rdma_setup.c — brings queue pairs between all ranks up over the devices that rdma_devices.c chose: memory, queue pairs, receives, a first
+ * heartbeat on every lane. All ranks take every step together and hear of each other's reasons, so that all fall back when one cannot.
  * Follows what is known of Apple's devices (docs/transport.md): one memory region a device, receives only after RTS, the GID looked up
  * each time, queue pairs destroyed before their memory and never moved to the error state. */
 #include <errno.h>
@@ -9,18 +9,8 @@
 
 #include "rdma.h"
 
-#define MOST_LISTED 8
-#define WHY_BYTES 200
 #define PING_NS (2000 * CV_MS)
 #define PROBE_NS (4000 * CV_MS)
-#define MTU_1024 3u
-
-/* What a rank says of its devices, before any is opened for good. */
-typedef struct {
-    uint32_t works, flags, n;
-    uint8_t ip[MOST_LISTED][4]; /* of the devices' IPv4-mapped GIDs */
-    char why[WHY_BYTES];
-} survey;
 
 /* Where a peer finds this rank's queue pairs. */
 typedef struct {
@@ -30,132 +20,8 @@ typedef struct {
         uint32_t qpn[CV_LANES], psn[CV_LANES], mtu;
         uint32_t lid;
     } to[CV_MAX_RANKS];
-    char why[WHY_BYTES];
+    char why[CV_RDMA_WHY_BYTES];
 } directions;
-
-/* ---- devices ---- */
-
-static const char *explain(int error) {
-    switch (error) {
-    case EBUSY: return "all its queue pairs are in use, or left over from a process that was killed (restart the Mac)";
-    case EINVAL: return "the port has no usable address, or it is part of a bridge (Thunderbolt Bridge must be off)";
-    case ETIMEDOUT: return "the other rank's address is not reachable on this cable: is it the right cable?";
-    case EOPNOTSUPP: return "the device does not do that";
-    default: return strerror(error);
-    }
-}
-
-/* Index of the first IPv4-mapped GID, -1 without one. Indices move when links come back: asked each time. */
-static int find_gid(cv_verbs *v, vb_context *c, const vb_port_attr *port, vb_gid *out) {
-    static const uint8_t mapped[12] = {[10] = 0xff, [11] = 0xff};
-    for (int i = 0; i < port->gid_tbl_len && i < 256; i++)
-        if (v->query_gid(v, c, 1, i, out) == 0 && memcmp(out->raw, mapped, sizeof mapped) == 0) return i;
-    return -1;
-}
-
-/* Opens a device by its place in the list and looks at its port; false with the reason. */
-static bool open_device(cv_rdma *s, vb_device *d, cv_rdma_device *out, char *why, size_t why_size) {
-    cv_verbs *v = s->verbs;
-    memset(out, 0, sizeof *out);
-    const char *name = v->device_name(v, d);
-    snprintf(out->name, sizeof out->name, "%s", name ? name : "?");
-    out->context = v->open_device(v, d);
-    if (!out->context) {
-        snprintf(why, why_size, "%s cannot be opened: %s", out->name, explain(errno));
-        return false;
-    }
-    vb_port_attr port;
-    int error = v->query_port(v, out->context, 1, &port);
-    if (error) snprintf(why, why_size, "%s does not answer: %s", out->name, explain(error));
-    else if (port.state != VB_PORT_ACTIVE) snprintf(why, why_size, "%s has no active port (is the cable in?)", out->name);
-    else if ((out->gid_index = find_gid(v, out->context, &port, &out->gid)) < 0) snprintf(why, why_size, "%s has no IPv4 address", out->name);
-    else {
-        out->lid = port.lid;
-        out->mtu = port.active_mtu;
-#if defined(__APPLE__)
-        out->mtu = MTU_1024;
-#endif
-        return true;
-    }
-    v->close_device(v, out->context);
-    out->context = NULL;
-    return false;
-}
-
-/* The device's name for a peer as the options give it; "" = whichever is nearest. */
-static void name_for(const cv_group *g, uint32_t peer, char out[64]) {
-    const char *o = g->options.rdma_device;
-    size_t n = 0;
-    if (strchr(o, ',')) {
-        for (uint32_t k = 0; k < peer && o; k++) o = strchr(o, ',') ? strchr(o, ',') + 1 : NULL;
-        if (o) n = strcspn(o, ",");
-        memcpy(out, o ? o : "", n);
-        out[n] = 0;
-        return;
-    }
-    for (; *o && n < 60; o++) {
-        if (o[0] == '%' && (o[1] == 'r' || o[1] == 'p')) n += (size_t)snprintf(out + n, 64 - n, "%u", *++o == 'r' ? g->rank : peer);
-        else out[n++] = *o;
-    }
-    out[n < 63 ? n : 63] = 0;
-}
-
-/* Whether any rank needs this device by name, or names are left to us. */
-static bool wanted(const cv_group *g, const char *name) {
-    for (uint32_t r = 0; r < g->size; r++) {
-        char want[64];
-        if (r == g->rank) continue;
-        name_for(g, r, want);
-        if (!want[0] || strcmp(want, name) == 0) return true;
-    }
-    return false;
-}
-
-static void look_at_devices(cv_group *g, cv_rdma *s, survey *mine) {
-    cv_verbs *v = s->verbs;
-    int n = 0;
-    vb_device **list = v->get_device_list(v, &n);
-    snprintf(mine->why, sizeof mine->why, "%s", list && n > 0 ? "none of the RDMA devices is the one that was asked for" : "there is no RDMA device");
-    for (int i = 0; list && i < n && s->n_devices < MOST_LISTED; i++) {
-        const char *name = v->device_name(v, list[i]);
-        if (!name || !wanted(g, name)) continue;
-        cv_rdma_device *d = &s->devices[s->n_devices];
-        if (!open_device(s, list[i], d, mine->why, sizeof mine->why)) continue;
-        memcpy(mine->ip[s->n_devices], d->gid.raw + 12, 4);
-        s->n_devices++;
-    }
-    if (list) v->free_device_list(v, list);
-    mine->n = s->n_devices;
-    mine->works = s->n_devices > 0;
-}
-
-static int equal_bits(const uint8_t a[4], const uint8_t b[4]) {
-    int n = 0;
-    for (int i = 0; i < 32 && !((a[i / 8] ^ b[i / 8]) & (0x80 >> i % 8)); i++) n++;
-    return n;
-}
-
-/* The device towards a peer: by name, else that of the pair with the longest common prefix of addresses; both ends choose the same pair. */
-static cv_rdma_device *choose_device(cv_group *g, cv_rdma *s, uint32_t peer, const survey *all) {
-    char want[64];
-    name_for(g, peer, want);
-    if (want[0]) {
-        for (uint32_t i = 0; i < s->n_devices; i++)
-            if (strcmp(s->devices[i].name, want) == 0) return &s->devices[i];
-        return NULL;
-    }
-    uint32_t low = g->rank < peer ? g->rank : peer, high = g->rank < peer ? peer : g->rank, best_low = 0, best_high = 0;
-    int best = -1;
-    for (uint32_t i = 0; i < all[low].n && i < MOST_LISTED; i++)
-        for (uint32_t j = 0; j < all[high].n && j < MOST_LISTED; j++) {
-            int bits = equal_bits(all[low].ip[i], all[high].ip[j]);
-            if (bits <= best) continue;
-            best = bits;
-            best_low = i;
-            best_high = j;
-        }
-    return &s->devices[g->rank == low ? best_low : best_high];
-}
 
 /* ---- memory and queue pairs ---- */
 
@@ -182,7 +48,7 @@ static bool prepare_device(cv_rdma *s, cv_rdma_device *d, size_t links, char *wh
     }
     d->mr = v->reg_mr(v, d->pd, d->memory, d->bytes, VB_ACCESS_LOCAL_WRITE | VB_ACCESS_REMOTE_READ | VB_ACCESS_REMOTE_WRITE);
     if (!d->mr) d->mr = v->reg_mr(v, d->pd, d->memory, d->bytes, VB_ACCESS_LOCAL_WRITE);
-    if (!d->mr) snprintf(why, why_size, "%s does not register %zu bytes of memory: %s", d->name, d->bytes, explain(errno));
+    if (!d->mr) snprintf(why, why_size, "%s does not register %zu bytes of memory: %s", d->name, d->bytes, cv_rdma_explain(errno));
     return d->mr != NULL;
 }
 
@@ -191,7 +57,7 @@ static bool make_link(cv_rdma *s, cv_rdma_link *l, uint8_t *memory, char *why, s
     cv_rdma_device *d = l->device;
     l->cq = v->create_cq(v, d->context, 2 * (CV_SMALL_RING + CV_LARGE_RING) + 8);
     if (!l->cq) {
-        snprintf(why, why_size, "%s gives no completion queue: %s", d->name, explain(errno));
+        snprintf(why, why_size, "%s gives no completion queue: %s", d->name, cv_rdma_explain(errno));
         return false;
     }
     for (uint32_t k = 0; k < CV_LANES; k++) {
@@ -204,7 +70,7 @@ static bool make_link(cv_rdma *s, cv_rdma_link *l, uint8_t *memory, char *why, s
         vb_qp_init_attr attr = {.send_cq = l->cq, .recv_cq = l->cq, .qp_type = s->reliable ? VB_QPT_RC : VB_QPT_UC, .cap = {a->ring, a->ring, 1, 1, 0}};
         a->qp = v->create_qp(v, d->pd, &attr);
         if (!a->qp) {
-            snprintf(why, why_size, "%s gives no %s queue pair: %s", d->name, s->reliable ? "reliable" : "unreliable", explain(errno));
+            snprintf(why, why_size, "%s gives no %s queue pair: %s", d->name, s->reliable ? "reliable" : "unreliable", cv_rdma_explain(errno));
             return false;
         }
         if (cv_random_fill(&a->psn, sizeof a->psn)) a->psn = 7;
@@ -212,7 +78,7 @@ static bool make_link(cv_rdma *s, cv_rdma_link *l, uint8_t *memory, char *why, s
         vb_qp_attr init = {.qp_state = VB_QPS_INIT, .port_num = 1, .qp_access_flags = VB_ACCESS_LOCAL_WRITE | VB_ACCESS_REMOTE_READ | VB_ACCESS_REMOTE_WRITE};
         int error = v->modify_qp(v, a->qp, &init, VB_QP_STATE | VB_QP_PKEY_INDEX | VB_QP_PORT | VB_QP_ACCESS_FLAGS);
         if (error) {
-            snprintf(why, why_size, "a queue pair of %s cannot be initialized: %s", d->name, explain(error));
+            snprintf(why, why_size, "a queue pair of %s cannot be initialized: %s", d->name, cv_rdma_explain(error));
             return false;
         }
     }
@@ -220,14 +86,14 @@ static bool make_link(cv_rdma *s, cv_rdma_link *l, uint8_t *memory, char *why, s
 }
 
 /* Every peer's device, memory and queue pairs. */
-static bool prepare(cv_group *g, cv_rdma *s, const survey *all, directions *mine, char *why, size_t why_size) {
+static bool prepare(cv_group *g, cv_rdma *s, const cv_rdma_survey *all, directions *mine, char *why, size_t why_size) {
     size_t links[CV_MAX_RANKS] = {0}, used[CV_MAX_RANKS] = {0};
     for (uint32_t r = 0; r < g->size; r++) {
         if (r == g->rank) continue;
-        cv_rdma_device *d = choose_device(g, s, r, all);
+        cv_rdma_device *d = cv_rdma_choose_device(g, s, r, all);
         if (!d) {
             char want[64];
-            name_for(g, r, want);
+            cv_rdma_name_for(g, r, want);
             snprintf(why, why_size, "no RDMA device %s towards rank %u: %.80s", want, r, all[g->rank].why);
             return false;
         }
@@ -270,13 +136,13 @@ static bool bring_up(cv_group *g, cv_rdma *s, uint32_t peer, uint32_t k, const d
         error = v->modify_qp(v, a->qp, &rts, mask);
     }
     if (error) {
-        snprintf(why, why_size, "%s cannot be connected with rank %u: %s", l->device->name, peer, explain(error));
+        snprintf(why, why_size, "%s cannot be connected with rank %u: %s", l->device->name, peer, cv_rdma_explain(error));
         return false;
     }
     for (uint32_t i = 0; i < a->ring; i++) {
         error = cv_rdma_post_recv(s, l, k);
         if (!error) continue;
-        snprintf(why, why_size, "%s takes no receives: %s", l->device->name, explain(error));
+        snprintf(why, why_size, "%s takes no receives: %s", l->device->name, cv_rdma_explain(error));
         return false;
     }
     a->credit = a->told = a->ring; /* both sides post the whole ring */
@@ -341,7 +207,7 @@ void cv_rdma_free(cv_group *g, cv_rdma *s) {
 
 /* ---- all ranks together ---- */
 
-static void load(cv_group *g, cv_rdma *s, survey *mine) {
+static void load(cv_group *g, cv_rdma *s, cv_rdma_survey *mine) {
     uint32_t flags = g->options.rdma_flags;
 #if defined(__APPLE__)
     s->reliable = (flags & CV_RDMA_RC) != 0;
@@ -351,7 +217,7 @@ static void load(cv_group *g, cv_rdma *s, survey *mine) {
     mine->flags = flags;
     s->verbs = cv_verbs_load(mine->why, sizeof mine->why);
     if (s->verbs && (flags & CV_RDMA_APPLE_RULES)) s->verbs = cv_apple_rules(s->verbs, s->broken_rule, sizeof s->broken_rule);
-    if (s->verbs) look_at_devices(g, s, mine);
+    if (s->verbs) cv_rdma_look(g, s, mine);
 }
 
 /* A wedged port lets the first call into the library hang for ever, so it happens in a thread that may be left behind. */
@@ -359,7 +225,7 @@ enum { PROBE_RUNS, PROBE_DONE, PROBE_LEFT };
 typedef struct {
     cv_group *g; /* a shadow: options, rank and size only */
     cv_rdma *s;
-    survey found;
+    cv_rdma_survey found;
     atomic_int state;
 } probe;
 
@@ -386,13 +252,13 @@ static void *run_probe(void *arg) {
 }
 
 /* What load finds, or that it does not come back: the memory is then the thread's. NULL with the reason in mine. */
-static cv_rdma *load_in_time(cv_group *g, uint64_t until_ns, survey *mine) {
+static cv_rdma *load_in_time(cv_group *g, uint64_t until_ns, cv_rdma_survey *mine) {
     probe *p = calloc(1, sizeof *p);
     cv_group *shadow = calloc(1, sizeof *shadow);
     cv_rdma *s = new_rdma();
     pthread_t thread;
-    snprintf(mine->why, sizeof mine->why, "no memory");
-    if (p && shadow && s) {
+    snprintf(mine->why, sizeof mine->why, "%s", g->options.no_rdma[0] ? g->options.no_rdma : "no memory");
+    if (p && shadow && s && !g->options.no_rdma[0]) {
         shadow->options = g->options;
         shadow->rank = g->rank;
         shadow->size = g->size;
@@ -420,8 +286,8 @@ static cv_rdma *load_in_time(cv_group *g, uint64_t until_ns, survey *mine) {
 }
 
 /* Steps with a gather between them; 1 works, 0 not here or not there (why is empty when only others cannot), or the group's code. */
-static int set_up(cv_group *g, cv_rdma **out, survey *surveys, directions *all, uint64_t until_ns, char *why, size_t why_size) {
-    survey *mine = &surveys[g->size]; /* the arrays have one more element */
+static int set_up(cv_group *g, cv_rdma **out, cv_rdma_survey *surveys, directions *all, uint64_t until_ns, char *why, size_t why_size) {
+    cv_rdma_survey *mine = &surveys[g->size]; /* the arrays have one more element */
     cv_rdma *s = *out = load_in_time(g, until_ns, mine);
     int code = cv_gather(g, mine, sizeof *mine, surveys, until_ns);
     if (code != CV_OK) return code;
@@ -459,7 +325,7 @@ static int set_up(cv_group *g, cv_rdma **out, survey *surveys, directions *all, 
 
 int cv_rdma_try(cv_group *g, uint64_t until_ns, char *why, size_t why_size) {
     cv_rdma *s = NULL;
-    survey *surveys = calloc(g->size + 1, sizeof *surveys);
+    cv_rdma_survey *surveys = calloc(g->size + 1, sizeof *surveys);
     directions *all = calloc(g->size + 1, sizeof *all);
     int r = surveys && all ? set_up(g, &s, surveys, all, until_ns, why, why_size) : cv_group_fail(g, CV_E_MEMORY, (int)g->rank, "rank %u has no memory to connect", g->rank);
     if (r == 0 && s && s->broken_rule[0]) snprintf(why, why_size, "%s", s->broken_rule); /* says more than the error value */

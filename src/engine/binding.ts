@@ -6,7 +6,7 @@ import { CaravanError, type CaravanErrorOptions, type ErrorCode } from "../error
 import { withLibrary } from "./library.ts";
 
 /** CV_ABI_VERSION that this program was written for. */
-const ABI_VERSION = 2;
+const ABI_VERSION = 3;
 const ERROR_BYTES = 1024;
 const STATS_BYTES = 88;
 
@@ -77,6 +77,7 @@ const FUNCTIONS = {
   cv_group_open: { args: [ptr, usize, ptr, ptr, ptr, ptr, usize], returns: i32 },
   cv_group_connect_start: { args: [ptr, ptr, ptr, u32, ptr, usize], returns: i32 },
   cv_group_connect_poll: { args: [ptr, ptr, usize, ptr, usize], returns: i32 },
+  cv_group_measure: { args: [ptr, u32, ptr, ptr, ptr, usize], returns: i32 },
   cv_group_abort: { args: [ptr, ptr], returns: nothing },
   cv_group_stats: { args: [ptr, ptr, ptr, usize], returns: i32 },
   cv_group_close: { args: [ptr], returns: nothing },

@@ -5,7 +5,7 @@
 import { CaravanError } from "../errors.ts";
 import { type GroupPointer, groupFunctions, nativeError, text } from "./binding.ts";
 import { ABI_VERSION, GROUP_OPTIONS, GROUP_STATS } from "./layout.ts";
-import type { Connection, GroupOptions } from "./rank-protocol.ts";
+import type { Connection, GroupOptions, LinkMeasure } from "./rank-protocol.ts";
 
 const ADDRESS_BYTES = 4096;
 const TEXT_BYTES = 1024;
@@ -74,6 +74,23 @@ export class RankGroup {
     return { transport, note: text(note), round_trip_us: roundTripUs };
   }
 
+  /** What the connection of two ranks gives; the other one measures at the same time. Blocks for about mostMs. */
+  measure(mostMs: number): LinkMeasure {
+    const error = new Uint8Array(TEXT_BYTES);
+    const out = new Float64Array(2);
+    const { cv_group_measure } = groupFunctions();
+    const code = cv_group_measure(
+      this.pointer,
+      mostMs,
+      out.subarray(0, 1),
+      out.subarray(1),
+      error,
+      error.length,
+    );
+    if (code !== 0) throw nativeError(code, error, "measuring a connection");
+    return { roundTripUs: out[0] ?? 0, bandwidth: out[1] ?? 0 };
+  }
+
   /** Ends every call of this rank and tells the others. */
   abort(why: string): void {
     if (!this.#closed) groupFunctions().cv_group_abort(this.pointer, new TextEncoder().encode(`${why}\0`));
@@ -134,7 +151,8 @@ function encode(options: GroupOptions): Uint8Array {
   bytes.set(Buffer.from(options.key, "hex"), GROUP_OPTIONS.key);
   bytes.set(Buffer.from(options.instance, "hex"), GROUP_OPTIONS.instance);
   bytes.set(new TextEncoder().encode(options.host ?? "").subarray(0, 255), GROUP_OPTIONS.host);
-  bytes.set(new TextEncoder().encode(options.rdmaDevice ?? "").subarray(0, 63), GROUP_OPTIONS.rdma_device);
+  bytes.set(new TextEncoder().encode(options.rdmaDevice ?? "").subarray(0, 511), GROUP_OPTIONS.rdma_device);
+  bytes.set(new TextEncoder().encode(options.noRdma ?? "").subarray(0, 199), GROUP_OPTIONS.no_rdma);
   u32(GROUP_OPTIONS.silence_ms, options.silenceMs ?? 0);
   u32(
     GROUP_OPTIONS.rdma_flags,

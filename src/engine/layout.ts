@@ -3,7 +3,7 @@
 
 export const PLAN_MAGIC = 0x4e4c5043;
 export const STEP_MAGIC = 0x50545343;
-export const ABI_VERSION = 2;
+export const ABI_VERSION = 3;
 export const NO_FILE = 0xffffffff;
 
 export const SOURCE = { size: 32, file: 0, offset: 8, outer_stride: 16, row_stride: 24 } as const;
@@ -147,7 +147,7 @@ export const RESULT_ROW = {
 export const RESULT_TOP = { size: 8, token: 0, logprob: 4 } as const;
 
 export const GROUP_OPTIONS = {
-  size: 424,
+  size: 1072,
   version: 0,
   rank: 4,
   ranks: 8,
@@ -157,9 +157,10 @@ export const GROUP_OPTIONS = {
   instance: 56,
   host: 72,
   rdma_device: 328,
-  silence_ms: 392,
-  max_message: 396,
-  rdma_flags: 400,
+  no_rdma: 840,
+  silence_ms: 1040,
+  max_message: 1044,
+  rdma_flags: 1048,
 } as const;
 
 export const GROUP_STATS = {

@@ -8,6 +8,7 @@ import {
   addressText,
   type Connection,
   type GroupOptions,
+  type LinkMeasure,
   type RankCommand,
   type RankLoad,
   type RankMemory,
@@ -47,6 +48,7 @@ export class RankProcess {
   readonly #child: ChildProcess<RankMessage>;
   readonly #address = Promise.withResolvers<Uint8Array>();
   readonly #connected = Promise.withResolvers<Connection>();
+  readonly #measured = Promise.withResolvers<LinkMeasure>();
   readonly #ready = Promise.withResolvers<RankReady>();
   #statuses: ((status: Extract<RankMessage, { type: "status" }>) => void)[] = [];
   #leaving = false;
@@ -60,7 +62,8 @@ export class RankProcess {
     this.#child = new ChildProcess({ name: `the process of rank ${this.rank}`, command, onLog });
     this.address = this.#address.promise;
     // Whoever waits hears of a failure; nobody has to wait.
-    for (const { promise } of [this.#address, this.#connected, this.#ready]) promise.catch(() => undefined);
+    for (const { promise } of [this.#address, this.#connected, this.#measured, this.#ready])
+      promise.catch(() => undefined);
     this.#child.send(options.group);
     this.ended = this.#watch();
   }
@@ -82,6 +85,12 @@ export class RankProcess {
       timeout_ms: timeoutMs,
     });
     return this.#connected.promise;
+  }
+
+  /** Once, after connecting two ranks; the other one measures at the same time. */
+  measure(mostMs: number): Promise<LinkMeasure> {
+    this.#send({ type: "measure", most_ms: mostMs });
+    return this.#measured.promise;
   }
 
   load(load: RankLoad): Promise<RankReady> {
@@ -119,7 +128,7 @@ export class RankProcess {
     const code = await this.#child.read((message) => this.#receive(message));
     const peaceful = this.#leaving || code === 0;
     const why = this.#child.failure ?? (peaceful ? undefined : this.#crash(code));
-    for (const { reject } of [this.#address, this.#connected, this.#ready])
+    for (const { reject } of [this.#address, this.#connected, this.#measured, this.#ready])
       reject(why ?? this.#gone("ended"));
     return this.#leaving ? undefined : why;
   }
@@ -134,6 +143,9 @@ export class RankProcess {
         this.#connected.resolve(connection);
         return;
       }
+      case "measured":
+        this.#measured.resolve({ roundTripUs: message.round_trip_us, bandwidth: message.bandwidth });
+        return;
       case "loading":
         this.#options.onLoading?.(message.bytes);
         return;

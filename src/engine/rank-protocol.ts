@@ -29,8 +29,10 @@ export const GroupOptionsSchema = v.strictObject({
   instance: hex(16),
   /** Under which the other ranks reach this one over TCP; absent = loopback only. */
   host: v.exactOptional(v.pipe(v.string(), v.maxLength(255))),
-  /** Absent = any that has a port that is up. */
-  rdmaDevice: v.exactOptional(v.pipe(v.string(), v.maxLength(63))),
+  /** By rank with commas, or one for all (cv_group_options); absent = any that has a port that is up. */
+  rdmaDevice: v.exactOptional(v.pipe(v.string(), v.maxLength(511))),
+  /** Why this rank takes no part in RDMA; absent = it may. */
+  noRdma: v.exactOptional(v.pipe(v.string(), v.maxLength(199))),
   /** Queue pairs, the same on all ranks: unreliable (under the rules of Apple's devices, too) or reliable. Absent = the system's. */
   rdmaQueuePairs: v.exactOptional(v.picklist(RDMA_QUEUE_PAIRS)),
   /** A peer that sends nothing for so long while somebody waits is dead. */
@@ -94,6 +96,8 @@ export const ConnectSchema = v.strictObject({
 export const RankCommandSchema = v.variant("type", [
   ConnectSchema,
   v.strictObject({ type: v.literal("load"), load: RankLoadSchema }),
+  /** Between two ranks that are connected, both at the same time. */
+  v.strictObject({ type: v.literal("measure"), most_ms: count(10_000) }),
   v.strictObject({ type: v.literal("status") }),
   v.strictObject({ type: v.literal("shutdown") }),
 ]);
@@ -116,6 +120,14 @@ export interface Connection {
   round_trip_us: number;
 }
 
+/** What a connection of two ranks gives. */
+export interface LinkMeasure {
+  /** Median, microseconds. */
+  roundTripUs: number;
+  /** Bytes/s, one way. */
+  bandwidth: number;
+}
+
 export function addressText(address: Uint8Array): string {
   return Buffer.from(address).toString("base64");
 }
@@ -128,6 +140,7 @@ export type RankMessage =
   /** base64 */
   | { type: "address"; address: string }
   | ({ type: "connected" } & Connection)
+  | { type: "measured"; round_trip_us: number; bandwidth: number }
   | { type: "loading"; bytes: number }
   | { type: "ready"; memory: RankMemory; threads: number; cpu: string }
   | { type: "status"; rank: number; exchange_ns: number; compute_ns: number }

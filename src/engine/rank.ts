@@ -114,6 +114,11 @@ class Rank {
         this.#say({ type: "connected", ...connection });
         return;
       }
+      case "measure": {
+        const { roundTripUs, bandwidth } = this.#group.measure(command.most_ms);
+        this.#say({ type: "measured", round_trip_us: roundTripUs, bandwidth });
+        return;
+      }
       case "load":
         await this.#load(command.load, this.#options.rank, this.#group);
         return;
