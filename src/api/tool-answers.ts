@@ -35,11 +35,17 @@ export function toolGenerationOptions(tools: readonly ChatTool[]): { keepSpecial
   return tools.length === 0 ? {} : { keepSpecials: TOOL_CALL_MARKERS };
 }
 
-export async function* withToolCalls(
+export function withToolCalls(
+  events: AsyncIterable<GroupEvent>,
+  options: ToolAnswerOptions,
+): AsyncIterable<GroupAnswerEvent> {
+  return options.tools.length === 0 ? events : parsedAnswers(events, options);
+}
+
+async function* parsedAnswers(
   events: AsyncIterable<GroupEvent>,
   { tools, parallel }: ToolAnswerOptions,
 ): AsyncGenerator<GroupAnswerEvent, void, void> {
-  if (tools.length === 0) return yield* events;
   const names = tools.map((tool) => tool.function.name);
   const answers = new Map<number, ToolAnswer>();
   for await (const { index, event } of events) {

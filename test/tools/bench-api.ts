@@ -2,26 +2,30 @@
 //   bun test/tools/bench-api.ts [streams] [tokens a stream]
 // Prints (1) processor time a token with the engine as fast as it can be (many tokens go into one write), less what
 // the scripted engine costs alone, median of several rounds; (2) with a token for each stream every 20 ms, as from a
-// batch (a write for each token): the delay from the engine's event to the reader, and processor time a token.
+// batch: the delay from the engine's event to the reader, and processor time a token; (3) the same with the engine in a
+// process of its own (clock-runner.ts), as runners are: the delay then begins before the token is written to the pipe.
 // The delay ends where the other process has the bytes: it includes both sockets, and the reader's turn when many
 // tokens come at once. The targets: p50 at most 0.5 ms, p99 at most 5 ms, 150 µs of processor time a token.
 
+import { join } from "node:path";
 import { createApp } from "../../src/api/app.ts";
 import { Lifecycle } from "../../src/api/lifecycle.ts";
 import { startServer } from "../../src/api/server.ts";
+import { RunnerClient } from "../../src/engine/runner-client.ts";
 import { createLogger } from "../../src/log.ts";
+import { clockDelay, clockToken } from "./clock-runner.ts";
 import { MODEL, scriptedModels } from "./scripted-models.ts";
 
 const STEP_MS = 20;
 const ROUNDS = 5;
-
-/** Microseconds since 1970, of the same clock in both processes (Bun's hrtime counts from the process's start). */
-const nowUs = (): number => Math.round((performance.timeOrigin + performance.now()) * 1000);
+const PACED_TOKENS = 300;
 
 interface Load {
   streams: number;
   tokens: number;
   paced: boolean;
+  /** The engine is a process. */
+  runner: boolean;
 }
 
 function percentile(sorted: readonly number[], share: number): number {
@@ -49,10 +53,11 @@ async function readStreams(url: string, { streams, tokens, paced }: Load): Promi
       socket: {
         open: (socket) => void socket.write(head + body),
         data: (socket, bytes) => {
-          const arrived = nowUs();
+          const arrived = clockToken();
           const text = tail + bytes.toString("latin1");
           if (paced) {
-            for (const match of text.matchAll(/"content":"(\d+)"/g)) delays.push(arrived - Number(match[1]));
+            for (const match of text.matchAll(/"content":"(\d+)"/g))
+              delays.push(clockDelay(Number(match[1]), arrived));
           }
           // What may be the beginning of a mark that the next bytes complete; no whole one fits.
           tail = text.slice(text.lastIndexOf("\n") + 1);
@@ -70,6 +75,14 @@ async function readStreams(url: string, { streams, tokens, paced }: Load): Promi
 
 /** Runs the readers in a process of their own; processor microseconds of this one, and the delays. */
 async function serve(load: Load): Promise<{ cpuUs: number; delays: number[] }> {
+  const runner = load.runner
+    ? new RunnerClient({
+        model: "clock",
+        modelDir: ".",
+        command: [process.execPath, join(import.meta.dir, "clock-runner.ts")],
+      })
+    : undefined;
+  await runner?.ready();
   const models = scriptedModels(
     {
       answer: function* () {
@@ -79,7 +92,14 @@ async function serve(load: Load): Promise<{ cpuUs: number; delays: number[] }> {
     },
     load.paced
       ? // The text of a token is the time at which the engine gave it.
-        { contextLength: 1e6, newDetokenizer: () => ({ push: () => String(nowUs()), flush: () => "" }) }
+        {
+          contextLength: 1e6,
+          newDetokenizer: () => ({
+            push: (token) => String(load.runner ? token : clockToken()),
+            flush: () => "",
+          }),
+          ...(runner === undefined ? {} : { engine: runner }),
+        }
       : { contextLength: 1e6 },
   );
   const lifecycle = new Lifecycle();
@@ -102,9 +122,10 @@ async function serve(load: Load): Promise<{ cpuUs: number; delays: number[] }> {
   const delays = JSON.parse(await new Response(reader.stdout).text()) as number[];
   const used = process.cpuUsage(before);
   await server.drain();
+  await runner?.close();
   const expected = load.streams * load.tokens;
-  if (models.engine.produced !== expected)
-    throw new Error(`${models.engine.produced} tokens, not ${expected}`);
+  const produced = runner === undefined ? models.engine.produced : delays.length;
+  if (produced !== expected) throw new Error(`${produced} tokens, not ${expected}`);
   return { cpuUs: used.user + used.system, delays };
 }
 
@@ -146,7 +167,7 @@ async function main(): Promise<void> {
   const costs: number[] = [];
   for (let round = 0; round <= ROUNDS; round += 1) {
     const alone = await engineAlone(streams, tokens);
-    const { cpuUs } = await serve({ streams, tokens, paced: false });
+    const { cpuUs } = await serve({ streams, tokens, paced: false, runner: false });
     // The first round warms the compiler up.
     if (round > 0) costs.push((cpuUs - alone) / (streams * tokens));
   }
@@ -155,13 +176,16 @@ async function main(): Promise<void> {
     `${streams} streams of ${tokens} tokens: ${percentile(costs, 0.5).toFixed(2)} µs of processor time a token ` +
       `(${ROUNDS} rounds: ${costs.map((cost) => cost.toFixed(2)).join(", ")})`,
   );
-  const { delays, cpuUs } = await serve({ streams, tokens: 300, paced: true });
-  delays.sort((a, b) => a - b);
-  console.log(
-    `${streams} streams, a token each every ${STEP_MS} ms: delay p50 ${percentile(delays, 0.5).toFixed(0)} µs, ` +
-      `p99 ${percentile(delays, 0.99).toFixed(0)} µs over ${delays.length} tokens; ` +
-      `${(cpuUs / delays.length).toFixed(1)} µs of processor time a token, timers and engine included`,
-  );
+  for (const runner of [false, true]) {
+    const { delays, cpuUs } = await serve({ streams, tokens: PACED_TOKENS, paced: true, runner });
+    delays.sort((a, b) => a - b);
+    console.log(
+      `${streams} streams, a token each every ${STEP_MS} ms from ${runner ? "a runner process" : "this process"}: ` +
+        `delay p50 ${percentile(delays, 0.5).toFixed(0)} µs, p99 ${percentile(delays, 0.99).toFixed(0)} µs, ` +
+        `most ${percentile(delays, 1).toFixed(0)} µs over ${delays.length} tokens; ` +
+        `${(cpuUs / delays.length).toFixed(1)} µs of processor time a token`,
+    );
+  }
 }
 
 await main();

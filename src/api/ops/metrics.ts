@@ -5,7 +5,7 @@ import type { EngineStatus, Timing, Usage } from "../../engine/protocol.ts";
 import type { CaravanError } from "../../errors.ts";
 import { VERSION } from "../../version.ts";
 import type { ApiDependencies } from "../serve-generation.ts";
-import { Counter, gauge, Histogram } from "./prometheus.ts";
+import { Counter, gauge, Histogram, type HistogramSeries } from "./prometheus.ts";
 
 const FIRST_TOKEN_SECONDS = [
   0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640,
@@ -106,8 +106,9 @@ export class ServingMetrics {
     this.#firstToken.observe([model, ENGINE], ms / 1000);
   }
 
-  nextToken(model: string, ms: number): void {
-    this.#nextToken.observe([model, ENGINE], ms / 1000);
+  /** Where the times between a model's tokens go, in seconds. */
+  nextTokens(model: string): HistogramSeries {
+    return this.#nextToken.of([model, ENGINE]);
   }
 
   /** A sequence came to its end. */

@@ -28,11 +28,26 @@ export class Counter {
   }
 }
 
-interface HistogramSeries {
-  labels: LabelValues;
+/** The observations of one set of label values. */
+export class HistogramSeries {
   /** Observations in each bucket alone; the last one is above every bound. */
-  counts: number[];
-  sum: number;
+  readonly counts: Float64Array;
+  sum = 0;
+
+  constructor(
+    readonly labels: LabelValues,
+    readonly bounds: readonly number[],
+  ) {
+    this.counts = new Float64Array(bounds.length + 1);
+  }
+
+  observe(value: number): void {
+    const { bounds, counts } = this;
+    let at = 0;
+    while (at < bounds.length && value > (bounds[at] ?? 0)) at += 1;
+    counts[at] = (counts[at] ?? 0) + 1;
+    this.sum += value;
+  }
 }
 
 export class Histogram {
@@ -45,16 +60,18 @@ export class Histogram {
   ) {}
 
   observe(labels: LabelValues, value: number): void {
+    this.of(labels).observe(value);
+  }
+
+  /** The series of these label values: looked up once by who observes with every token. */
+  of(labels: LabelValues): HistogramSeries {
     const key = labels.join("\0");
     let series = this.#series.get(key);
     if (series === undefined) {
-      series = { labels, counts: Array.from({ length: this.bounds.length + 1 }, () => 0), sum: 0 };
+      series = new HistogramSeries(labels, this.bounds);
       this.#series.set(key, series);
     }
-    let at = 0;
-    while (at < this.bounds.length && value > (this.bounds[at] ?? 0)) at += 1;
-    series.counts[at] = (series.counts[at] ?? 0) + 1;
-    series.sum += value;
+    return series;
   }
 
   text(): string {

@@ -4,6 +4,7 @@
 import type { Timing, Usage } from "../../engine/protocol.ts";
 import type { CaravanError } from "../../errors.ts";
 import type { ServingMetrics } from "./metrics.ts";
+import type { HistogramSeries } from "./prometheus.ts";
 
 /** Requests that are remembered after their end. */
 const KEPT = 1000;
@@ -25,6 +26,7 @@ export class RequestTrace {
   readonly #ends = new Map<Phase, number>();
   readonly #choices: Choice[] = [];
   readonly #metrics: ServingMetrics;
+  #nextTokens: HistogramSeries | undefined;
   #model: string | undefined;
   #plan: { n: number; promptTokens: number; maxTokens: number } | undefined;
   #end: { state: "complete" | "failed" | "cancelled"; error?: CaravanError } | undefined;
@@ -61,16 +63,16 @@ export class RequestTrace {
   /** The engine gave a token of the choice at `index`. */
   token(index: number): void {
     const now = performance.now();
-    const model = this.#model ?? "";
     let choice = this.#choices[index];
     if (choice === undefined) {
       choice = { lastTokenMs: now, tokens: 0 };
       this.#choices[index] = choice;
       this.mark("first_token");
-      this.#metrics.firstToken(model, now - this.#startedMs);
+      this.#metrics.firstToken(this.#model ?? "", now - this.#startedMs);
     } else {
       this.intervals?.push(now - choice.lastTokenMs);
-      this.#metrics.nextToken(model, now - choice.lastTokenMs);
+      this.#nextTokens ??= this.#metrics.nextTokens(this.#model ?? "");
+      this.#nextTokens.observe((now - choice.lastTokenMs) / 1000);
     }
     choice.lastTokenMs = now;
     choice.tokens += 1;
