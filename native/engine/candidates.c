@@ -21,12 +21,11 @@ static double uniform(uint64_t stream, uint32_t token) { return ((double)(mix(st
 
 uint64_t cv_random_stream(const cv_step_row *r, uint64_t position) { return mix(r->seed ^ mix(position)); }
 
-void cv_adjust_logits(const uint8_t *step, const cv_step_row *r, size_t first, size_t n, float *x) {
+void cv_adjust_logits(const uint8_t *step, const cv_step_row *r, const uint32_t *mask, size_t first, size_t n, float *x) {
     const cv_step_bias *bias = table(step, r->bias_offset);
     for (size_t i = 0; i < r->n_bias; i++)
         if (bias[i].token - first < n) x[bias[i].token - first] += bias[i].bias;
-    if (r->mask_offset) {
-        const uint32_t *mask = table(step, r->mask_offset);
+    if (mask) {
         for (size_t i = 0; i < n; i++)
             if (!(mask[(first + i) >> 5] >> ((first + i) & 31) & 1)) x[i] = -INFINITY;
     }

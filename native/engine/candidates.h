@@ -21,8 +21,8 @@ typedef struct {
 /* The random stream of the token at a position of a sequence. */
 uint64_t cv_random_stream(const cv_step_row *r, uint64_t position);
 
-/* Applies bias, mask and penalties to x [n], the logits of tokens first … first+n-1. step: base of the row's offsets. */
-void cv_adjust_logits(const uint8_t *step, const cv_step_row *r, size_t first, size_t n, float *x);
+/* Applies bias, mask (NULL: none) and penalties to x [n], the logits of tokens first … first+n-1. step: base of the row's offsets. */
+void cv_adjust_logits(const uint8_t *step, const cv_step_row *r, const uint32_t *mask, size_t first, size_t n, float *x);
 
 /* Keeps the k largest of x in top, with their logits, largest first, lower index first among equals; -inf is left out. Tokens are
  * numbered from `first`. Returns how many there are. */

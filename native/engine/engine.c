@@ -82,9 +82,17 @@ int cv_submit(cv_engine *e, const void *step, size_t size, uint64_t *ticket, cha
     if (!j) return cv_fail(err, CV_E_MEMORY, "no memory for a step of %zu bytes", size);
     /* Checked here, so that a caller's mistake is an error of the call and not of a later ticket. */
     int code = cv_step_parse(e->pass.model, cv_job_step(j), size, NULL, &e->checked, err);
+    if (!code && e->checked.n_late && e->pass.place.n_stages > 1) code = cv_fail(err, CV_E_ARGUMENT, "in a pipeline masks come with their step");
+    if (!code && cv_late_open(&j->late, &e->checked)) code = cv_fail(err, CV_E_MEMORY, "no memory for %zu masks", e->checked.n_late);
     if (!code) code = cv_queue_add(&e->queue, j, ticket, err);
     if (code) cv_job_free(j);
     return code;
+}
+
+int cv_give_masks(cv_engine *e, uint64_t ticket, uint32_t row, const void *masks, size_t size, char *text, size_t text_size) {
+    cv_err err = {text, text_size};
+    if (!e) return cv_fail(err, CV_E_ARGUMENT, "no engine");
+    return cv_queue_give_masks(&e->queue, ticket, e->pass.model->shape.vocab, row, masks, size, err);
 }
 
 int cv_collect(cv_engine *e, uint64_t ticket, void *out, size_t capacity, uint64_t *out_size, char *text, size_t text_size) {

@@ -33,7 +33,7 @@ static const field fields[] = {
     S(cv_step), F(cv_step, magic), F(cv_step, version), F(cv_step, total_size), F(cv_step, n_rows), F(cv_step, n_copies), F(cv_step, rows_offset), F(cv_step, copies_offset), F(cv_step, timeout_ms),
     S(cv_result_row), F(cv_result_row, token), F(cv_result_row, logprob), F(cv_result_row, n_top), F(cv_result_row, n_logits), F(cv_result_row, top_offset), F(cv_result_row, logits_offset), F(cv_result_row, status),
     S(cv_result_top), F(cv_result_top, token), F(cv_result_top, logprob),
-    S(cv_result), F(cv_result, ticket), F(cv_result, total_size), F(cv_result, n_rows), F(cv_result, rows_offset), F(cv_result, compute_ns), F(cv_result, queued_ns), F(cv_result, exchange_ns),
+    S(cv_result), F(cv_result, ticket), F(cv_result, total_size), F(cv_result, n_rows), F(cv_result, rows_offset), F(cv_result, compute_ns), F(cv_result, queued_ns), F(cv_result, exchange_ns), F(cv_result, mask_ns),
     S(cv_group_options), F(cv_group_options, version), F(cv_group_options, rank), F(cv_group_options, size), F(cv_group_options, transport), F(cv_group_options, epoch), F(cv_group_options, key),
     F(cv_group_options, instance), F(cv_group_options, host), F(cv_group_options, rdma_device), F(cv_group_options, no_rdma), F(cv_group_options, silence_ms), F(cv_group_options, max_message), F(cv_group_options, rdma_flags),
     S(cv_group_stats_record), F(cv_group_stats_record, transport), F(cv_group_stats_record, failed), F(cv_group_stats_record, reduces), F(cv_group_stats_record, reduce_ns), F(cv_group_stats_record, reduce_bytes),

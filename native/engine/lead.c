@@ -69,6 +69,7 @@ static void stamp(cv_job *j, uint64_t end) {
     r->compute_ns = end - j->started_ns;
     r->queued_ns = j->started_ns - j->submitted_ns;
     r->exchange_ns = j->exchange_ns;
+    r->mask_ns = j->mask_ns;
 }
 
 /* Everything before other ranks hear of the step: an error here is the step's own. */
@@ -99,6 +100,18 @@ static int take_off(cv_engine *e, cv_job *j, cv_err err) {
     return cv_pass_hand_over(&e->pass, err);
 }
 
+/* The masks that were made meanwhile, for this rank and those that sample with it. */
+static int take_masks(cv_engine *e, cv_job *j, cv_err err) {
+    cv_place *place = &e->pass.place;
+    if (!j->late.word) return CV_OK;
+    int code = cv_queue_await_masks(&e->queue, j, &e->stop, err);
+    if (code) return code;
+    e->pass.step.late = cv_late_bits(j->late.word);
+    j->late.word->ticket = j->ticket;
+    if (place->group && (code = cv_place_send_word(place, 0, j->late.word, j->late.word_size))) return cv_place_failed(place, code, err);
+    return CV_OK;
+}
+
 static void run(cv_engine *e, cv_job *j) {
     cv_pass *p = &e->pass;
     cv_place *place = &p->place;
@@ -116,6 +129,7 @@ static void run(cv_engine *e, cv_job *j) {
     place->timeout_ms = j->word->timeout_ms = bound_ms(e, j);
     if (place->group && (code = cv_place_send_word(place, 0, j->word, j->word_size))) code = cv_place_failed(place, code, err);
     if (!code) code = cv_pass_compute(p, &e->stop, err);
+    if (!code) code = take_masks(e, j, err);
     if (!code && ends_here) code = cv_pass_fill(p, j->result, err);
     uint64_t end = cv_now_ns();
     j->exchange_ns = atomic_load(&place->exchange_ns) - exchanged;

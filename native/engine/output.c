@@ -95,7 +95,7 @@ static void fill_alone(cv_output *o, const cv_model *m, const cv_parsed_step *s,
     draw d = {0};
     for (bool more = next_draw(s, &d, true); more; more = next_draw(s, &d, false)) {
         cv_result_top *top = (cv_result_top *)(void *)(base + rows[d.row].top_offset);
-        settle(s, &d, cv_sample(s->head, &s->rows[d.row], logits + d.logit * vocab, vocab, d.position, &o->sampler, &rows[d.row], top), &rows[d.row], top);
+        settle(s, &d, cv_sample(s->head, &s->rows[d.row], cv_step_mask(s, d.row, d.token), logits + d.logit * vocab, vocab, d.position, &o->sampler, &rows[d.row], top), &rows[d.row], top);
     }
     for (size_t i = 0; i < s->head->n_rows; i++)
         if (rows[i].n_logits) memcpy(base + rows[i].logits_offset, logits + s->first_logit[i] * vocab, rows[i].n_logits * vocab * sizeof(float));
@@ -177,7 +177,7 @@ static int fill_split(cv_output *o, const cv_model *m, cv_place *p, const cv_par
     if (grow(o, bytes, n)) return cv_fail(err, CV_E_MEMORY, "no memory for %zu bytes of proposals", bytes);
     for (bool more = next_draw(s, &d, true); more; more = next_draw(s, &d, false)) {
         const cv_step_row *r = &s->rows[d.row];
-        cv_split_propose(s->head, r, logits + d.logit * width, m->vocab_first, width, d.position, &o->sampler, (cv_proposal *)(void *)(o->mine + at));
+        cv_split_propose(s->head, r, cv_step_mask(s, d.row, d.token), logits + d.logit * width, m->vocab_first, width, d.position, &o->sampler, (cv_proposal *)(void *)(o->mine + at));
         at += cv_split_bytes(r);
     }
     if (bytes && (code = cv_place_gather(p, o->mine, bytes, o->all))) return cv_place_failed(p, code, err);
@@ -192,7 +192,7 @@ static int fill_split(cv_output *o, const cv_model *m, cv_place *p, const cv_par
         uint32_t status = cv_split_merge(s->head, r, proposals, n, d.position, &o->sampler, &rows[d.row], top);
         if (status == CV_SPLIT_GATHER) {
             if ((code = gather_row(o, m, p, logits, d.logit, err))) return code;
-            status = cv_sample(s->head, r, o->row, vocab, d.position, &o->sampler, &rows[d.row], top);
+            status = cv_sample(s->head, r, cv_step_mask(s, d.row, d.token), o->row, vocab, d.position, &o->sampler, &rows[d.row], top);
         }
         settle(s, &d, status, &rows[d.row], top);
     }

@@ -129,7 +129,7 @@ int cv_place_receive_word(cv_place *p, cv_word **word, cv_err err) {
         free(data);
         return cv_fail(err, CV_E_GROUP, "rank %u has a plan of another model or of other limits than rank 0", p->rank);
     }
-    ok = ok && (w->kind == CV_WORD_END || (w->kind == CV_WORD_STEP && w->step_size % 8 == 0 && w->step_size <= bytes - sizeof *w && w->n_rows == (bytes - sizeof *w - w->step_size) / sizeof(uint32_t)));
+    ok = ok && (w->kind == CV_WORD_END || ((w->kind == CV_WORD_STEP || w->kind == CV_WORD_MASKS) && w->step_size % 8 == 0 && w->step_size <= bytes - sizeof *w && w->n_rows == (bytes - sizeof *w - w->step_size) / sizeof(uint32_t)));
     if (!ok) {
         free(data);
         return cv_fail(err, CV_E_GROUP, "rank %u: rank 0 sent something that is no step", p->rank);

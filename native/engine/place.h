@@ -41,7 +41,7 @@ int cv_place_take_over(cv_place *p, float *h, size_t n);
 
 /* What rank 0 sends to every other rank ahead of a step: this header, the descriptor's bytes, then the last token of every row
  * (uint32[n_rows], CV_TOKEN_LAST: none). */
-enum { CV_WORD_STEP = 1, CV_WORD_END = 2 };
+enum { CV_WORD_STEP = 1, CV_WORD_END = 2, CV_WORD_MASKS = 3 /* step_size bytes of masks (late_masks.h), n_rows 0 */ };
 typedef struct {
     uint32_t magic, kind;   /* CV_WORD_* */
     uint64_t ticket;

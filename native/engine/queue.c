@@ -9,6 +9,9 @@
 #include <time.h>
 #include <unistd.h>
 
+/* How long a step waits for its masks. */
+static const uint64_t MASKS_MOST_NS = 30000000000u;
+
 uint64_t cv_now_ns(void) {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
@@ -58,6 +61,7 @@ void cv_job_free(cv_job *j) {
     if (!j) return;
     free(j->word);
     free(j->result);
+    cv_late_close(&j->late);
     free(j);
 }
 
@@ -101,6 +105,7 @@ void cv_queue_ring(cv_queue *q) {
 static void done(cv_queue *q, cv_job *j) {
     free(j->word);
     j->word = NULL;
+    cv_late_close(&j->late);
     if (j->state == CV_JOB_FLYING) q->flying--;
     j->state = CV_JOB_DONE;
     q->open--;
@@ -148,6 +153,41 @@ void cv_queue_wake(cv_queue *q) {
     pthread_cond_broadcast(&q->work);
     pthread_cond_broadcast(&q->landed);
     pthread_mutex_unlock(&q->lock);
+}
+
+int cv_queue_give_masks(cv_queue *q, uint64_t ticket, size_t vocab, size_t row, const void *masks, size_t size, cv_err err) {
+    int code = CV_OK;
+    pthread_mutex_lock(&q->lock);
+    cv_job *j = q->first;
+    while (j && j->ticket != ticket) j = j->next;
+    if (!j) {
+        code = cv_fail(err, CV_E_ARGUMENT, "no ticket %llu", (unsigned long long)ticket);
+    } else if (j->state != CV_JOB_DONE) {
+        code = cv_late_give(&j->late, cv_job_rows(j), j->word->n_rows, vocab, row, masks, size, err);
+        if (!code && !j->late.missing) pthread_cond_broadcast(&q->landed);
+    }
+    pthread_mutex_unlock(&q->lock);
+    return code;
+}
+
+int cv_queue_await_masks(cv_queue *q, cv_job *j, const atomic_bool *stop, cv_err err) {
+    if (!j->late.word) return CV_OK;
+    uint64_t start = cv_now_ns(), now = start;
+    int code = CV_OK;
+    pthread_mutex_lock(&q->lock);
+    while (j->late.missing && !q->over && !atomic_load(stop) && now - start < MASKS_MOST_NS) {
+        struct timespec until; /* on the clock that can be set, so it is looked at again by the other one */
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_sec++;
+        pthread_cond_timedwait(&q->landed, &q->lock, &until);
+        now = cv_now_ns();
+    }
+    if (q->over) code = cv_fail(err, q->over, "%s", q->over_text);
+    else if (j->late.missing && atomic_load(stop)) code = cv_fail(err, CV_E_ABORTED, "the engine was told to stop");
+    else if (j->late.missing) code = cv_fail(err, CV_E_ARGUMENT, "the masks of %zu rows did not come", j->late.missing);
+    pthread_mutex_unlock(&q->lock);
+    j->mask_ns = cv_now_ns() - start;
+    return code;
 }
 
 int cv_queue_collect(cv_queue *q, uint64_t ticket, void *out, size_t capacity, uint64_t *out_size, cv_err err) {

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 
 #include "error.h"
+#include "late_masks.h"
 #include "place.h"
 
 enum { CV_QUEUE_MOST = 64, CV_TEXT = 256 };
@@ -16,10 +17,11 @@ enum { CV_QUEUE_MOST = 64, CV_TEXT = 256 };
 typedef enum { CV_JOB_WAITING, CV_JOB_RUNNING, CV_JOB_FLYING, CV_JOB_DONE } cv_job_state;
 
 typedef struct cv_job {
-    uint64_t ticket, submitted_ns, started_ns, exchange_ns;
+    uint64_t ticket, submitted_ns, started_ns, exchange_ns, mask_ns;
     /* What the other ranks receive: the header, step_size bytes of the descriptor, the rows' last tokens. */
     cv_word *word;
     size_t word_size;
+    cv_late_masks late;
     void *result;
     size_t result_size;
     cv_job_state state;
@@ -36,7 +38,7 @@ static inline uint32_t *cv_job_last(const cv_job *j) { return (uint32_t *)(void 
 typedef struct {
     pthread_mutex_t lock; /* guards everything here and the engine's shared numbers */
     pthread_cond_t work;   /* a job waits, or it is over */
-    pthread_cond_t landed; /* a job in flight has ended, one has taken off, or it is over */
+    pthread_cond_t landed; /* a job in flight has ended, one has taken off, a job's last mask has come, or it is over */
     bool ready;            /* the three above are made */
     cv_job *first, *tail;  /* all tickets not yet collected, oldest first */
     size_t open;           /* jobs that are not done */
@@ -69,6 +71,11 @@ void cv_queue_done(cv_queue *q, cv_job *j);
 void cv_queue_end(cv_queue *q, int code, const char *text);
 /* Wakes whoever waits, to look at their stop flag. */
 void cv_queue_wake(cv_queue *q);
+
+/* Masks of a row of a job: cv_late_give. Nothing for a job that is done. CV_E_ARGUMENT: no such ticket. */
+int cv_queue_give_masks(cv_queue *q, uint64_t ticket, size_t vocab, size_t row, const void *masks, size_t size, cv_err err);
+/* Waits until a job's masks are there; the queue's code when it is over, CV_E_ABORTED when *stop is set, CV_E_ARGUMENT when they do not come. */
+int cv_queue_await_masks(cv_queue *q, cv_job *j, const atomic_bool *stop, cv_err err);
 
 int cv_queue_collect(cv_queue *q, uint64_t ticket, void *out, size_t capacity, uint64_t *out_size, cv_err err);
 

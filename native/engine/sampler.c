@@ -37,12 +37,12 @@ static uint32_t sample(const uint8_t *step, const cv_step_row *r, const float *x
     return cv_draw(&c, stream);
 }
 
-uint32_t cv_sample(const void *base, const cv_step_row *r, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top) {
+uint32_t cv_sample(const void *base, const cv_step_row *r, const uint32_t *mask, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top) {
     const uint8_t *step = base;
     const float *x = logits;
-    if (r->n_bias || r->mask_offset || r->n_history) {
+    if (r->n_bias || mask || r->n_history) {
         memcpy(s->logits, logits, vocab * sizeof(float));
-        cv_adjust_logits(step, r, 0, vocab, s->logits);
+        cv_adjust_logits(step, r, mask, 0, vocab, s->logits);
         x = s->logits;
     }
     size_t best = 0;

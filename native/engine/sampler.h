@@ -21,9 +21,9 @@ typedef struct {
 int cv_sampler_open(size_t vocab, cv_sampler_scratch *s);
 void cv_sampler_close(cv_sampler_scratch *s);
 
-/* logits [vocab], not changed. `step` is the base of the row's offsets (checked by step.c). position: of the token that
+/* logits [vocab], not changed. mask: bits of the tokens that may be drawn, NULL: all. `step` is the base of the row's offsets (checked by step.c). position: of the token that
  * is drawn. Writes token, logprob and n_top <= row->n_top_logprobs alternatives to top. Returns CV_ROW_OK, or why there is no
  * token (CV_ROW_NO_CHOICE, CV_ROW_NOT_A_NUMBER; *out is not changed then). */
-uint32_t cv_sample(const void *step, const cv_step_row *row, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top);
+uint32_t cv_sample(const void *step, const cv_step_row *row, const uint32_t *mask, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top);
 
 #endif

@@ -40,15 +40,15 @@ static void propose_rest(const cv_step_row *r, const float *x, size_t first, siz
     out->rest_logit = x[out->rest_token - first];
 }
 
-void cv_split_propose(const void *base, const cv_step_row *r, const float *logits, size_t first, size_t n, uint64_t position, cv_sampler_scratch *s, cv_proposal *out) {
+void cv_split_propose(const void *base, const cv_step_row *r, const uint32_t *mask, const float *logits, size_t first, size_t n, uint64_t position, cv_sampler_scratch *s, cv_proposal *out) {
     cv_result_top *list = (cv_result_top *)(void *)(out + 1);
     memset(out, 0, cv_split_bytes(r));
     out->top = -INFINITY;
     out->rest_token = CV_TOKEN_LAST;
     const float *x = logits;
-    if (n && (r->n_bias || r->mask_offset || r->n_history)) {
+    if (n && (r->n_bias || mask || r->n_history)) {
         memcpy(s->logits, logits, n * sizeof *x);
-        cv_adjust_logits(base, r, first, n, s->logits);
+        cv_adjust_logits(base, r, mask, first, n, s->logits);
         x = s->logits;
     }
     size_t choices = 0;

@@ -28,8 +28,8 @@ typedef struct {
 uint32_t cv_split_listed(const cv_step_row *row);
 size_t cv_split_bytes(const cv_step_row *row);
 
-/* This rank's proposal from its slice: logits [n] of tokens first … first+n-1 (n may be 0), not changed. `step`, position: as cv_sample. */
-void cv_split_propose(const void *step, const cv_step_row *row, const float *logits, size_t first, size_t n, uint64_t position, cv_sampler_scratch *s, cv_proposal *out);
+/* This rank's proposal from its slice: logits [n] of tokens first … first+n-1 (n may be 0), not changed. `step`, mask, position: as cv_sample. */
+void cv_split_propose(const void *step, const cv_step_row *row, const uint32_t *mask, const float *logits, size_t first, size_t n, uint64_t position, cv_sampler_scratch *s, cv_proposal *out);
 
 /* Merges the proposals of n_ranks ranks, in the order of their slices; proposals[i] are cv_split_bytes long. Returns a CV_ROW_* like cv_sample, or
  * CV_SPLIT_GATHER: cv_sample is to be called with the whole row. */

@@ -13,7 +13,8 @@ int cv_step_open(const cv_model *m, cv_parsed_step *s) {
     s->logit_rows = calloc(m->shape.max_logits, sizeof *s->logit_rows);
     s->first_logit = calloc(m->max_rows + 1, sizeof *s->first_logit);
     s->no_token = calloc(m->max_rows, sizeof *s->no_token);
-    return s->no_token && s->seqs && s->tokens && s->positions && s->token_seq && s->logit_rows && s->first_logit ? CV_OK : CV_E_MEMORY;
+    s->first_late = calloc(m->max_rows, sizeof *s->first_late);
+    return s->first_late && s->no_token && s->seqs && s->tokens && s->positions && s->token_seq && s->logit_rows && s->first_logit ? CV_OK : CV_E_MEMORY;
 }
 
 void cv_step_close(cv_parsed_step *s) {
@@ -24,6 +25,7 @@ void cv_step_close(cv_parsed_step *s) {
     free(s->logit_rows);
     free(s->first_logit);
     free(s->no_token);
+    free(s->first_late);
     *s = (cv_parsed_step){0};
 }
 
@@ -41,7 +43,7 @@ static int check_sampling(const cv_model *m, const void *base, uint64_t total, c
         if (!isfinite(all[i])) return cv_fail(err, CV_E_ARGUMENT, "row %zu: a sampling option is not a number", row);
     if (r->temperature < 0 || r->repetition_penalty <= 0 || r->n_top_logprobs > 64) return cv_fail(err, CV_E_ARGUMENT, "row %zu: sampling options out of range", row);
     if (!inside(total, r->bias_offset, r->n_bias, sizeof(cv_step_bias), 4) || !inside(total, r->history_offset, r->n_history, sizeof(cv_step_history), 4) ||
-        !inside(total, r->mask_offset, r->mask_offset ? (m->shape.vocab + 31) / 32 : 0, 4, 4) || !inside(total, r->xtc_keep_offset, r->n_xtc_keep, 4, 4))
+        !inside(total, r->mask_offset, r->mask_offset ? cv_row_masks(r) * cv_mask_words(m->shape.vocab) : 0, 4, 4) || !inside(total, r->xtc_keep_offset, r->n_xtc_keep, 4, 4))
         return cv_fail(err, CV_E_ARGUMENT, "row %zu: a sampling table is cut off", row);
     const cv_step_bias *bias = at(base, r->bias_offset);
     for (size_t i = 0; i < r->n_bias; i++)
@@ -73,6 +75,13 @@ static int check_pages(const cv_model *m, const void *base, uint64_t total, cons
     return CV_OK;
 }
 
+const uint32_t *cv_step_mask(const cv_parsed_step *s, size_t row, uint32_t token) {
+    const cv_step_row *r = &s->rows[row];
+    size_t index = r->flags & CV_ROW_SAMPLE_ALL ? token : 0;
+    if (r->flags & CV_ROW_MASK_LATER) return s->late + (s->first_late[row] + index) * s->mask_words;
+    return r->mask_offset ? (const uint32_t *)at(s->head, r->mask_offset) + index * s->mask_words : NULL;
+}
+
 static int parse_row(const cv_model *m, const void *base, uint64_t total, const uint32_t *last, size_t row, cv_parsed_step *s, cv_err err) {
     const cv_step_row *r = &s->rows[row];
     size_t first = s->batch.n_tokens;
@@ -80,8 +89,9 @@ static int parse_row(const cv_model *m, const void *base, uint64_t total, const 
     if (r->slot >= m->n_slots) return cv_fail(err, CV_E_ARGUMENT, "row %zu: slot %u of %zu", row, r->slot, m->n_slots);
     if (!inside(total, r->tokens_offset, r->n_tokens, 4, 4)) return cv_fail(err, CV_E_ARGUMENT, "row %zu: its tokens are cut off", row);
     if (r->logits > CV_LOGITS_ALL || (r->logits == CV_LOGITS_NONE && r->flags)) return cv_fail(err, CV_E_ARGUMENT, "row %zu: asks for a sample without logits", row);
-    if ((r->flags & CV_ROW_SAMPLE_ALL) && (!(r->flags & CV_ROW_SAMPLE) || r->logits != CV_LOGITS_ALL || r->n_top_logprobs || r->n_history || r->mask_offset))
-        return cv_fail(err, CV_E_ARGUMENT, "row %zu: samples of all positions take logits of all, and no alternatives, penalties or mask", row);
+    if ((r->flags & CV_ROW_SAMPLE_ALL) && (!(r->flags & CV_ROW_SAMPLE) || r->logits != CV_LOGITS_ALL || r->n_top_logprobs || r->n_history))
+        return cv_fail(err, CV_E_ARGUMENT, "row %zu: samples of all positions take logits of all, and no alternatives or penalties", row);
+    if ((r->flags & CV_ROW_MASK_LATER) && (!(r->flags & CV_ROW_SAMPLE) || r->mask_offset)) return cv_fail(err, CV_E_ARGUMENT, "row %zu: masks that come later take a sample, and no other mask", row);
     int code = check_pages(m, base, total, r, row, err);
     if (!code) code = check_sampling(m, base, total, r, row, err);
     if (code) return code;
@@ -106,6 +116,8 @@ static int parse_row(const cv_model *m, const void *base, uint64_t total, const 
     s->first_logit[row] = s->n_logits;
     for (size_t i = r->n_tokens - wanted; i < r->n_tokens; i++) s->logit_rows[s->n_logits++] = (uint32_t)(first + i);
     s->first_logit[row + 1] = s->n_logits;
+    s->first_late[row] = s->n_late;
+    if (r->flags & CV_ROW_MASK_LATER) s->n_late += cv_row_masks(r);
     s->seqs[row] = (cv_seq){.first_position = r->first_position, .n_tokens = r->n_tokens, .first_token = first, .full_pages = at(base, r->full_pages_offset), .chunk_pages = at(base, r->chunk_pages_offset),
                             .n_full_pages = r->n_full_pages, .n_chunk_pages = r->n_chunk_pages, .chunk_base = r->chunk_base};
     s->batch.n_tokens += r->n_tokens;
@@ -120,7 +132,9 @@ int cv_step_parse(const cv_model *m, const void *bytes, size_t size, const uint3
     s->head = h;
     s->rows = at(bytes, h->rows_offset);
     s->copies = at(bytes, h->copies_offset);
-    s->n_logits = 0;
+    s->n_logits = s->n_late = 0;
+    s->mask_words = cv_mask_words(m->shape.vocab);
+    s->late = NULL;
     s->batch = (cv_batch){.n_seqs = h->n_rows, .seqs = s->seqs, .tokens = s->tokens, .positions = s->positions, .token_seq = s->token_seq};
     for (size_t i = 0; i < h->n_copies; i++) {
         const cv_step_copy *c = &s->copies[i];

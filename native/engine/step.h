@@ -15,10 +15,21 @@ typedef struct {
     size_t *first_logit;   /* [max_rows+1] */
     bool *no_token;        /* [max_rows] the row asks for its slot's last token, but there is none: computed with another, to no avail */
     size_t n_logits;
+    size_t n_late;         /* masks that come later, of all rows */
+    size_t *first_late;    /* [max_rows] index of the row's first one */
+    size_t mask_words;     /* of one mask */
+    const uint32_t *late;  /* [n_late][mask_words], set by whoever has them before samples are drawn */
     const cv_step *head;
     const cv_step_row *rows;
     const cv_step_copy *copies;
 } cv_parsed_step;
+
+static inline size_t cv_mask_words(size_t vocab) { return (vocab + 31) / 32; }
+/* Masks of a row that has some. */
+static inline size_t cv_row_masks(const cv_step_row *r) { return r->flags & CV_ROW_SAMPLE_ALL ? r->n_tokens : 1; }
+
+/* What may be sampled behind token `token` of a row, [mask_words]; NULL: everything. */
+const uint32_t *cv_step_mask(const cv_parsed_step *s, size_t row, uint32_t token);
 
 int cv_step_open(const cv_model *m, cv_parsed_step *s);
 void cv_step_close(cv_parsed_step *s);

@@ -187,8 +187,10 @@ enum {
     CV_ROW_SAMPLE = 1,        /* sample after the last token (needs logits != NONE) */
     CV_ROW_RETURN_LOGITS = 2, /* raw logits in the result */
     CV_ROW_LOGPROB = 4,       /* the sampled token's log-probability (else 0); implied by n_top_logprobs > 0 */
-    CV_ROW_SAMPLE_ALL = 8     /* with CV_ROW_SAMPLE and logits ALL: sample behind every one of the row's tokens (drafts to be compared with the
-                                 samples); no alternatives, penalties or mask, which depend on what is accepted */
+    CV_ROW_SAMPLE_ALL = 8,    /* with CV_ROW_SAMPLE and logits ALL: sample behind every one of the row's tokens (drafts to be compared with the
+                                 samples); no alternatives or penalties, which depend on what is accepted; a mask for every token */
+    CV_ROW_MASK_LATER = 16    /* with CV_ROW_SAMPLE: the row's masks come by cv_give_masks while the step is computed, and it samples when they are there.
+                                 Not in a pipeline */
 };
 
 /* One sequence's part of a step. Page tables: entry i of the full table holds positions [i*P, (i+1)*P); entry i of the
@@ -217,7 +219,7 @@ typedef struct {
     uint32_t n_top_logprobs; /* 0..64 alternatives returned */
     uint64_t bias_offset;    /* cv_step_bias[n_bias] */
     uint64_t history_offset; /* cv_step_history[n_history], for the penalties */
-    uint64_t mask_offset;    /* uint32[(vocab+31)/32], bit set = allowed; 0 = no mask */
+    uint64_t mask_offset;    /* uint32[(vocab+31)/32], bit set = allowed; 0 = no mask. With CV_ROW_SAMPLE_ALL [n_tokens] of them */
     uint32_t n_bias, n_history;
     uint64_t xtc_keep_offset; /* uint32[n_xtc_keep]: tokens that XTC never removes (newline, end) */
     uint32_t n_xtc_keep;
@@ -271,6 +273,7 @@ typedef struct {
     uint64_t compute_ns;  /* time from the start of the step to its end, through all stages */
     uint64_t queued_ns;   /* time between submit and start */
     uint64_t exchange_ns; /* of compute_ns, rank 0's share in reduces, gathers and handing over (and waiting for the other ranks there) */
+    uint64_t mask_ns;     /* of compute_ns, waiting for masks (CV_ROW_MASK_LATER) */
 } cv_result;
 
 typedef struct {
@@ -410,6 +413,10 @@ CV_API int cv_follow_state(cv_engine *engine, char *err, size_t err_size);
 /* Queues a step (copied). *ticket counts up from 1. CV_E_BUSY when 64 are waiting. Rank 0 only. After a failure of the group every
  * step, queued or new, ends with its code and text (CV_E_GROUP). */
 CV_API int cv_submit(cv_engine *engine, const void *step, size_t step_size, uint64_t *ticket, char *err, size_t err_size);
+
+/* The masks of a row of a submitted step that has CV_ROW_MASK_LATER (copied), once: uint32[n][(vocab+31)/32], n = its tokens with CV_ROW_SAMPLE_ALL, else 1.
+ * NULL: the row's sample does not matter any more. A step waits 30 s for its masks at most. Does nothing for a step that has ended. Any thread. */
+CV_API int cv_give_masks(cv_engine *engine, uint64_t ticket, uint32_t row, const void *masks, size_t size, char *err, size_t err_size);
 
 /* Result of a ticket, once: CV_E_AGAIN while it runs, CV_E_BUFFER with *out_size when out is too small, the step's own
  * error code and text if it failed. After CV_OK or a step's error the ticket is forgotten. */

@@ -5,7 +5,7 @@
 #include "../engine/place.h"
 #include "tiny_ranks.h"
 
-enum { N = 70, RESULT = 1 << 20, LAYERS = 4, VARIANTS = 48, CHAIN = 40, SEQS = 4 };
+enum { N = 70, RESULT = 1 << 20, LAYERS = 4, VARIANTS = 48, CHAIN = 40, SEQS = 4, MASKS = 6 };
 
 static uint8_t *result;
 static _Alignas(64) uint8_t step[1 << 14];
@@ -47,6 +47,7 @@ typedef struct {
     cv_result_top top[VARIANTS][8];
     uint32_t all[5]; /* samples behind five tokens */
     uint32_t chain[SEQS][CHAIN];
+    uint32_t masked[MASKS]; /* samples behind five tokens of one row and one of another, each with a mask of its own */
 } outcome;
 
 static uint32_t below(unsigned long long *seed, uint32_t n) { return (uint32_t)(cv_random(seed) % n); }
@@ -107,7 +108,66 @@ static int run_chain(cv_engine *e, const uint32_t *tokens, outcome *out, char *e
     return CV_OK;
 }
 
-static int compute(cv_engine *e, const uint32_t *tokens, outcome *out, char *err) {
+/* Masks with the step, or given while it is computed. */
+static int run_masked(cv_engine *e, const uint32_t *tokens, bool later, uint32_t *out, char *err) {
+    enum { WORDS = (TM_VOCAB + 31) / 32 };
+    uint32_t masks[MASKS][WORDS], flags = CV_ROW_SAMPLE | (later ? CV_ROW_MASK_LATER : 0);
+    unsigned long long seed = 77;
+    for (uint32_t i = 0; i < MASKS; i++)
+        for (uint32_t k = 0; k < WORDS; k++) masks[i][k] = (uint32_t)(cv_random(&seed) >> 16) & (uint32_t)(cv_random(&seed) >> 16);
+    tm_row rows[2] = {{.first = N - MASKS + 1, .tokens = tokens + N - MASKS + 1, .n = MASKS - 1, .seq = 0, .flags = flags | CV_ROW_SAMPLE_ALL, .temperature = 2, .seed = 4}, {.first = 0, .tokens = tokens, .n = 3, .seq = 1, .flags = flags, .temperature = 2, .seed = 5}};
+    size_t at = tm_step(step, rows, 2, NULL, 0);
+    cv_step_row *r = (cv_step_row *)(void *)(step + sizeof(cv_step));
+    if (!later) {
+        memcpy(step + at, masks, sizeof masks);
+        r[0].mask_offset = at;
+        r[1].mask_offset = at + (MASKS - 1) * sizeof masks[0];
+        at = (at + sizeof masks + 7) & ~(size_t)7;
+        ((cv_step *)(void *)step)->total_size = at;
+    }
+    uint64_t ticket;
+    int code = cv_submit(e, step, at, &ticket, err, 256);
+    if (code) return code;
+    if (later && cv_give_masks(e, ticket, 0, masks, sizeof masks, err, 256) != CV_E_ARGUMENT) return CV_E_STEP;
+    if (later && (code = cv_give_masks(e, ticket, 1, masks[MASKS - 1], sizeof masks[0], err, 256))) return code;
+    if (later && (cv_give_masks(e, ticket, 1, NULL, 0, err, 256) != CV_E_ARGUMENT || cv_give_masks(e, ticket, 2, NULL, 0, err, 256) != CV_E_ARGUMENT)) return CV_E_STEP;
+    if (later && (code = cv_give_masks(e, ticket, 0, masks, (MASKS - 1) * sizeof masks[0], err, 256))) return code;
+    if ((code = collect(e, ticket, err))) return code;
+    const cv_result_top *all = (const cv_result_top *)(const void *)(result + row(0)->top_offset);
+    for (uint32_t i = 0; i < MASKS; i++) {
+        out[i] = i + 1 < MASKS ? all[i].token : row(1)->token;
+        if (!(masks[i][out[i] / 32] >> out[i] % 32 & 1)) return CV_E_STEP;
+    }
+    return CV_OK;
+}
+
+/* A step that waits for masks: of a row that nobody needs any more, and when the engine is told to stop. */
+static void test_waiting(cv_checks *c, const tiny_model *m, const uint32_t *tokens) {
+    char err[256] = "";
+    uint64_t ticket, got;
+    cv_engine *e = NULL;
+    cv_case(c, "a step samples without masks where none are needed any more, and a waiting one ends with the engine");
+    tm_row in = {.first = 0, .tokens = tokens, .n = 4, .seq = 0, .flags = CV_ROW_SAMPLE};
+    cv_check(c, !cv_open(m->plan, m->plan_size, NULL, &e, err, sizeof err) && !run(e, tm_step(step, &in, 1, NULL, 0), err), "%s", err);
+    uint32_t plain = row(0)->token;
+    in.flags |= CV_ROW_MASK_LATER;
+    size_t size = tm_step(step, &in, 1, NULL, 0);
+    int code = cv_submit(e, step, size, &ticket, err, sizeof err);
+    if (!code) code = cv_give_masks(e, ticket, 0, NULL, 0, err, sizeof err);
+    if (!code) code = collect(e, ticket, err);
+    cv_check(c, !code && row(0)->token == plain, "%d %s", code, err);
+    code = cv_submit(e, step, size, &ticket, err, sizeof err);
+    cv_check(c, !code && cv_collect(e, ticket, result, RESULT, &got, err, sizeof err) == CV_E_AGAIN, "%d %s", code, err);
+    cv_abort(e);
+    code = collect(e, ticket, err);
+    cv_check(c, code == CV_E_ABORTED, "%d %s", code, err);
+    cv_check(c, cv_give_masks(e, ticket, 0, NULL, 0, err, sizeof err) == CV_E_ARGUMENT, "a ticket that is gone takes masks");
+    cv_close(e);
+    cv_end_case(c);
+}
+
+/* later: the engine is no pipeline. */
+static int compute(cv_engine *e, const uint32_t *tokens, bool later, outcome *out, char *err) {
     for (uint32_t at = 0, n; at < N; at += n) { /* pieces of many sizes, over chunk edges */
         n = 1 + at % 17 < N - at ? 1 + at % 17 : N - at;
         tm_row r = {.first = at, .tokens = tokens + at, .n = n, .seq = 0, .flags = CV_ROW_RETURN_LOGITS};
@@ -128,6 +188,7 @@ static int compute(cv_engine *e, const uint32_t *tokens, outcome *out, char *err
     int code = run(e, tm_step(step, &all, 1, NULL, 0), err);
     if (code) return code;
     for (uint32_t i = 0; i < 5; i++) out->all[i] = ((const cv_result_top *)(const void *)(result + row(0)->top_offset))[i].token;
+    if ((code = run_masked(e, tokens, later, out->masked, err))) return code;
     return run_chain(e, tokens, out, err);
 }
 
@@ -141,6 +202,7 @@ static void compare(cv_checks *c, const outcome *one, const outcome *many) {
         for (uint32_t i = 0; i < one->n_top[v] && i < many->n_top[v]; i++) cv_check(c, one->top[v][i].token == many->top[v][i].token, "options %u: alternative %u", v, i);
     }
     cv_check(c, !memcmp(one->all, many->all, sizeof one->all), "samples behind all tokens differ");
+    cv_check(c, !memcmp(one->masked, many->masked, sizeof one->masked), "samples with masks differ");
     cv_check(c, !memcmp(one->chain, many->chain, sizeof one->chain), "tokens of streams in flight differ");
 }
 
@@ -153,7 +215,7 @@ static void test_equality(cv_checks *c, const tiny_model *m, const uint32_t *tok
     cv_case(c, name);
     tr_ranks r = {0};
     int code = tr_start(&r, m, tensor, stages, transport, NULL, err);
-    if (!code) code = compute(r.engine, tokens, &many, err);
+    if (!code) code = compute(r.engine, tokens, stages == 1, &many, err);
     cv_check(c, !code, "%d %s", code, err);
     if (!code) compare(c, one, &many);
     cv_stats_record stats = {0};
@@ -356,12 +418,13 @@ int main(void) {
     tiny_model m;
     cv_engine *e = NULL;
     int code = tm_make_layers(&m, CV_COMPUTE_EXACT, 1, LAYERS, true) ? cv_open(m.plan, m.plan_size, NULL, &e, err, sizeof err) : CV_E_IO;
-    if (!code) code = compute(e, tokens, &one, err);
+    if (!code) code = compute(e, tokens, false, &one, err);
     cv_close(e);
     if (code) {
         printf("not ok - one rank: %d %s\n", code, err);
         return 1;
     }
+    test_waiting(&c, &m, tokens);
     static const uint32_t grids[][2] = {{2, 1}, {3, 1}, {4, 1}, {1, 2}, {1, 3}, {2, 2}};
     for (uint32_t transport = CV_TRANSPORT_SHM; transport <= CV_TRANSPORT_TCP; transport += CV_TRANSPORT_TCP - CV_TRANSPORT_SHM) {
         for (size_t i = 0; i < sizeof grids / sizeof grids[0]; i++) test_equality(&c, &m, tokens, &one, grids[i][0], grids[i][1], transport);

@@ -84,13 +84,15 @@ static void random_slices(size_t *first, uint32_t n, unsigned long long *seed) {
             }
 }
 
+static const uint32_t *mask_of(const options *o) { return o->row.mask_offset ? (const uint32_t *)(const void *)(o->bytes + o->row.mask_offset) : NULL; }
+
 /* The split choice: what cv_split_merge returns. */
 static uint32_t split(const options *o, const float *x, const size_t *first, uint32_t n, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top) {
     static _Alignas(8) uint8_t room[RANKS][PROPOSAL];
     const cv_proposal *all[RANKS];
     for (uint32_t i = 0; i < n; i++) {
         cv_proposal *p = (cv_proposal *)(void *)room[i];
-        cv_split_propose(o->bytes, &o->row, x + first[i], first[i], first[i + 1] - first[i], position, s, p);
+        cv_split_propose(o->bytes, &o->row, mask_of(o), x + first[i], first[i], first[i + 1] - first[i], position, s, p);
         all[i] = p;
     }
     return cv_split_merge(o->bytes, &o->row, all, n, position, s, out, top);
@@ -113,7 +115,7 @@ static void test_equality(cv_checks *c, int rounds) {
         uint64_t position = below(&seed, 100000);
         cv_result_row one = {0}, many = {0};
         cv_result_top top[64], others[64];
-        uint32_t status = cv_sample(o.bytes, &o.row, x, VOCAB, position, &s, &one, top);
+        uint32_t status = cv_sample(o.bytes, &o.row, mask_of(&o), x, VOCAB, position, &s, &one, top);
         uint32_t got = split(&o, x, first, n, position, &s, &many, others);
         /* Filters that keep few tokens, or none at all: no row need be gathered for them. */
         bool common = o.row.top_k <= 256 && (o.row.top_k || (o.row.top_p >= 1 && !(o.row.min_p > 0) && !(o.row.xtc_probability > 0)));

@@ -7,6 +7,8 @@ import { withLibrary } from "./library.ts";
 
 /** CV_ABI_VERSION that this program was written for. */
 const ABI_VERSION = 3;
+/** A line of about a hundred bytes for each device. */
+const RDMA_LIST_BYTES = 8192;
 const ERROR_BYTES = 1024;
 const STATS_BYTES = 88;
 
@@ -70,6 +72,7 @@ const FUNCTIONS = {
   cv_event_fd: { args: [ptr], returns: i32 },
   cv_follow_state: { args: [ptr, ptr, usize], returns: i32 },
   cv_submit: { args: [ptr, ptr, usize, ptr, ptr, usize], returns: i32 },
+  cv_give_masks: { args: [ptr, u64, u32, ptr, usize, ptr, usize], returns: i32 },
   cv_collect: { args: [ptr, u64, ptr, usize, ptr, ptr, usize], returns: i32 },
   cv_abort: { args: [ptr], returns: nothing },
   cv_stats: { args: [ptr, ptr], returns: i32 },
@@ -78,6 +81,7 @@ const FUNCTIONS = {
   cv_group_connect_start: { args: [ptr, ptr, ptr, u32, ptr, usize], returns: i32 },
   cv_group_connect_poll: { args: [ptr, ptr, usize, ptr, usize], returns: i32 },
   cv_group_measure: { args: [ptr, u32, ptr, ptr, ptr, usize], returns: i32 },
+  cv_rdma_devices: { args: [ptr, usize, ptr, usize], returns: i32 },
   cv_group_abort: { args: [ptr, ptr], returns: nothing },
   cv_group_stats: { args: [ptr, ptr, ptr, usize], returns: i32 },
   cv_group_close: { args: [ptr], returns: nothing },
@@ -136,6 +140,16 @@ function library(): Symbols {
 /** cv_group_* for group.ts. */
 export function groupFunctions(): Symbols {
   return library();
+}
+
+/** This machine's RDMA devices as lines (cv_rdma_devices). May never come back where a port is wedged. Throws with the reason where the
+ * system has no library for them. */
+export function rdmaDeviceLines(): string {
+  const out = new Uint8Array(RDMA_LIST_BYTES);
+  const error = new Uint8Array(ERROR_BYTES);
+  const code = library().cv_rdma_devices(out, out.length, error, error.length);
+  if (code !== 0) throw nativeError(code, error, "listing RDMA devices");
+  return text(out);
 }
 
 /** "record.field=offset,size" for every record of caravan.h, one a line. */
@@ -281,6 +295,15 @@ export class EngineHandle {
     const code = cv_submit(this.#live(), step, step.byteLength, this.#out, this.#error, ERROR_BYTES);
     if (code !== 0) throw nativeError(code, this.#error, "submitting a step", again(code));
     return this.#number();
+  }
+
+  /** The masks of a row that waits for them (copied); null: its sample does not matter any more. Nothing for a step that has
+   * ended. */
+  giveMasks(ticket: number, row: number, masks: Uint32Array | null): void {
+    const { cv_give_masks } = this.#symbols;
+    const size = masks?.byteLength ?? 0;
+    const code = cv_give_masks(this.#live(), ticket, row, masks, size, this.#error, ERROR_BYTES);
+    if (code !== 0) throw nativeError(code, this.#error, "giving masks to a step");
   }
 
   /** Of a rank > 0: undefined while it follows rank 0, then "closed" when rank 0 has closed its engine, or why it failed. */

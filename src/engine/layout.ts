@@ -123,7 +123,7 @@ export const STEP_HISTORY = { size: 12, token: 0, in_output: 4, in_context: 8 } 
 export const STEP_COPY = { size: 16, pool: 0, from: 4, to: 8 } as const;
 
 export const RESULT = {
-  size: 56,
+  size: 64,
   ticket: 0,
   total_size: 8,
   n_rows: 16,
@@ -131,6 +131,7 @@ export const RESULT = {
   compute_ns: 32,
   queued_ns: 40,
   exchange_ns: 48,
+  mask_ns: 56,
 } as const;
 
 export const RESULT_ROW = {

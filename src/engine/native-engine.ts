@@ -55,12 +55,17 @@ export class NativeEngine {
   }
 
   /** Queues a step (bytes are copied before this returns). The promise gives what `decode` makes of the result's bytes,
-   * which are valid only inside the call. Rejects with the step's own error. */
-  submit<T>(step: Uint8Array, decode: (result: Uint8Array) => T): Promise<T> {
+   * which are valid only inside the call. Rejects with the step's own error. `queued` hears its ticket at once. */
+  submit<T>(
+    step: Uint8Array,
+    decode: (result: Uint8Array) => T,
+    queued?: (ticket: number) => void,
+  ): Promise<T> {
     return new Promise((resolve, reject) => {
       if (this.#failed !== undefined) throw this.#failed;
       const ticket = this.#queue(step);
       this.#waiting.push({ ticket, settle: (result) => resolve(decode(result)), reject });
+      queued?.(ticket);
     });
   }
 
@@ -73,6 +78,13 @@ export class NativeEngine {
       if (error.code === "cluster_degraded") this.#failed ??= error;
       throw error;
     }
+  }
+
+  /** Masks for a row of a step in flight that waits for them (copied); undefined: its sample does not matter any more. */
+  giveMasks(ticket: number, row: number, masks: Uint32Array | undefined): void {
+    // The row of a step that has just ended waits for nothing, and its ticket may be gone.
+    if (this.#closed || !this.#waiting.some((waiting) => waiting.ticket === ticket)) return;
+    this.#handle.giveMasks(ticket, row, masks ?? null);
   }
 
   stats(): NativeStats {

@@ -58,5 +58,10 @@ export function decodeResult(bytes: Uint8Array, vocab: number): StepResult {
           : new Float32Array(bytes.buffer.slice(logitsAt, logitsAt + positions * vocab * 4)),
     });
   }
-  return { rows, computeNs: u64(RESULT.compute_ns), queuedNs: u64(RESULT.queued_ns) };
+  return {
+    rows,
+    computeNs: u64(RESULT.compute_ns),
+    queuedNs: u64(RESULT.queued_ns),
+    maskNs: u64(RESULT.mask_ns),
+  };
 }

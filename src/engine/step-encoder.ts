@@ -9,6 +9,7 @@ const FLAG_SAMPLE = 1;
 const FLAG_RETURN_LOGITS = 2;
 const FLAG_LOGPROB = 4;
 const FLAG_SAMPLE_ALL = 8;
+const FLAG_MASK_LATER = 16;
 const POOL = { full: 0, chunked: 1 } as const;
 const FIRST_CAPACITY = 1 << 14;
 /** The engine refuses a repetition penalty of 0, and with it the steps of everybody: what float32 would round to 0. */
@@ -72,7 +73,8 @@ export class StepEncoder {
       (row.sample ? FLAG_SAMPLE : 0) |
       (row.returnLogits ? FLAG_RETURN_LOGITS : 0) |
       (row.logprob ? FLAG_LOGPROB : 0) |
-      (row.sampleAll ? FLAG_SAMPLE_ALL : 0);
+      (row.sampleAll ? FLAG_SAMPLE_ALL : 0) |
+      (row.maskLater ? FLAG_MASK_LATER : 0);
     this.#u32(at + STEP_ROW.flags, flags);
     this.#u64(at + STEP_ROW.seed, sampling.seed);
     this.#f32(at + STEP_ROW.temperature, sampling.temperature);

@@ -11,6 +11,7 @@ export class NativeStepEngine implements StepEngine {
   readonly #engine: NativeEngine;
   readonly #encoder = new StepEncoder();
   readonly #decode: (result: Uint8Array) => StepResult;
+  readonly #tickets = new WeakMap<Step, number>();
 
   /** Opens an engine from a load plan's bytes, in a thread of the library. group: as NativeEngine.load has it. */
   static async load(
@@ -32,7 +33,14 @@ export class NativeStepEngine implements StepEngine {
   }
 
   submit(step: Step): Promise<StepResult> {
-    return this.#engine.submit(this.#encoder.encode(step), this.#decode);
+    return this.#engine.submit(this.#encoder.encode(step), this.#decode, (ticket) =>
+      this.#tickets.set(step, ticket),
+    );
+  }
+
+  giveMasks(step: Step, row: number, masks: Uint32Array | undefined): void {
+    const ticket = this.#tickets.get(step);
+    if (ticket !== undefined) this.#engine.giveMasks(ticket, row, masks);
   }
 
   stats(): NativeStats {

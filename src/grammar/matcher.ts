@@ -2,7 +2,7 @@
 // answer may be read in several ways at once; each is a state of an automaton and the stack of values around it.
 // Stacks are shared: equal stacks are one object, so equal readings are found by identity.
 
-import { bytesOf, type TokenTable } from "../chat/token-table.ts";
+import { bytesOf, isSpecialId, type TokenTable } from "../chat/token-table.ts";
 import { CaravanError } from "../errors.ts";
 import { EDGE_CALL, EDGE_SIZE, EDGE_STRING, EDGE_TERM, STRING_START } from "./grammar.ts";
 import { type Automata, type InsideTokens, STRING_BODY } from "./inside-tokens.ts";
@@ -113,10 +113,49 @@ export class GrammarMatcher {
   /** Takes a token of the answer. False: the grammar has no place for it, and nothing may be asked any more. */
   accept(token: number): boolean {
     this.#steps = 0;
+    this.#readings = this.#behindToken(this.#readings, token);
+    return this.#readings.alive;
+  }
+
+  #behindToken(readings: Readings, token: number): Readings {
+    let behind = readings;
+    // A special token stands for no text, whatever its name looks like.
+    if (isSpecialId(this.#table, token)) return new Readings();
+    for (const byte of bytesOf(this.#table, token)) behind = this.#advance(behind, byte);
+    return behind;
+  }
+
+  /** As many of the drafted tokens, from the first on, as the grammar has a place for. Nothing is taken. */
+  fitting(drafts: readonly number[]): readonly number[] {
+    this.#steps = 0;
     let readings = this.#readings;
-    for (const byte of bytesOf(this.#table, token)) readings = this.#advance(readings, byte);
-    this.#readings = readings;
-    return readings.alive;
+    for (const [i, draft] of drafts.entries()) {
+      readings = this.#behindToken(readings, draft);
+      if (!readings.alive) return drafts.slice(0, i);
+      if (readings.all.size === 0) return drafts.slice(0, i + 1);
+    }
+    return drafts;
+  }
+
+  /** [drafts + 1][(vocab + 31) / 32] Masks of what may come next and behind each of the drafted tokens, which fit; else as
+   * `mask`. */
+  masks(ends: Iterable<number>, drafts: readonly number[] = []): Uint32Array {
+    if (drafts.length === 0) return this.mask(ends);
+    const { length } = this.#mask;
+    const all = new Uint32Array(length * (drafts.length + 1));
+    const here = this.#readings;
+    try {
+      for (let i = 0; i <= drafts.length; i++) {
+        // Where the answer is complete nothing will be taken of what comes behind.
+        if (i > 0 && this.complete) all.fill(0xffffffff, i * length);
+        else all.set(this.mask(ends), i * length);
+        this.#steps = 0;
+        this.#readings = this.#behindToken(this.#readings, drafts[i] ?? 0);
+      }
+    } finally {
+      this.#readings = here;
+    }
+    return all;
   }
 
   /** [(vocab + 31) / 32] Bit set = the token may come next; `ends` are those that end the answer. Valid until the next

@@ -20,8 +20,10 @@ export interface PlannedRow {
   drafts: readonly number[];
   /** Every position's logits come back, for the prompt's log-probabilities. */
   promptLogits: boolean;
-  /** Tokens that the sequence's grammar allows next. */
+  /** Tokens that the sequence's grammar allows: next, and behind each draft. */
   mask?: Uint32Array;
+  /** These are given to the engine while it computes the step. */
+  maskLater: boolean;
 }
 
 /** A step with what is needed to make sense of its result. */
@@ -51,7 +53,16 @@ export function buildStep(rows: PlannedRow[]): PlannedStep {
   return { step: { rows: built, copies }, rows, tokens, decodeRows, draftTokens };
 }
 
-function buildRow({ sequence, first, count, sample, drafts, promptLogits, mask }: PlannedRow): StepRow {
+function buildRow({
+  sequence,
+  first,
+  count,
+  sample,
+  drafts,
+  promptLogits,
+  mask,
+  maskLater,
+}: PlannedRow): StepRow {
   const { full, chunked } = sequence.pages;
   const { request } = sequence;
   const unread = first >= sequence.known;
@@ -74,6 +85,7 @@ function buildRow({ sequence, first, count, sample, drafts, promptLogits, mask }
     history: sequence.history(),
     xtcKeep: sequence.xtcKeep,
     ...(mask === undefined ? {} : { mask }),
+    ...(maskLater ? { maskLater } : {}),
   };
 }
 

@@ -197,6 +197,21 @@ export class Scheduler {
     return planned;
   }
 
+  /** Gives the masks that rows of a step wait for; every earlier step has been completed. A grammar that fails ends its own
+   * sequence; what a sequence that has ended samples does not matter. */
+  giveMasks(planned: PlannedStep, give: (row: number, masks: Uint32Array | undefined) => void): void {
+    for (const [i, { sequence, drafts, maskLater }] of planned.rows.entries()) {
+      if (!maskLater) continue;
+      let masks: Uint32Array | undefined;
+      try {
+        if (sequence.state !== "done") masks = sequence.grammar?.masks(sequence.stopTokens, drafts);
+      } catch (thrown) {
+        this.#failOne(sequence, asCaravanError(thrown));
+      }
+      give(i, masks);
+    }
+  }
+
   /** Takes the result of the oldest planned step that has not been completed. */
   complete(planned: PlannedStep, result: StepResult): void {
     if (result.rows.length !== planned.rows.length)
@@ -348,13 +363,16 @@ export class Scheduler {
     return known.slice(0, Math.ceil(streams.length / this.stages));
   }
 
-  /** What the grammars of rows that sample allow. A grammar that fails ends its own sequence. */
+  /** What the grammars of rows that sample allow: made while the step is computed, but for a pipeline, whose last stage is
+   * elsewhere. A grammar that fails ends its own sequence. */
   #maskRows(rows: PlannedRow[]): void {
     for (const row of [...rows]) {
       const { grammar, stopTokens } = row.sequence;
       if (grammar === undefined || !row.sample) continue;
+      row.maskLater = this.stages === 1;
+      if (row.maskLater) continue;
       try {
-        row.mask = grammar.mask(stopTokens);
+        row.mask = grammar.masks(stopTokens, row.drafts);
       } catch (thrown) {
         rows.splice(rows.indexOf(row), 1);
         this.#failOne(row.sequence, asCaravanError(thrown));
@@ -375,7 +393,9 @@ export class Scheduler {
     if (most < 1 || sequence.pending > 0) return [];
     const room = this.#finalLength(sequence) - sequence.total - 1;
     const stepMs = this.#budget.streamsMs(rows);
-    const drafts = this.speculation.draft(sequence, Math.min(most, room), rows, stepMs);
+    const guesses = this.speculation.draft(sequence, Math.min(most, room), rows, stepMs);
+    const drafts = sequence.grammar?.fitting(guesses) ?? guesses;
+    if (drafts.length < guesses.length) this.speculation.forbidden(sequence);
     if (drafts.length === 0) return drafts;
     const count = sequence.pages.fitting(sequence.computed, 1 + drafts.length);
     sequence.pages.extend(sequence.computed + count);
@@ -588,7 +608,8 @@ function planRow(
   promptLogits: boolean,
   drafts: readonly number[] = [],
 ): PlannedRow {
-  return { sequence, epoch: sequence.epoch, first: sequence.computed, count, sample, drafts, promptLogits };
+  const { epoch, computed: first } = sequence;
+  return { sequence, epoch, first, count, sample, drafts, promptLogits, maskLater: false };
 }
 
 /** Length of the common beginning of two sequences' known tokens, up to `most`. */

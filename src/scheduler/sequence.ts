@@ -28,8 +28,7 @@ export class Sequence {
   readonly promptLogprobs: PromptLogprobs | undefined;
   /** What the answer has to follow; it has taken every token that is known. */
   readonly grammar: GrammarMatcher | undefined;
-  /** The next step's row needs the value of the last token (penalties, grammar), so it cannot be queued before that is
-   * known. */
+  /** The next step's row needs the value of the last token (penalties), so it cannot be queued before that is known. */
   readonly needsLastToken: boolean;
 
   state: "waiting" | "running" | "done" = "waiting";
@@ -94,7 +93,7 @@ export class Sequence {
       sampling.presence_penalty !== 0 ||
       sampling.frequency_penalty !== 0;
     this.grammar = grammar;
-    this.needsLastToken = penalised || grammar !== undefined;
+    this.needsLastToken = penalised;
     this.#historyOfPrompt = sampling.repetition_penalty !== 1;
     this.#history = penalised ? new TokenHistory() : undefined;
     if (this.#historyOfPrompt) for (const token of request.tokens) this.#history?.add(token, false);

@@ -92,6 +92,12 @@ export class Speculation {
     if (accepted === drafted && drafted > 1) state.nextPause = FIRST_PAUSE;
   }
 
+  /** A guess that the sequence's grammar forbids: as one that was wrong, but nothing was computed for it. */
+  forbidden(sequence: Sequence): void {
+    const state = this.#state(sequence);
+    state.chance -= state.chance * NEWEST;
+  }
+
   /** A step without prompts took so long with `drafted` tokens more than its rows, which alone take `stepMs`. */
   observe(drafted: number, ms: number, stepMs: number): void {
     const each = Math.max(0, ms - stepMs) / drafted;

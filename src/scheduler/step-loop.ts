@@ -94,7 +94,16 @@ export class StepLoop {
         (result) => this.#ended(planned, result),
         (thrown) => this.#failed(planned, asCaravanError(thrown)),
       );
+      if (before === undefined) this.#giveMasks();
     }
+  }
+
+  /** To the step that the engine computes now: what was sampled in front of it is known. */
+  #giveMasks(): void {
+    const { scheduler, engine } = this.#options;
+    const running = this.#inFlight[0];
+    if (running === undefined) return;
+    scheduler.giveMasks(running, (row, masks) => engine.giveMasks(running.step, row, masks));
   }
 
   #ended(planned: PlannedStep, result: StepResult): void {
@@ -105,6 +114,7 @@ export class StepLoop {
     }
     try {
       this.#options.scheduler.complete(planned, result);
+      this.#giveMasks();
       this.#pump();
     } catch (thrown) {
       this.#fatal(asCaravanError(thrown));
@@ -121,6 +131,12 @@ export class StepLoop {
       return;
     }
     this.#options.scheduler.fail(planned, error);
+    try {
+      this.#giveMasks();
+    } catch (thrown) {
+      this.#fatal(asCaravanError(thrown));
+      return;
+    }
     this.#queuePump();
   }
 

@@ -41,6 +41,8 @@ export interface StepRow {
   xtcKeep: Uint32Array;
   /** [(vocab + 31) / 32] Bit set = the token may be sampled; absent = all may. */
   mask?: Uint32Array;
+  /** The row's masks come by giveMasks while the step is computed; it samples when they are there. */
+  maskLater?: boolean;
 }
 
 /** Copies one page before the step computes. */
@@ -73,12 +75,17 @@ export interface StepResult {
   /** Time that the step computed, and that it waited before. */
   computeNs: number;
   queuedNs: number;
+  /** Of computeNs, waiting for masks; default 0. */
+  maskNs?: number;
 }
 
 /** What the scheduler needs of an engine. */
 export interface StepEngine {
   /** Steps are computed in the order of submission. A rejected promise means that this step gave nothing. */
   submit(step: Step): Promise<StepResult>;
+  /** Masks of a row with maskLater of a submitted step (copied): one, or with sampleAll one for each of its tokens, behind
+   * each other. Undefined: its sample does not matter any more. Nothing for a step that has ended. */
+  giveMasks(step: Step, row: number, masks: Uint32Array | undefined): void;
   /** Why the engine takes no further steps; undefined while it lives. */
   readonly failed: CaravanError | undefined;
 }

@@ -102,6 +102,7 @@ function generate(
 function evenly(engine: StepEngine): StepEngine {
   return {
     submit: async (step) => ({ ...(await engine.submit(step)), computeNs: 1_000_000 }),
+    giveMasks: (...masks) => engine.giveMasks(...masks),
     get failed() {
       return engine.failed;
     },

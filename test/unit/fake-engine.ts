@@ -30,6 +30,9 @@ interface Queued {
   /** Rows with their own copies of everything, as cv_submit makes them. */
   rows: StepRow[];
   copies: PageCopy[];
+  /** Rows whose masks have not come. */
+  missing: Set<number>;
+  step: Step;
   resolve: (result: StepResult) => void;
   reject: (error: unknown) => void;
 }
@@ -106,13 +109,20 @@ export class FakeEngine implements StepEngine {
       history: row.history.slice(),
     }));
     return new Promise((resolve, reject) => {
-      this.#queue.push({ rows, copies: step.copies, resolve, reject });
+      const missing = new Set(rows.flatMap(({ maskLater }, i) => (maskLater === true ? [i] : [])));
+      this.#queue.push({ rows, copies: step.copies, missing, step, resolve, reject });
       this.mostInFlight = Math.max(this.mostInFlight, this.#queue.length);
     });
   }
 
-  /** Computes the oldest step; false when there is none. */
+  giveMasks(step: Step, row: number): void {
+    const queued = this.#queue.find((each) => each.step === step);
+    if (queued !== undefined && !queued.missing.delete(row)) throw new Error(`row ${row} waits for no masks`);
+  }
+
+  /** Computes the oldest step; false when there is none, or when it waits for masks. */
   run(): boolean {
+    if ((this.#queue[0]?.missing.size ?? 0) > 0) return false;
     const next = this.#queue.shift();
     if (next === undefined) return false;
     const failure = this.failures.get(this.#executed);

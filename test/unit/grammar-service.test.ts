@@ -12,7 +12,13 @@ import type { GrammarMatcher } from "../../src/grammar/matcher.ts";
 import type { GrammarSpec } from "../../src/grammar/spec.ts";
 import type { Drafter } from "../../src/scheduler/drafter.ts";
 import { Scheduler } from "../../src/scheduler/scheduler.ts";
-import type { RowResult, Step, StepEngine, StepResult } from "../../src/scheduler/step.ts";
+import {
+  type RowResult,
+  type Step,
+  type StepEngine,
+  type StepResult,
+  TOKEN_LAST,
+} from "../../src/scheduler/step.ts";
 import { StepLoop } from "../../src/scheduler/step-loop.ts";
 import { allowed, JSON_WORDS, matcherSource, smallVocabulary } from "../tools/grammar-walk.ts";
 import { until } from "../tools/until.ts";
@@ -127,28 +133,55 @@ describe("requests that wait for their grammar", () => {
 const vocabulary = smallVocabulary(JSON_WORDS);
 const SIZE = vocabulary.end + 1;
 
-/** Samples by a hash of the slot's seed and the position, among the tokens that the mask allows. */
+const WORDS = Math.ceil(SIZE / 32);
+
+/** Samples by a hash of the slot's seed and the position, among the tokens that the masks allow, which it waits for. */
 class HashEngine implements StepEngine {
   readonly failed = undefined;
   masked = 0;
+  /** Rows with masks and drafts, and rows that were begun before the token in front of them was known. */
+  maskedDrafts = 0;
+  ahead = 0;
   most = 0;
+  readonly #given = new Map<Step, Map<number, Uint32Array | undefined>>();
+  #before: Promise<unknown> = Promise.resolve();
 
-  async submit({ rows }: Step): Promise<StepResult> {
+  giveMasks(step: Step, row: number, masks: Uint32Array | undefined): void {
+    expect(step.rows[row]?.maskLater).toBe(true);
+    const given = this.#given.get(step);
+    expect(given?.has(row)).toBe(false);
+    given?.set(row, masks?.slice());
+  }
+
+  submit(step: Step): Promise<StepResult> {
+    this.#given.set(step, new Map());
+    const result = this.#before.then(() => this.#compute(step));
+    this.#before = result;
+    return result;
+  }
+
+  async #compute(step: Step): Promise<StepResult> {
+    const { rows } = step;
     this.most = Math.max(this.most, rows.length);
-    const results = rows.map((row): RowResult => {
-      if (row.mask !== undefined) {
-        this.masked++;
-        expect(row.sampleAll).toBeUndefined();
-      }
-      const tokens = row.mask === undefined ? Array.from({ length: SIZE }, (_, i) => i) : allowed(row.mask);
+    const waiting = rows.filter(({ maskLater }) => maskLater === true).length;
+    await until(() => this.#given.get(step)?.size === waiting, "the step's masks have come");
+    const results = rows.map((row, i): RowResult => {
+      expect(row.mask).toBeUndefined();
+      const masks = this.#given.get(step)?.get(i);
+      if (masks !== undefined) this.masked++;
+      if (masks !== undefined && row.sampleAll === true) this.maskedDrafts++;
+      if (masks !== undefined && row.tokens[0] === TOKEN_LAST) this.ahead++;
+      if (masks !== undefined) expect(masks.length).toBe(WORDS * (row.sampleAll ? row.tokens.length : 1));
       const sample = (at: number): number => {
+        const mask = masks?.subarray(row.sampleAll ? at * WORDS : 0).subarray(0, WORDS);
+        const tokens = mask === undefined ? Array.from({ length: SIZE }, (_, id) => id) : allowed(mask);
         const hash = Math.imul(row.sampling.seed * 7919 + row.firstPosition + at + 1, 0x9e3779b1) >>> 8;
         return tokens[hash % tokens.length] ?? 0;
       };
-      const top: [number, number][] = row.sampleAll ? [...row.tokens].map((_, i) => [sample(i), 0]) : [];
+      const top: [number, number][] = row.sampleAll ? [...row.tokens].map((_, at) => [sample(at), 0]) : [];
       return { token: row.sample ? sample(row.tokens.length - 1) : 0, logprob: 0, top, logits: undefined };
     });
-    await Promise.resolve();
+    this.#given.delete(step);
     return { rows: results, computeNs: 1_000_000, queuedNs: 0 };
   }
 }
@@ -213,7 +246,12 @@ describe("constrained sequences", () => {
 
   test("get the same tokens alone and beside others that draft, and end where their grammar does", async () => {
     const alone = await Promise.all(
-      [1, 2, 3].map(async (seed) => (await run([{ request: request("x", seed), grammar: small() }])).events),
+      [1, 2, 3].map(async (seed) => {
+        const { events, engine } = await run([{ request: request("x", seed), grammar: small() }]);
+        // The next step is begun before the token in front of it is known.
+        expect(engine.ahead).toBeGreaterThan(1);
+        return events;
+      }),
     );
     const mixed = [1, 2, 3].flatMap((seed) => [
       { request: request(`x${seed}`, seed), grammar: small() },
@@ -231,9 +269,28 @@ describe("constrained sequences", () => {
     });
   });
 
+  test("get the same tokens when they are drafted, right or wrong, and nothing that the grammar forbids", async () => {
+    const alone = (await run([{ request: request("x", 4), grammar: small() }])).events;
+    const tokens = alone.flatMap((event) => (event.type === "token" ? [event.token] : []));
+    const prompt = request("x", 4).tokens.length;
+    // What will come, then what will not: a token that fits but is not chosen, and one that never fits.
+    const knowing: Drafter = {
+      draft: (_id, known, most) => {
+        const next = tokens.slice(known.length - prompt, known.length - prompt + 2);
+        const wrong = allowed(small().mask([])).slice(0, 1);
+        return [...next, ...wrong, 5].slice(0, most);
+      },
+      end: () => {},
+    };
+    const { events, engine } = await run([{ request: request("x", 4), grammar: small() }], knowing);
+    expect(engine.maskedDrafts).toBeGreaterThan(1);
+    expect(textOf(events, "x")).toBe(textOf(alone, "x"));
+    expect(events.find(({ type }) => type === "finish")).toMatchObject({ reason: "stop" });
+  });
+
   test("fail alone when their grammar does", async () => {
     const broken = small();
-    broken.mask = () => {
+    broken.masks = () => {
       throw new Error("the grammar broke");
     };
     const { events } = await run([

@@ -207,6 +207,7 @@ function resultBytes(rows: WantedRow[], vocab: number, computeNs: number, queued
   view.setBigUint64(RESULT.rows_offset, BigInt(RESULT.size), true);
   view.setBigUint64(RESULT.compute_ns, BigInt(computeNs), true);
   view.setBigUint64(RESULT.queued_ns, BigInt(queuedNs), true);
+  view.setBigUint64(RESULT.mask_ns, 5n, true);
   rows.forEach((each, i) => {
     const at = RESULT.size + i * RESULT_ROW.size;
     view.setUint32(at + RESULT_ROW.token, each.token, true);
@@ -251,7 +252,7 @@ describe("a result", () => {
           const moved = new Uint8Array(shift + bytes.length + 8);
           moved.set(bytes, shift);
           const result = decodeResult(moved.subarray(shift, shift + bytes.length), vocab);
-          expect(result).toEqual({ rows, computeNs: ns, queuedNs: 17 });
+          expect(result).toEqual({ rows, computeNs: ns, queuedNs: 17, maskNs: 5 });
         },
       ),
       { numRuns: 200 },
