@@ -112,7 +112,8 @@ typedef struct {
     /* out = attention of every token over its own pages (chunked: from its chunk's start). */
     int (*attention)(cv_backend *b, uint32_t flags, size_t n_heads, size_t n_kv_heads, const void *q, const cv_kv_layer *kv, void *out);
 
-    /* h += W·x (+ bias). accumulate = false: h = W·x (a rank's partial sum, before an all-reduce). */
+    /* h += W·x (+ bias). accumulate = false: h = W·x (a rank's partial sum, before an all-reduce). CV_E_ARGUMENT where W has more
+     * columns than any input (hidden, max_heads*head_dim), or after norm_mlp not its number. */
     int (*linear)(cv_backend *b, const void *x, const cv_weight *w, const float *bias, bool accumulate, void *h);
 
     /* *act = silu(gate·m) * (up·m), m = RMSNorm(h), in the form that `down` reads; the backend's memory, to be given to
@@ -120,10 +121,11 @@ typedef struct {
     int (*norm_mlp)(cv_backend *b, const void *h, const float *norm, const cv_weight *gate, const cv_weight *up, const cv_weight *down, const float *gate_bias, const float *up_bias, void **act);
 
     /* Chooses experts: m = RMSNorm(h), logits = router·m, the K largest (first wins), score = sigmoid(logit). The backend keeps
-     * m, the choice and the scores until moe_down. */
+     * the choice and the scores until moe_down, and may keep m until moe_up. */
     int (*norm_route)(cv_backend *b, const void *h, const float *norm, const cv_weight *router);
-    /* Hidden activations of the chosen experts (input scaled by the score) and of the shared expert. */
-    int (*moe_up)(cv_backend *b, const cv_moe_weights *w);
+    /* Hidden activations of the chosen experts (input scaled by the score) and of the shared expert, of the h and norm that
+     * norm_route was given. */
+    int (*moe_up)(cv_backend *b, const void *h, const float *norm, const cv_moe_weights *w);
     /* h += (or =) Σ down_e·act_e + shared_down·act_shared, experts in the order they were chosen, shared last. */
     int (*moe_down)(cv_backend *b, const cv_moe_weights *w, bool accumulate, void *h);
 

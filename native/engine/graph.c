@@ -99,7 +99,7 @@ static int feed_forward(const run_state *r, const cv_layer *l) {
     }
     if (l->flags & CV_LAYER_MOE) {
         code = o->norm_route(b, a->h, l->ffn_norm, l->router);
-        if (!code) code = o->moe_up(b, &l->moe);
+        if (!code) code = o->moe_up(b, a->h, l->ffn_norm, &l->moe);
         if (!code) code = o->moe_down(b, &l->moe, adds(r), a->h);
         return code ? code : join(r);
     }

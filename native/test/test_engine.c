@@ -2,6 +2,7 @@
  * damaged plans and steps end in an error, never in a crash (run it under the sanitizers: make asan). */
 #include <poll.h>
 
+#include "../backend/backend.h"
 #include "tiny_model.h"
 
 enum { N = 70, RESULT = 1 << 20 };
@@ -382,6 +383,28 @@ static void test_loader(cv_checks *c) {
     tm_free(&m);
 }
 
+static void test_wide_matrix(cv_checks *c) {
+    cv_case(c, "the CPU backend refuses a matrix that is wider than its inputs");
+    static const float weights[4 * 48], x[48];
+    float h[4] = {7};
+    char err[256] = "";
+    cv_backend *b = NULL;
+    const cv_shape s = {.hidden = 32, .head_dim = 16, .vocab = 16, .page_tokens = 16, .max_tokens = 1, .max_logits = 1, .max_heads = 2, .max_kv_heads = 1, .max_ff = 64, .kv_type = CV_F32, .norm_eps = 1e-5f,
+                        .qk_norm_eps = 1e-5f, .exact = true, .inv_freq = x, .n_threads = 1};
+    cv_weight w = {.format = CV_FORMAT_F32, .experts = 1, .rows = 4, .cols = 48, .data = (const uint8_t *)weights, .row_bytes = sizeof weights / 4, .expert_bytes = sizeof weights};
+    const uint32_t zero = 0;
+    const uint64_t position = 0;
+    const cv_seq seq = {.n_tokens = 1, .full_pages = &zero, .n_full_pages = 1};
+    const cv_batch batch = {.n_seqs = 1, .n_tokens = 1, .seqs = &seq, .tokens = &zero, .positions = &position, .token_seq = &zero};
+    if (cv_check(c, !cv_backend_cpu_open(&s, &b, err, sizeof err) && !b->ops->begin(b, &batch), "open: %s", err)) {
+        cv_check(c, b->ops->linear(b, x, &w, NULL, false, h) == CV_E_ARGUMENT && h[0] == 7, "48 columns were taken");
+        w.cols = 32;
+        cv_check(c, !b->ops->linear(b, x, &w, NULL, false, h) && h[0] == 0, "32 columns were refused");
+    }
+    if (b) b->ops->close(b);
+    cv_end_case(c);
+}
+
 int main(void) {
     cv_checks c = {0};
     uint32_t tokens[N];
@@ -399,6 +422,7 @@ int main(void) {
     test_damaged_steps(&c, 3000, tokens);
     test_damaged_files(&c);
     test_loader(&c);
+    test_wide_matrix(&c);
     free(result);
     return cv_report(&c);
 }

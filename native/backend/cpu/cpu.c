@@ -168,11 +168,10 @@ static int cpu_rope_store(cv_backend *b, uint32_t flags, size_t n_heads, size_t 
 static int cpu_linear(cv_backend *b, const void *x, const cv_weight *w, const float *bias, bool accumulate, void *h) {
     cv_cpu *c = self(b);
     size_t n = c->batch->n_tokens;
-    const cv_act *in = &c->mid; /* after norm_mlp the hidden activations are there already */
-    if (x != c->mid.x) {
-        cv_act_fill(c, x, w->cols, n, NULL, NULL, 0, w->cols, cv_needs_of(c, w));
-        in = &c->in;
-    }
+    bool there = x == c->mid.x; /* after norm_mlp the hidden activations are in the form that w reads */
+    const cv_act *in = there ? &c->mid : &c->in;
+    if (there ? w->cols != in->cols : w->cols > in->max_cols) return CV_E_ARGUMENT;
+    if (!there) cv_act_fill(c, x, w->cols, n, NULL, NULL, 0, w->cols, cv_needs_of(c, w));
     c->jobs[0] = (cv_job){.w = {w}, .bias = {bias}, .in = in, .n = n, .out = h, .ldo = w->rows, .add = accumulate};
     cv_run_jobs(c, c->jobs, 1);
     return CV_OK;

@@ -113,7 +113,7 @@ void cv_parallel(cv_cpu *c, size_t n, size_t least, cv_task_fn fn, void *context
 
 int cv_cpu_attention(cv_backend *b, uint32_t flags, size_t n_heads, size_t n_kv_heads, const void *q, const cv_kv_layer *kv, void *out);
 int cv_cpu_norm_route(cv_backend *b, const void *h, const float *norm, const cv_weight *router);
-int cv_cpu_moe_up(cv_backend *b, const cv_moe_weights *w);
+int cv_cpu_moe_up(cv_backend *b, const void *h, const float *norm, const cv_moe_weights *w);
 int cv_cpu_moe_down(cv_backend *b, const cv_moe_weights *w, bool accumulate, void *h);
 int cv_cpu_moe_open(cv_cpu *c);
 void cv_cpu_moe_close(cv_cpu *c);

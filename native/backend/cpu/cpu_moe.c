@@ -107,7 +107,10 @@ static cv_job swiglu_job(const cv_cpu *c, const cv_weight *gate, const cv_weight
     return (cv_job){.w = {gate, up}, .in = in, .n = n, .act = out, .act_needs = cv_needs_of(c, down)};
 }
 
-int cv_cpu_moe_up(cv_backend *b, const cv_moe_weights *w) {
+/* norm_route has left RMSNorm(h) in c->in. */
+int cv_cpu_moe_up(cv_backend *b, const void *h, const float *norm, const cv_moe_weights *w) {
+    (void)h;
+    (void)norm;
     cv_cpu *c = (cv_cpu *)b;
     const cv_shape *s = b->shape;
     size_t n = c->batch->n_tokens, n_jobs = 0;

@@ -6,8 +6,6 @@ int cv_metal_op_norm_route(cv_backend *b, const void *h, const float *norm, cons
     cv_metal *m = self(b);
     const cv_shape *s = b->shape;
     size_t n = m->batch->n_tokens;
-    m->ffn_norm = norm;
-    m->ffn_in = h;
     cv_metal_matvec(m, &(cv_metal_product){.w = {router}, .out = {m->router_logits}, .n_parts = 1, .n = n, .in = h, .norm = norm, .output = CV_OUT_FLOAT});
     if (n <= CV_FEW) return cv_metal_failed(m->d);
     cv_metal_normalise(m, h, norm, n, NULL);
@@ -25,18 +23,21 @@ int cv_metal_op_norm_route(cv_backend *b, const void *h, const float *norm, cons
     return cv_metal_failed(m->d);
 }
 
-static int up_few(cv_metal *m, const cv_moe_weights *w) {
+/* Inputs that a kernel for experts takes at once: the least of its variants that holds n. */
+static size_t inputs_for(size_t n) { return n == 1 ? 1 : n <= 8 ? 8 : CV_MATVEC_INPUTS; }
+
+static int up_few(cv_metal *m, const void *h, const float *norm, const cv_moe_weights *w) {
     enum { ROWS = 2 * CV_MATVEC_SIMDGROUPS };
     const cv_shape *s = m->base.shape;
     const cv_weight *const all[4] = {w->gate, w->up, w->shared_gate, w->shared_up};
-    size_t n = m->batch->n_tokens, inputs = n == 1 ? 1 : CV_MATVEC_INPUTS, k = s->experts_per_token, experts = least(n * k, s->n_experts);
+    size_t n = m->batch->n_tokens, inputs = inputs_for(n), k = s->experts_per_token, experts = least(n * k, s->n_experts);
     cv_metal_constants c = cv_metal_formats(all, 4);
     cv_up_params params = {.gate = cv_metal_matrix(w->gate), .up = cv_metal_matrix(w->up), .shared_gate = cv_metal_matrix(w->shared_gate), .shared_up = cv_metal_matrix(w->shared_up),
                            .n = (uint32_t)n, .n_experts = (uint32_t)s->n_experts, .chosen = (uint32_t)k, .eps = s->norm_eps};
     use(m, &c, "experts_up", inputs);
     for (unsigned i = 0; i < 4; i++) cv_metal_bind_weight(m, 3 * i, all[i]);
-    bind_rows(m, 12, m->ffn_in);
-    bind_floats(m, 13, m->ffn_norm, s->hidden);
+    bind_rows(m, 12, h);
+    bind_floats(m, 13, norm, s->hidden);
     bind_rows(m, 14, m->router_logits);
     bind_rows(m, 15, m->act);
     cv_metal_bytes(m->d, 16, &params, sizeof params);
@@ -44,10 +45,10 @@ static int up_few(cv_metal *m, const cv_moe_weights *w) {
     return cv_metal_failed(m->d);
 }
 
-int cv_metal_op_moe_up(cv_backend *b, const cv_moe_weights *w) {
+int cv_metal_op_moe_up(cv_backend *b, const void *h, const float *norm, const cv_moe_weights *w) {
     cv_metal *m = self(b);
     size_t n = m->batch->n_tokens;
-    if (n <= CV_FEW) return up_few(m, w);
+    if (n <= CV_FEW) return up_few(m, h, norm, w);
     cv_metal_matmul(m, &(cv_metal_tiles){.a = w->gate, .b = w->up, .in = m->normed, .out = m->expert_act, .n = n * b->shape->experts_per_token, .output = CV_OUT_TYPED, .experts = 1});
     cv_metal_matmul(m, &(cv_metal_tiles){.a = w->shared_gate, .b = w->shared_up, .in = m->normed, .out = m->act, .n = n, .output = CV_OUT_TYPED});
     return cv_metal_failed(m->d);
@@ -56,7 +57,7 @@ int cv_metal_op_moe_up(cv_backend *b, const cv_moe_weights *w) {
 static int down_few(cv_metal *m, const cv_moe_weights *w, bool accumulate, void *h) {
     const cv_shape *s = m->base.shape;
     const cv_weight *const all[2] = {w->down, w->shared_down};
-    size_t n = m->batch->n_tokens, inputs = n == 1 ? 1 : CV_MATVEC_INPUTS, rows = (n == 1 ? 4 : 2) * CV_MATVEC_SIMDGROUPS;
+    size_t n = m->batch->n_tokens, inputs = inputs_for(n), rows = (n == 1 ? 4 : 2) * CV_MATVEC_SIMDGROUPS;
     cv_metal_constants c = cv_metal_formats(all, 2);
     cv_down_params params = {.down = cv_metal_matrix(w->down), .shared_down = cv_metal_matrix(w->shared_down), .n = (uint32_t)n, .n_experts = (uint32_t)s->n_experts, .chosen = (uint32_t)s->experts_per_token, .add = accumulate};
     use(m, &c, "experts_down", inputs);

@@ -1,7 +1,7 @@
 /* metal.c — opens the Metal backend: its limits, its scratch, its table of operations (backend.h). Their kernels are in kernels/.
  *
- * A step of at most CV_FEW tokens goes through matrix-vector kernels, which read each weight once for up to eight rows and fuse
- * norms, experts and sums: 7 dispatches a layer, 8 where a long context is split. Longer steps go through tiles with simdgroup
+ * A step of at most CV_FEW tokens goes through matrix-vector kernels, which read each weight once for all rows and fuse norms,
+ * experts and sums: 7 dispatches a layer, 8 where a long context is split. Longer steps go through tiles with simdgroup
  * matrices. The residual stream and logits are float32; everything between is of the cache's type (float32 with `exact`).
  *
  * Nothing is allocated in a step once every weight has been used: scratch and tables are fixed, but for the step's page

@@ -33,8 +33,6 @@ typedef struct {
     float *parts;         /* of split attention */
     float *zeros;         /* [max(max_ff, hidden, heads * d)]: for a bias that is not there */
     float *router_logits; /* [max_tokens, experts] */
-    const float *ffn_norm; /* of norm_route, with its input: moe_up normalises again what it reads */
-    const void *ffn_in;
     void *expert_act;     /* typed [max_tokens * K, max_ff] */
     float *expert_out, *shared_out, *row_score;
     uint32_t *row_token, *place, *n_expert_tiles;
@@ -125,7 +123,7 @@ int cv_metal_op_attention(cv_backend *b, uint32_t flags, size_t n_heads, size_t 
 int cv_metal_op_linear(cv_backend *b, const void *x, const cv_weight *w, const float *bias, bool accumulate, void *h);
 int cv_metal_op_norm_mlp(cv_backend *b, const void *h, const float *norm, const cv_weight *gate, const cv_weight *up, const cv_weight *down, const float *gate_bias, const float *up_bias, void **act);
 int cv_metal_op_norm_route(cv_backend *b, const void *h, const float *norm, const cv_weight *router);
-int cv_metal_op_moe_up(cv_backend *b, const cv_moe_weights *w);
+int cv_metal_op_moe_up(cv_backend *b, const void *h, const float *norm, const cv_moe_weights *w);
 int cv_metal_op_moe_down(cv_backend *b, const cv_moe_weights *w, bool accumulate, void *h);
 int cv_metal_op_head(cv_backend *b, const void *h, const uint32_t *rows, size_t n_rows, const float *norm, const cv_weight *head, float *logits);
 

@@ -3,8 +3,12 @@
 #include "operations.h"
 
 enum { ROW_THREADS = 256 };
+
+/* Inputs that a matrix-vector kernel takes at once: the least of its variants that holds n. */
+static size_t inputs_for(size_t n) { return n <= 2 ? n : n <= 4 ? 4 : n <= 8 ? 8 : CV_MATVEC_INPUTS; }
+
 void cv_metal_matvec(cv_metal *m, const cv_metal_product *p) {
-    size_t inputs = p->n == 1 ? 1 : p->n == 2 ? 2 : p->n <= 4 ? 4 : 8, rows = (inputs <= 2 ? 4 : 2) * CV_MATVEC_SIMDGROUPS, blocks = 0;
+    size_t inputs = inputs_for(p->n), rows = (inputs <= 2 ? 4 : 2) * CV_MATVEC_SIMDGROUPS, blocks = 0;
     cv_metal_constants c = cv_metal_formats(p->w, p->n_parts);
     cv_matvec_params params = {.n = (uint32_t)p->n, .eps = m->base.shape->norm_eps};
     c.norm = p->norm != NULL;
@@ -119,7 +123,7 @@ int cv_metal_op_norm_mlp(cv_backend *b, const void *h, const float *norm, const 
     }
     enum { ROWS = 2 * CV_MATVEC_SIMDGROUPS };
     const cv_weight *const w[2] = {gate, up};
-    size_t inputs = n == 1 ? 1 : n == 2 ? 2 : n <= 4 ? 4 : 8;
+    size_t inputs = inputs_for(n);
     cv_metal_constants c = cv_metal_formats(w, 2);
     cv_up_params params = {.gate = cv_metal_matrix(gate), .up = cv_metal_matrix(up), .n = (uint32_t)n, .eps = b->shape->norm_eps};
     c.bias = gate_bias || up_bias;

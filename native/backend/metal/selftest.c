@@ -106,7 +106,7 @@ static void experts(cv_selftest *t, verdict *v, rows *r, const cv_selftest_forma
                               cv_selftest_weight(t, f, 1, WIDTH, HIDDEN), cv_selftest_weight(t, f, 1, WIDTH, HIDDEN), cv_selftest_weight(t, f, 1, HIDDEN, WIDTH)};
     if (!begin(t, v)) return;
     int code = x->norm_route(t->cpu, r->h, r->norm, router) | y->norm_route(t->gpu, r->gpu_h, r->norm, router);
-    if (!code) code = x->moe_up(t->cpu, &w) | y->moe_up(t->gpu, &w);
+    if (!code) code = x->moe_up(t->cpu, r->h, r->norm, &w) | y->moe_up(t->gpu, r->gpu_h, r->norm, &w);
     if (!code) code = x->moe_down(t->cpu, &w, true, r->h) | y->moe_down(t->gpu, &w, true, r->gpu_h);
     if (finish(t, v, code)) compare(t, v, "experts", n, CV_F32, r->gpu_h, r->h, n * HIDDEN, 2 * bound_of(t->type));
     memcpy(r->gpu_h, r->h, n * HIDDEN * sizeof(float));

@@ -28,7 +28,7 @@ static void fill_h(bench *b) {
 }
 
 static void open_bench(bench *b, op_context *c, uint32_t type, size_t hidden, size_t n_experts, size_t chosen, size_t ff, size_t n) {
-    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = MOST, .max_logits = MOST, .max_heads = 24,
+    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = MOST, .max_logits = MOST, .max_heads = 32,
                   .max_kv_heads = 4, .max_ff = ff, .kv_type = type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-6f, .exact = type == CV_F32};
     memset(b, 0, sizeof *b);
     op_open(&b->w, c, &s, NULL, 0);
@@ -121,7 +121,7 @@ static void test_experts(op_context *c, uint32_t type, const op_format *experts,
     if (b.w.gpu && op_begin(&b.w)) {
         const cv_backend_ops *x = b.w.cpu->ops, *y = b.w.gpu->ops;
         int code = x->norm_route(b.w.cpu, b.h_cpu, b.norm, router) | y->norm_route(b.w.gpu, b.h_gpu, b.norm, router);
-        if (!code) code = x->moe_up(b.w.cpu, &w) | y->moe_up(b.w.gpu, &w);
+        if (!code) code = x->moe_up(b.w.cpu, b.h_cpu, b.norm, &w) | y->moe_up(b.w.gpu, b.h_gpu, b.norm, &w);
         if (!code) code = x->moe_down(b.w.cpu, &w, accumulate, b.h_cpu) | y->moe_down(b.w.gpu, &w, accumulate, b.h_gpu);
         if (op_finish(&b.w, code)) op_compare(&b.w, "experts", CV_F32, b.h_gpu, b.h_cpu, n * hidden, 2 * op_bound(type));
     }
@@ -141,25 +141,28 @@ static void test_head(op_context *c, uint32_t type, const op_format *f, size_t n
     op_close(&b.w);
 }
 
-/* Rows of a batch have the bits that they have alone. */
-static void test_rows_alone(op_context *c, uint32_t type, const op_format *f) {
+/* Rows of a batch have the bits that they have alone: a product over given rows (mlp false), or norm, gate, up and SwiGLU. */
+static void test_rows_alone(op_context *c, uint32_t type, const op_format *f, size_t n, bool mlp) {
+    enum { ROWS = 100, COLS = 256, MOST_ROWS = 16 };
     bench b;
-    size_t rows = 100, cols = 256, n = 7;
-    open_bench(&b, c, type, rows, 0, 0, cols, n);
-    cv_weight *w = op_weight(c, f, 1, rows, cols);
+    open_bench(&b, c, type, mlp ? COLS : ROWS, 0, 0, COLS, n);
+    cv_weight *w = op_weight(c, f, 1, ROWS, COLS), *up = op_weight(c, f, 1, ROWS, COLS), *down = op_weight(c, f, 1, COLS, ROWS / 32 * 32);
     if (!b.w.gpu) return;
-    char err[256] = "";
-    float *x = op_need(calloc(n * cols, sizeof *x)), all[7 * 100];
-    op_fill(c, type, x, n * cols);
-    op_encode(type, x, b.a_gpu, n * cols);
+    char err[256] = "", all[MOST_ROWS * ROWS * sizeof(float)];
+    float *x = op_need(calloc(n * COLS, sizeof *x));
+    void *out = b.h_gpu;
+    op_fill(c, type, x, n * COLS);
     const cv_backend_ops *o = b.w.gpu->ops;
-    int code = o->begin(b.w.gpu, &b.w.batch) || o->linear(b.w.gpu, b.a_gpu, w, NULL, false, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
-    memcpy(all, b.h_gpu, sizeof all);
-    op_plain_batch(&b.w, 1);
-    for (size_t t = 0; t < n && !code; t++) {
-        op_encode(type, x + t * cols, b.a_gpu, cols);
-        code = o->begin(b.w.gpu, &b.w.batch) || o->linear(b.w.gpu, b.a_gpu, w, NULL, false, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
-        cv_check(&c->checks, !memcmp(all + t * rows, b.h_gpu, rows * sizeof(float)), "row %zu differs", t);
+    size_t row = ROWS * (mlp ? cv_kv_element_bytes(type) : sizeof(float));
+    int code = CV_OK;
+    for (size_t t = 0; t <= n && !code; t++) { /* all at first, then each alone */
+        size_t from = t ? t - 1 : 0, count = t ? 1 : n;
+        if (t == 1) op_plain_batch(&b.w, 1);
+        if (mlp) memcpy(b.h_gpu, x + from * COLS, count * COLS * sizeof(float));
+        else op_encode(type, x + from * COLS, b.a_gpu, count * COLS);
+        code = o->begin(b.w.gpu, &b.w.batch) || (mlp ? o->norm_mlp(b.w.gpu, b.h_gpu, b.norm, w, up, down, NULL, NULL, &out) : o->linear(b.w.gpu, b.a_gpu, w, NULL, false, b.h_gpu)) || o->finish(b.w.gpu, err, sizeof err);
+        if (!t) memcpy(all, out, n * row);
+        else cv_check(&c->checks, !memcmp(all + from * row, out, row), "row %zu of %zu differs", from, n);
     }
     cv_check(&c->checks, !code, "%s", err);
     op_close(&b.w);
@@ -179,12 +182,12 @@ static void test_experts_alone(op_context *c, uint32_t type, const op_format *f,
     float all[16 * HIDDEN_SIZE], start[16 * HIDDEN_SIZE];
     memcpy(start, b.h_gpu, n * HIDDEN_SIZE * sizeof(float));
     const cv_backend_ops *o = b.w.gpu->ops;
-    int code = o->begin(b.w.gpu, &b.w.batch) || o->norm_route(b.w.gpu, b.h_gpu, b.norm, router) || o->moe_up(b.w.gpu, &w) || o->moe_down(b.w.gpu, &w, true, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
+    int code = o->begin(b.w.gpu, &b.w.batch) || o->norm_route(b.w.gpu, b.h_gpu, b.norm, router) || o->moe_up(b.w.gpu, b.h_gpu, b.norm, &w) || o->moe_down(b.w.gpu, &w, true, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
     memcpy(all, b.h_gpu, n * HIDDEN_SIZE * sizeof(float));
     op_plain_batch(&b.w, 1);
     for (size_t t = 0; t < n && !code; t++) {
         memcpy(b.h_gpu, start + t * HIDDEN_SIZE, HIDDEN_SIZE * sizeof(float));
-        code = o->begin(b.w.gpu, &b.w.batch) || o->norm_route(b.w.gpu, b.h_gpu, b.norm, router) || o->moe_up(b.w.gpu, &w) || o->moe_down(b.w.gpu, &w, true, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
+        code = o->begin(b.w.gpu, &b.w.batch) || o->norm_route(b.w.gpu, b.h_gpu, b.norm, router) || o->moe_up(b.w.gpu, b.h_gpu, b.norm, &w) || o->moe_down(b.w.gpu, &w, true, b.h_gpu) || o->finish(b.w.gpu, err, sizeof err);
         cv_check(&c->checks, !memcmp(all + t * HIDDEN_SIZE, b.h_gpu, HIDDEN_SIZE * sizeof(float)), "token %zu of %zu differs", t, n);
     }
     cv_check(&c->checks, !code, "%s", err);
@@ -217,7 +220,7 @@ int main(int argc, char **argv) {
         }
     if (!getenv("FAKEMETAL_FAST_MATH")) { /* which the backend turns off for this very reason */
         cv_case(&c.checks, "a row has the same bits in a batch as alone");
-        for (size_t i = 0; i < 3; i++) test_rows_alone(&c, types[i], &op_formats[5 + i]);
+        for (size_t i = 0; i < 6; i++) test_rows_alone(&c, types[i % 3], &op_formats[5 + i], (const size_t[]){7, 16, 11}[i % 3], i < 3);
         for (size_t i = 0; i < 3; i++) test_experts_alone(&c, types[i], &op_formats[5 + i], i == 0 ? 16 : 5 * i, 1 + i);
         cv_end_case(&c.checks);
     }

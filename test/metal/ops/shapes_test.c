@@ -108,7 +108,7 @@ static void expert_parts(bench *b, const model *m, size_t ways) {
     const cv_backend_ops *x = b->w.cpu->ops, *y = b->w.gpu->ops;
     if (!op_begin(&b->w)) return;
     int code = x->norm_route(b->w.cpu, b->h[0], b->norm, router) | y->norm_route(b->w.gpu, b->h[1], b->norm, router);
-    if (!code) code = x->moe_up(b->w.cpu, &w) | y->moe_up(b->w.gpu, &w);
+    if (!code) code = x->moe_up(b->w.cpu, b->h[0], b->norm, &w) | y->moe_up(b->w.gpu, b->h[1], b->norm, &w);
     begin_count(&before);
     if (!code) code = x->moe_down(b->w.cpu, &w, false, b->h[0]) | y->moe_down(b->w.gpu, &w, false, b->h[1]);
     if (op_finish(&b->w, code)) op_compare(&b->w, "experts", CV_F32, b->h[1], b->h[0], m->hidden, 2 * op_bound(b->w.type));

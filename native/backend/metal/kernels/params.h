@@ -29,7 +29,7 @@ enum { CV_OUT_TYPED = 0, CV_OUT_FLOAT = 1, CV_OUT_ADD = 2 };
 enum {
     CV_FEW = 16,                /* most tokens of a step that goes through the matrix-vector kernels */
     CV_MATVEC_SIMDGROUPS = 2,   /* of a threadgroup of the matrix-vector kernels */
-    CV_MATVEC_INPUTS = 8,       /* most inputs for which they read a weight once */
+    CV_MATVEC_INPUTS = 16,      /* most inputs for which they read a weight once */
     CV_MATMUL_TOKENS = 32, CV_MATMUL_ROWS = 64, CV_MATMUL_COLS = 32, /* tile of the matrix-matrix kernel */
     CV_ATTN_TILE = 32,          /* queries of a tile of prefill attention */
     CV_ATTN_SPLITS = 64,        /* most parts that one query's keys are split into */

@@ -147,39 +147,47 @@ METAL_FUNC device const uchar* expert_data(constant cv_matrix& m, device const u
 METAL_FUNC device const uchar* expert_scales(constant cv_matrix& m, device const uchar* scales, uint expert) { return scales + ulong(expert) * m.expert_scale_bytes; }
 METAL_FUNC device const uchar* expert_biases(constant cv_matrix& m, device const uchar* biases, uint expert) { return m.has_global != 0 ? biases : biases + ulong(expert) * m.expert_scale_bytes; }
 
-// sums[r][b] = Σ_c w[row0 + r][c] * x_b[c], of one simdgroup: a lane takes every 32nd run of 16 columns, so that a simdgroup
+// A row of a matrix. Rows past the last repeat it: their sums are not stored.
+struct Line {
+  Format f;
+  device const uchar* data;
+  device const uchar* scales;
+  device const uchar* biases;
+};
+METAL_FUNC Line line_of(Format f, constant cv_matrix& m, device const uchar* data, device const uchar* scales, device const uchar* biases, uint row) {
+  const ulong i = min(row, m.rows - 1);
+  return Line{f, data + i * m.row_bytes, scales + i * m.scale_row_bytes, biases + i * m.scale_row_bytes};
+}
+
+// sums[r][b] = Σ_c line[r][c] * x[at[b] + c], of one simdgroup: a lane takes every 32nd run of 16 columns, so that a simdgroup
 // reads a row's bytes in order and once, whatever the number B of inputs. With NORM, x is multiplied by `norm` on the way in and
-// squares[b] = Σ x²: the caller multiplies by 1/rms, which commutes with the dot product.
-// Rows past the last repeat it: their sums are not stored. All lanes get the sums.
+// squares[b] = Σ x²: the caller multiplies by 1/rms, which commutes with the dot product. All lanes get the sums.
+// Of each lane's values R * (16 + B) + 32 + B live at once: the largest, 2 x 16, leaves room in Apple's 128 registers.
 template <typename T, uint R, uint B, bool USE_NORM>
-METAL_FUNC void dot_rows(Format f, constant cv_matrix& m, device const uchar* data, device const uchar* scales, device const uchar* biases, uint row0, device const T* const thread* x,
-                         device const float* norm, uint lane, thread float (&sums)[R][B], thread float (&squares)[B]) {
-  device const uchar* row[R];
-  device const uchar* row_scales[R];
-  device const uchar* row_biases[R];
-  for (uint r = 0; r < R; r++) {
-    const ulong i = min(row0 + r, m.rows - 1);
-    row[r] = data + i * m.row_bytes;
-    row_scales[r] = scales + i * m.scale_row_bytes;
-    row_biases[r] = biases + i * m.scale_row_bytes;
-    for (uint b = 0; b < B; b++) sums[r][b] = 0.0f;
+METAL_FUNC void dot_lines(thread Line (&line)[R], uint cols, device const T* x, thread uint (&at)[B], device const float* norm, uint lane, thread float (&sums)[R][B], thread float (&squares)[B]) {
+  for (uint b = 0; b < B; b++) {
+    for (uint r = 0; r < R; r++) sums[r][b] = 0.0f;
+    squares[b] = 0.0f;
   }
-  for (uint b = 0; b < B; b++) squares[b] = 0.0f;
-  for (uint chunk = lane; chunk < m.cols / 16; chunk += 32) {
+  for (uint chunk = lane; chunk < cols / 16; chunk += 32) {
     float v[R][16];
     float s[R], bias[R];
-    const uint g = is_quantized(f) ? chunk * 16 / f.group : 0;
     for (uint r = 0; r < R; r++) {
-      load16(f, row[r], chunk, v[r]);
-      s[r] = is_quantized(f) ? stored_float(f.scale, row_scales[r], g) : 1.0f;
-      bias[r] = has_bias(f) ? stored_float(f.scale, row_biases[r], g) : 0.0f;
+      const Format f = line[r].f;
+      const uint g = is_quantized(f) ? chunk * 16 / f.group : 0;
+      load16(f, line[r].data, chunk, v[r]);
+      s[r] = is_quantized(f) ? stored_float(f.scale, line[r].scales, g) : 1.0f;
+      bias[r] = has_bias(f) ? stored_float(f.scale, line[r].biases, g) : 0.0f;
     }
     float nv[16];
-    for (uint i = 0; i < 16; i++) nv[i] = USE_NORM ? norm[chunk * 16 + i] : 1.0f;
+    for (uint i = 0; i < 4 && USE_NORM; i++) {
+      const float4 four = ((device const float4*)norm)[chunk * 4 + i];
+      for (uint j = 0; j < 4; j++) nv[4 * i + j] = four[j];
+    }
     for (uint b = 0; b < B; b++) {
       float xv[16];
       float total = 0.0f;
-      for (uint i = 0; i < 16; i++) xv[i] = float(x[b][chunk * 16 + i]);
+      for (uint i = 0; i < 16; i++) xv[i] = float(x[at[b] + chunk * 16 + i]);
       for (uint i = 0; i < 16; i++) {
         if (USE_NORM) {
           squares[b] = fma(xv[i], xv[i], squares[b]);
@@ -191,7 +199,7 @@ METAL_FUNC void dot_rows(Format f, constant cv_matrix& m, device const uchar* da
         float d = 0.0f;
         for (uint i = 0; i < 16; i++) d = fma(v[r][i], xv[i], d);
         sums[r][b] = fma(s[r], d, sums[r][b]);
-        if (has_bias(f)) sums[r][b] = fma(bias[r], total, sums[r][b]);
+        if (has_bias(line[r].f)) sums[r][b] = fma(bias[r], total, sums[r][b]);
       }
     }
   }
@@ -199,6 +207,30 @@ METAL_FUNC void dot_rows(Format f, constant cv_matrix& m, device const uchar* da
     for (uint r = 0; r < R; r++) sums[r][b] = simd_sum(sums[r][b]);
     if (USE_NORM) squares[b] = simd_sum(squares[b]);
   }
+}
+
+// The same of rows row0 … row0+R-1 of one matrix.
+template <typename T, uint R, uint B, bool USE_NORM>
+METAL_FUNC void dot_rows(Format f, constant cv_matrix& m, device const uchar* data, device const uchar* scales, device const uchar* biases, uint row0, device const T* x, thread uint (&at)[B],
+                         device const float* norm, uint lane, thread float (&sums)[R][B], thread float (&squares)[B]) {
+  Line line[R];
+  for (uint r = 0; r < R; r++) line[r] = line_of(f, m, data, scales, biases, row0 + r);
+  dot_lines<T, R, B, USE_NORM>(line, m.cols, x, at, norm, lane, sums, squares);
+}
+
+// Rows of gate (sums 0 … R-1) and of up (sums R … 2R-1) over normalised inputs, which are read once for both.
+constant constexpr uint PAIRED_INPUTS = 2; // most inputs for which two rows of each are taken at once; more: one
+template <uint R, uint B>
+METAL_FUNC void gate_and_up(Format gate_format, Format up_format, constant cv_matrix& gate, constant cv_matrix& up, device const uchar* wg, device const uchar* sg, device const uchar* bg, device const uchar* wu,
+                            device const uchar* su, device const uchar* bu, uint row0, device const float* x, thread uint (&at)[B], device const float* norm, uint lane, thread float (&sums)[2 * R][B],
+                            thread float (&squares)[B]) {
+  constexpr uint BOTH = 2 * R;
+  Line line[BOTH];
+  for (uint r = 0; r < R; r++) {
+    line[r] = line_of(gate_format, gate, wg, sg, bg, row0 + r);
+    line[R + r] = line_of(up_format, up, wu, su, bu, row0 + r);
+  }
+  dot_lines<float, BOTH, B, true>(line, gate.cols, x, at, norm, lane, sums, squares);
 }
 
 METAL_FUNC float silu(float x) { return x / (1.0f + exp(-x)); }
