@@ -3,7 +3,13 @@
 import { CaravanError } from "../errors.ts";
 import type { BodyLease } from "./body-budget.ts";
 import { JsonBounds } from "./json-bounds.ts";
+import { parseInSlices } from "./json-slices.ts";
 import type { ApiContext } from "./routes.ts";
+
+/** Bytes that are looked at before the event loop turns. */
+const LOOK_BYTES = 1 << 20;
+/** More than any route has parameters: what has more is not checked one by one. */
+const MOST_PARAMETERS = 256;
 
 export interface BodyLimits {
   maxBodyBytes: number;
@@ -46,7 +52,10 @@ export async function readBody(
       size += value.byteLength;
       if (size > limits.maxBodyBytes) throw tooLarge(limits.maxBodyBytes);
       lease?.grow(size);
-      bounds.add(value);
+      for (let from = 0; from < value.length; from += LOOK_BYTES) {
+        if (from > 0) await new Promise<void>((resolve) => setImmediate(resolve));
+        bounds.add(value.subarray(from, from + LOOK_BYTES));
+      }
       pieces.push(value);
     }
   } catch (thrown) {
@@ -70,6 +79,11 @@ export async function readBody(
   return pieces.length === 1 && only !== undefined ? only : Buffer.concat(pieces, size);
 }
 
+/** JSON that JsonBounds has let through. Throws SyntaxError, or TypeError for what is no UTF-8. */
+export async function parseJson(bytes: Uint8Array): Promise<unknown> {
+  return await parseInSlices(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+}
+
 /** The JSON object in a request's body. Throws invalid_json besides what readBody throws. */
 export async function readJsonObject(
   context: ApiContext,
@@ -85,7 +99,7 @@ export async function readJsonObject(
   const bytes = await readBody(request, limits, context.get("body"));
   let value: unknown;
   try {
-    value = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+    value = await parseJson(bytes);
   } catch (thrown) {
     const reason =
       bytes.byteLength === 0 ? "it is empty" : thrown instanceof Error ? thrown.message : String(thrown);
@@ -95,6 +109,9 @@ export async function readJsonObject(
   }
   if (typeof value !== "object" || value === null || Array.isArray(value)) {
     throw new CaravanError("invalid_json", "The request's body is JSON, but not an object.");
+  }
+  if (Object.keys(value).length > MOST_PARAMETERS) {
+    throw new CaravanError("invalid_json", `The request's body has more than ${MOST_PARAMETERS} parameters.`);
   }
   return value as Record<string, unknown>;
 }

@@ -24,6 +24,9 @@ export function unsupported(param: string, feature: string): CaravanError {
   });
 }
 
+/** Objects with more keys take tens of milliseconds to check. */
+const MOST_KEYS = 1 << 16;
+
 /** A JSON object with values of one kind. valibot's record alone takes lists, too, as objects with "0", "1" … */
 export function objectOf<Value extends v.GenericSchema>(
   value: Value,
@@ -31,7 +34,12 @@ export function objectOf<Value extends v.GenericSchema>(
 ) {
   const isObject = (given: unknown): boolean =>
     typeof given === "object" && given !== null && !Array.isArray(given);
-  return v.pipe(v.custom<Record<string, unknown>>(isObject, "Expected an object"), v.record(key, value));
+  const fits = (given: Record<string, unknown>): boolean => Object.keys(given).length <= MOST_KEYS;
+  return v.pipe(
+    v.custom<Record<string, unknown>>(isObject, "Expected an object"),
+    v.check(fits, `Expected at most ${MOST_KEYS} keys`),
+    v.record(key, value),
+  );
 }
 /** Any JSON object. */
 export const anyObject = objectOf(v.unknown());
@@ -68,6 +76,9 @@ function issueError(issue: v.BaseIssue<unknown>): CaravanError {
   return new CaravanError("invalid_argument", `${param}: ${issue.message}.`, { param });
 }
 
+/** Names come from the client. */
+const LONGEST_NAME = 200;
+
 /** `messages[0].content`. */
 function pathText(issue: v.BaseIssue<unknown>): string {
   let text = "";
@@ -75,5 +86,6 @@ function pathText(issue: v.BaseIssue<unknown>): string {
     if (typeof key === "number") text += `[${key}]`;
     else text += text === "" ? String(key) : `.${String(key)}`;
   }
+  if (text.length > LONGEST_NAME) return `${text.slice(0, LONGEST_NAME)}…`;
   return text === "" ? "body" : text;
 }

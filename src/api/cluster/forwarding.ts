@@ -7,7 +7,7 @@ import { anthropicErrorBody } from "../anthropic/errors.ts";
 import { errorBodyOf, isAnthropic } from "../error-family.ts";
 import { errorFrame } from "../error-response.ts";
 import type { Lifecycle } from "../lifecycle.ts";
-import { type BodyLimits, readBody } from "../limits.ts";
+import { type BodyLimits, parseJson, readBody } from "../limits.ts";
 import type { ApiContext } from "../routes.ts";
 import type { ClusterService } from "./service.ts";
 
@@ -61,7 +61,7 @@ export function forwarding(options: ForwardingOptions) {
     const body = await readBody(request, limits, context.get("body"));
     // Whoever answers here reads it again.
     context.req.raw = new Request(request, { body });
-    const named = v.safeParse(Named, parsed(body));
+    const named = v.safeParse(Named, await parsed(body));
     if (!named.success) {
       await next(); // says what is wrong with it
       return undefined;
@@ -98,9 +98,9 @@ export function forwarding(options: ForwardingOptions) {
   };
 }
 
-function parsed(body: Uint8Array): unknown {
+async function parsed(body: Uint8Array): Promise<unknown> {
   try {
-    return JSON.parse(Buffer.from(body).toString("utf8"));
+    return await parseJson(body);
   } catch {
     return undefined; // the route says so
   }

@@ -14,6 +14,7 @@ import type { ClusterService } from "./service.ts";
 
 const acceptSchema = v.strictObject({ code: v.pipe(v.string(), v.minLength(1), v.maxLength(64)) });
 
+const removeSchema = v.strictObject({ node: v.pipe(v.string(), v.minLength(1), v.maxLength(120)) });
 const partsSchema = v.strictObject({ model: v.exactOptional(v.pipe(v.string(), v.maxLength(512))) });
 
 const modelName = v.pipe(v.string(), v.minLength(1), v.maxLength(512));
@@ -65,6 +66,18 @@ export function clusterRoutes(
       POST: async (context) => {
         const { code } = read(acceptSchema, await readJsonObject(context, settings));
         return Response.json({ accepted: await service().accept(code) });
+      },
+    },
+    ADMIN,
+  );
+  route(
+    app,
+    "/cluster/remove",
+    {
+      POST: async (context) => {
+        const { node } = read(removeSchema, await readJsonObject(context, settings));
+        const { name, ...others } = await service().removeNode(node);
+        return Response.json({ removed: name, ...others });
       },
     },
     ADMIN,

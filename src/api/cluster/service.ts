@@ -30,6 +30,8 @@ export interface ClusterService {
   watch(onChange: () => void): () => void;
   /** Lets a new node in by the code that it shows; its name. */
   accept(code: string): Promise<string>;
+  /** Removes a node by name, or an id's beginning; its name, nodes that know of it, and those that will when they are back. */
+  removeNode(called: string): Promise<{ name: string; told: string[]; away: string[] }>;
   /** JSON of GET /cluster/plan. */
   plan(model: string, asked: PlacementRequest): Promise<unknown>;
   /** Id of the new instance. Rejects with model_not_found. */
