@@ -57,6 +57,8 @@ const FIELDS = {
   peers: v.array(text),
   /** UDP port of beacons; 0: none are sent or heard. */
   discovery_port: port,
+  /** RDMA devices that may be used, with commas between them; "": all, "off": none. */
+  rdma: v.pipe(v.string(), v.maxLength(500)),
   /** What other nodes show of this one; "": the machine's name. */
   node_name: v.pipe(v.string(), v.maxLength(100)),
   log_level: v.picklist(LOG_LEVELS),
@@ -265,6 +267,7 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
     cluster_host: "",
     peers: [],
     discovery_port: DEFAULT_PORT + 1,
+    rdma: "",
     node_name: "",
     log_level: "info",
     log_format: "text",

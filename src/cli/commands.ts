@@ -15,6 +15,7 @@ import { plan } from "./plan.ts";
 import { ps } from "./ps.ts";
 import { pull } from "./pull.ts";
 import { rank } from "./rank.ts";
+import { rdma } from "./rdma.ts";
 import { run } from "./run.ts";
 import { runner } from "./runner.ts";
 import { serve } from "./serve.ts";
@@ -45,6 +46,7 @@ export const commands: readonly Command[] = [
   licenses,
   runner,
   rank,
+  rdma,
 ];
 
 /** Commands of which nothing is built, and what they will come with. */

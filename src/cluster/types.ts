@@ -24,8 +24,8 @@ export interface NodeInfo {
   bandwidth: number;
   /** What else the prediction needs; null = not measured. */
   speed: NodeSpeed | null;
-  /** Can this node take part in RDMA: device name, or why not. */
-  rdma: { device: string } | { reason: string };
+  /** RDMA devices of this node, or why it takes no part in RDMA. */
+  rdma: RdmaSurvey;
   models: ModelPresence[];
   /** Instances that this node owns. */
   instances: InstanceState[];
@@ -36,6 +36,19 @@ export interface NodeInfo {
   /** Instances that were stopped on purpose, so that nobody places them again. */
   ended: EndedInstance[];
 }
+
+/** A device as its node sees it. One that is no use says why in `problem`. */
+export interface RdmaDevice {
+  name: string;
+  /** Its port is up: a cable is in. */
+  active: boolean;
+  /** IPv4 address of its GID; "" = none. */
+  address: string;
+  /** "" = none. */
+  problem: string;
+}
+
+export type RdmaSurvey = { devices: RdmaDevice[] } | { reason: string };
 
 /** Speed of a node beside its bandwidth. Microseconds unless said otherwise. */
 export interface NodeSpeed {
@@ -57,7 +70,7 @@ export interface ModelPresence {
   total: number;
 }
 
-/** Measured from one node to another when they meet and every minute. */
+/** Measured from one node to another when they meet; tcp again every minute. */
 export interface Link {
   from: NodeId;
   to: NodeId;
@@ -66,6 +79,8 @@ export interface Link {
   latencyUs: number;
   /** Bytes/s. */
   bandwidth: number;
+  /** rdma: the devices at both ends of the cable. */
+  devices?: [from: string, to: string];
 }
 
 /** One rank of an instance: what it computes. */

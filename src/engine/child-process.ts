@@ -10,7 +10,7 @@ import { LineSplitter } from "./line-splitter.ts";
 const LOG_TAIL = 2000;
 
 /** How to start this program's hidden command: this executable again, or from source Bun with the program's main file. */
-export function ownCommand(name: "runner" | "rank"): string[] {
+export function ownCommand(name: "runner" | "rank" | "rdma"): string[] {
   return isCompiled()
     ? [process.execPath, name]
     : [process.execPath, new URL("../main.ts", import.meta.url).pathname, name];

@@ -174,7 +174,7 @@ async function within<T>(promise: Promise<T>, limitMs: number, late: string): Pr
 }
 
 /** What the environment asks for, which is for tests: a system has one kind that works. */
-function queuePairs(asked: string | undefined): Pick<GroupOptions, "rdmaQueuePairs"> {
+export function queuePairs(asked: string | undefined): Pick<GroupOptions, "rdmaQueuePairs"> {
   if (asked === undefined || asked === "") return {};
   const known = RDMA_QUEUE_PAIRS.find((each) => each === asked);
   if (known === undefined)

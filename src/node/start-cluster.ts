@@ -58,6 +58,7 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
         return listed.models;
       },
       run,
+      rdma: rdmaDevices(settings.rdma),
       compute: () => ({ threads, device: run.device === "metal" ? "metal" : "cpu" }),
       figures: () => {
         figures ??= {
@@ -70,6 +71,15 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
     local,
     maxBodyBytes: settings.max_body_bytes,
   });
+}
+
+/** "off", or names with commas between them; "": all. */
+function rdmaDevices(setting: string): readonly string[] | "off" {
+  if (setting === "off") return "off";
+  return setting
+    .split(",")
+    .map((name) => name.trim())
+    .filter((name) => name !== "");
 }
 
 function presence(store: ModelStore): ModelPresence[] {

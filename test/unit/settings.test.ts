@@ -50,6 +50,7 @@ describe("settings", () => {
       cluster_host: "",
       peers: [],
       discovery_port: DEFAULT_PORT + 1,
+      rdma: "",
       node_name: "",
       log_level: "info",
       log_format: "text",

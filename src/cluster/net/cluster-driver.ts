@@ -29,6 +29,7 @@ import { ModelParts } from "./model-parts.ts";
 import { ModelTermsCache } from "./model-source.ts";
 import { machineInfo } from "./node-info.ts";
 import { ProcessRanks } from "./rank-runner.ts";
+import { type OtherNode, RdmaLinks } from "./rdma-links.ts";
 import { ExchangeSchema, InstanceCallSchema, PlacementCallSchema } from "./wire.ts";
 
 /** The slow parts of this node's record (memory, models, links) are read anew this often. */
@@ -52,6 +53,8 @@ export interface ClusterDriverOptions {
   models: () => ModelPresence[];
   links: () => Link[];
   run: RunOptions;
+  /** RDMA devices that may be used; empty: all. */
+  rdma: readonly string[] | "off";
   /** Cores that a rank computes with, and on what. */
   compute: () => { threads: number; device: "cpu" | "metal" };
   /** Measured once: bytes/s, and what else predictions need. */
@@ -72,6 +75,7 @@ export interface OpenInstance {
 export class ClusterDriver implements ClusterWork {
   readonly #options: ClusterDriverOptions;
   readonly #ranks: ProcessRanks;
+  readonly #rdma: RdmaLinks;
   readonly #ledger: MemoryLedger;
   readonly #terms: ModelTermsCache;
   readonly #open = new Map<string, OpenInstance>();
@@ -103,6 +107,15 @@ export class ClusterDriver implements ClusterWork {
       options.run,
       () => this.#logic?.turn(),
     );
+    this.#rdma = new RdmaLinks({
+      id: options.id,
+      wanted: options.rdma,
+      others: () => this.#others(),
+      open: (node) => this.#openMesh(node, "rdma"),
+      onChange: () => this.#refresh(),
+      log: options.log,
+      ...(options.rankCommand === undefined ? {} : { command: options.rankCommand }),
+    });
     const turn = () => this.#logic?.turn();
     this.#ranks = new ProcessRanks({
       prepare: (order, onProgress, signal) => this.#prepare(order, onProgress, signal),
@@ -110,6 +123,7 @@ export class ClusterDriver implements ClusterWork {
       run: options.run,
       compute: options.compute,
       nodeName: (id) => this.nameOf(id),
+      rdma: (nodes, rank) => this.#rdma.groupOptions(nodes, rank),
       progress: (instance, epoch, phase, fraction) => {
         this.#logic?.ranks.progress(instance, epoch, phase, fraction);
       },
@@ -314,7 +328,27 @@ export class ClusterDriver implements ClusterWork {
       void serveModelFiles(channel, { folderOf, verdicts: this.#verdicts });
       return true;
     }
+    if (purpose === "rdma") {
+      this.#rdma.answer(channel, peer.id);
+      return true;
+    }
     return this.#ranks.onChannel(channel, peer, purpose);
+  }
+
+  /** Other nodes that this one talks to, for RDMA. */
+  #others(): OtherNode[] {
+    return this.members()
+      .filter(({ self, direct }) => !self && direct)
+      .map(({ record: { info, links } }) => ({
+        ...{ id: info.id, name: info.name, rdma: info.rdma },
+        linked: links.some(({ to, kind }) => kind === "rdma" && to === this.#options.id),
+      }));
+  }
+
+  async #openMesh(node: NodeId, purpose: Purpose): Promise<Channel> {
+    if (this.#mesh === undefined)
+      throw new CaravanError("cluster_degraded", "this node has left the cluster");
+    return await this.#mesh.open(node, purpose);
   }
 
   #cluster(): ClusterLogic {
@@ -414,6 +448,7 @@ export class ClusterDriver implements ClusterWork {
   #tick(): void {
     try {
       if (this.#beats++ % REFRESH_BEATS === 0) {
+        this.#rdma.step();
         this.#refresh();
         this.parts.age(performance.now()).catch((thrown) => {
           this.#options.log.warn("parts of models are not kept in order", asCaravanError(thrown).toJSON());
@@ -449,7 +484,7 @@ export class ClusterDriver implements ClusterWork {
       ...machineInfo({ id, name: mesh.name, incarnation: incarnation(), port: mesh.port }),
       device,
       ...figures(),
-      rdma: { reason: "RDMA devices are not looked for yet" },
+      rdma: this.#rdma.survey,
       models: models(),
       instances: [],
       ranks: [],
@@ -480,7 +515,7 @@ export class ClusterDriver implements ClusterWork {
       ended: _ended,
       ...now
     } = this.#info(mesh);
-    const links = this.#options.links();
+    const links = [...this.#options.links(), ...this.#rdma.links()];
     if (JSON.stringify(known) !== JSON.stringify(now) || !sameLinks(logic.membership.own.links, links))
       logic.membership.update(now, links);
   }
@@ -495,6 +530,7 @@ function sameLinks(a: readonly Link[], b: readonly Link[]): boolean {
       const other = b.find(({ to, kind }) => to === link.to && kind === link.kind);
       return (
         other !== undefined &&
+        link.devices?.join() === other.devices?.join() &&
         close(link.latencyUs, other.latencyUs) &&
         close(link.bandwidth, other.bandwidth)
       );

@@ -8,7 +8,7 @@ import { asCaravanError, CaravanError } from "../../errors.ts";
 import type { Logger } from "../../log.ts";
 import type { Channel } from "./channel.ts";
 import { groupHost } from "./group-host.ts";
-import type { RankReports, RunningRank } from "./rank-life.ts";
+import type { RankReports, RdmaOptions, RunningRank } from "./rank-life.ts";
 import {
   type OwnerFrame,
   OwnerFrameSchema,
@@ -25,6 +25,8 @@ export interface FollowerOptions {
   prepare: (signal: AbortSignal) => Promise<string>;
   /** What this machine computes with. */
   compute: () => Pick<RankLoad, "threads" | "device">;
+  /** How this rank uses RDMA. */
+  rdma: () => Promise<RdmaOptions>;
   /** Planned bytes of the rank: what progress is measured against. */
   bytes: number;
   reports: RankReports;
@@ -83,8 +85,9 @@ export class FollowerRank implements RunningRank {
     const { ask, reports, log, bytes, command } = this.#options;
     channel.send(ask);
     const begin = await this.#begin(channel);
+    const rdma = await this.#options.rdma();
     const rank = new RankProcess({
-      group: { ...begin.group, rank: ask.rank, host: groupHost(channel.socket) },
+      group: { ...begin.group, rank: ask.rank, host: groupHost(channel.socket), ...rdma },
       ...(command === undefined ? {} : { command }),
       onLog: (text) => log.debug(text.trimEnd()),
       onLoading: (done) => reports.loading(Math.min(1, done / Math.max(1, bytes))),

@@ -14,7 +14,7 @@ import { NameSchema, purposeKey } from "./cluster-file.ts";
 import { sameMac } from "./same-mac.ts";
 
 /** What a connection is for; one thing each, so that closing it ends exactly this. */
-export const PURPOSES = ["control", "call", "rank", "join", "probe", "file"] as const;
+export const PURPOSES = ["control", "call", "rank", "join", "probe", "file", "rdma"] as const;
 export type Purpose = (typeof PURPOSES)[number];
 
 export interface HelloSettings {

@@ -16,7 +16,7 @@ import type { InstalledModel } from "../../model/store.ts";
 import { type OpenModel, openModel, type RunOptions } from "../../node/open-model.ts";
 import type { InstanceSpec, NodeId } from "../types.ts";
 import type { Channel } from "./channel.ts";
-import type { RankReports, RunningRank } from "./rank-life.ts";
+import type { RankReports, RdmaOptions, RunningRank } from "./rank-life.ts";
 import {
   CONNECT_LIMIT_MS,
   type OwnerFrame,
@@ -37,6 +37,8 @@ export interface LeaderOptions {
   run: RunOptions;
   /** Under which the other ranks reach this machine; "" = it is the only one. */
   host: () => string;
+  /** How rank 0 uses RDMA. */
+  rdma: () => Promise<RdmaOptions>;
   /** For people. */
   nodeName: (id: NodeId) => string;
   reports: RankReports;
@@ -211,7 +213,8 @@ export class LeaderRank implements RunningRank {
       kvType,
     });
     this.#sizes.resolve(sizes);
-    const group: GroupOptions = { ...this.#group, host: this.#options.host() };
+    const rdma = await this.#options.rdma();
+    const group: GroupOptions = { ...this.#group, host: this.#options.host(), ...rdma };
     const opening = openModel(model, {
       ...run,
       context: spec.context,

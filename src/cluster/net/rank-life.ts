@@ -1,5 +1,6 @@
 // What a rank that runs on this node reports, whichever part of the instance it is.
 
+import type { GroupOptions } from "../../engine/rank-protocol.ts";
 import type { CaravanError } from "../../errors.ts";
 import type { RankState } from "../types.ts";
 
@@ -12,6 +13,9 @@ export interface RankReports {
   /** The rank is over and its process gone. Called once, the last of all calls. error: undefined where it was stopped. */
   over: (error: CaravanError | undefined) => void;
 }
+
+/** What a rank's own node knows best: its devices towards the other ranks, or why it takes no part in RDMA. */
+export type RdmaOptions = Pick<GroupOptions, "rdmaDevice" | "noRdma" | "rdmaQueuePairs">;
 
 /** One rank that runs here. */
 export interface RunningRank {

@@ -16,7 +16,7 @@ import { groupHost } from "./group-host.ts";
 import type { Peer, Purpose } from "./hello.ts";
 import { LeaderRank, refuse } from "./leader-rank.ts";
 import type { Mesh } from "./mesh.ts";
-import { causeOf, type RankReports, type RunningRank } from "./rank-life.ts";
+import { causeOf, type RankReports, type RdmaOptions, type RunningRank } from "./rank-life.ts";
 import { RankAskSchema } from "./rank-order.ts";
 
 const ASK_LIMIT_MS = 5000;
@@ -36,6 +36,8 @@ export interface RankRunnerOptions {
   run: RunOptions;
   compute: () => Pick<RankLoad, "threads" | "device">;
   nodeName: (id: NodeId) => string;
+  /** How a rank uses RDMA; nodes: by rank. */
+  rdma: (nodes: readonly NodeId[], rank: number) => Promise<RdmaOptions>;
   progress: (instance: string, epoch: number, phase: "fetching" | "loading", fraction: number) => void;
   ready: (instance: string, epoch: number) => void;
   failed: (
@@ -129,6 +131,7 @@ export class ProcessRanks implements RankRunner, ClusterWork {
       run: this.#options.run,
       host: () => this.#hostFor(spec.ranks.find(({ rank }) => rank > 0)?.node),
       nodeName: this.#options.nodeName,
+      rdma: () => this.#options.rdma(nodesOf(spec), 0),
       reports,
       onOpen: (model) => this.#options.onOpen(order, model),
       log,
@@ -147,6 +150,7 @@ export class ProcessRanks implements RankRunner, ClusterWork {
       },
       prepare: async (signal) => (await this.#options.prepare(order, reports.fetching, signal)).path,
       compute: this.#options.compute,
+      rdma: () => this.#options.rdma(nodesOf(spec), rank),
       bytes: spec.bytes[rank] ?? 0,
       reports,
       log,
@@ -181,4 +185,8 @@ export class ProcessRanks implements RankRunner, ClusterWork {
       await Bun.sleep(LEADER_POLL_MS);
     }
   }
+}
+
+function nodesOf(spec: RankOrder["spec"]): NodeId[] {
+  return spec.ranks.map(({ node }) => node);
 }

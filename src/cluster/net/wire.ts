@@ -9,6 +9,7 @@ const MOST_NODES = 256;
 const MOST_RANKS = 64;
 const MOST_INSTANCES = 64;
 const MOST_MODELS = 512;
+const MOST_DEVICES = 32;
 
 const count = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
 const amount = v.pipe(v.number(), v.finite(), v.minValue(0));
@@ -98,7 +99,15 @@ const NodeInfoSchema: v.GenericSchema<unknown, NodeInfo> = v.object({
       handoverUs: amount,
     }),
   ),
-  rdma: v.union([v.object({ device: word }), v.object({ reason: sentence })]),
+  rdma: v.union([
+    v.object({
+      devices: listOf(
+        v.object({ name: word, active: v.boolean(), address: word, problem: sentence }),
+        MOST_DEVICES,
+      ),
+    }),
+    v.object({ reason: sentence }),
+  ]),
   models: listOf(v.object({ model: modelName, bytes: amount, total: amount }), MOST_MODELS),
   instances: listOf(InstanceStateSchema, MOST_INSTANCES),
   ranks: listOf(RankStateSchema, MOST_INSTANCES),
@@ -117,8 +126,9 @@ const NodeRecordSchema: v.GenericSchema<unknown, NodeRecord> = v.object({
       kind: v.picklist(["tcp", "rdma"]),
       latencyUs: amount,
       bandwidth: amount,
+      devices: v.exactOptional(v.tuple([word, word])),
     }),
-    MOST_NODES,
+    2 * MOST_NODES,
   ),
   boot,
   version: count,
