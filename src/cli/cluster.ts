@@ -22,9 +22,11 @@ const CLEAN_LIMIT_MS = 60_000;
 
 const ErrorReply = v.object({ error: v.looseObject({ message: v.string() }) });
 const Accepted = v.object({ accepted: v.string() });
+const Removed = v.object({ removed: v.string(), told: v.array(v.string()), away: v.array(v.string()) });
 const Cleaned = v.object({ bytes: v.number() });
 const State = v.looseObject({
   cluster: v.nullable(v.string()),
+  conflict: v.optional(v.string()),
   self: v.optional(v.looseObject({ id: v.string(), name: v.string() })),
   nodes: v.optional(
     v.array(
@@ -115,6 +117,21 @@ async function accept(code: string): Promise<number> {
   return 0;
 }
 
+async function remove(called: string): Promise<number> {
+  const { removed, told, away } = await ask(await runningNode(), "/cluster/remove", Removed, {
+    method: "POST",
+    body: JSON.stringify({ node: called }),
+    signal: AbortSignal.timeout(ACCEPT_LIMIT_MS),
+  });
+  process.stdout.write(
+    `${removed} is removed: its key and the secret that it knows are refused from now on. To come back it joins again.\n` +
+      `Members that stay: this machine${told.map((name) => `, ${name}`).join("")}.` +
+      `${away.length === 0 ? "" : ` Not reachable now, told at the next contact: ${away.join(", ")}.`}\n` +
+      "Remove those among them that you do not know, too.\n",
+  );
+  return 0;
+}
+
 async function leave(): Promise<number> {
   const cluster = loadCluster(folder());
   if (cluster === undefined) {
@@ -153,6 +170,7 @@ function describe(state: v.InferOutput<typeof State>): string {
   if (state.cluster === null) return "This node is in no cluster. `caravan cluster create` makes one.\n";
   const { nodes = [], join_requests: requests = [], strangers = [], problems = [], parts = [] } = state;
   const lines = [`cluster ${state.cluster}, ${nodes.length} node${nodes.length === 1 ? "" : "s"}`];
+  if (state.conflict !== undefined) lines.push(`  WARNING: ${state.conflict}`);
   for (const node of nodes) {
     const own = node.id === state.self?.id;
     const memory =
@@ -191,13 +209,14 @@ function defaultName(): string {
 
 export const cluster: Command = {
   name: "cluster",
-  summary: "make, show or leave a cluster, let a node in, drop fetched parts",
-  positionals: "create [NAME] | status | accept CODE | leave | clean [MODEL]",
+  summary: "make, show or leave a cluster, let a node in or take it out",
+  positionals: "create [NAME] | status | accept CODE | remove NODE | leave | clean [MODEL]",
   count: [1, 2],
   options: { json: { help: "print JSON (status)" } },
   details: `create  makes a cluster with this node as its first
 status  shows the nodes, as the node that runs here sees them
 accept  lets the machine in that shows CODE (\`caravan join\` there)
+remove  takes a node out, by name or id: it can do nothing in the cluster any more until it joins again
 leave   forgets the cluster and its secret
 clean   drops parts of models that were fetched for ranks and are read by none now`,
   async run(args: Arguments) {
@@ -211,12 +230,14 @@ clean   drops parts of models that were fetched for ranks and are read by none n
         return await status(args.flag("json"));
       case "leave":
         return await leave();
+      case "remove":
+        return await remove(args.positional(1));
       case "clean":
         return await clean(value);
       case "accept":
         return await accept(args.positional(1));
       default:
-        throw usage("`caravan cluster` takes create, status, accept, leave or clean");
+        throw usage("`caravan cluster` takes create, status, accept, remove, leave or clean");
     }
   },
 };

@@ -6,11 +6,13 @@ import { loadCluster, saveCluster, withKnownNode } from "../cluster/net/cluster-
 import { CLUSTER_PORT } from "../cluster/net/cluster-node.ts";
 import { dial } from "../cluster/net/dial.ts";
 import { DISCOVERY_PORT, Discovery } from "../cluster/net/discovery.ts";
-import { clusterFolder, loadIdentity } from "../cluster/net/identity.ts";
+import { REMOVED } from "../cluster/net/hello.ts";
+import { clusterFolder, type Identity, loadIdentity, renewIdentity } from "../cluster/net/identity.ts";
 import { askToJoin, JOIN_LIMIT_MS } from "../cluster/net/joining.ts";
 import { CARAVAN_PROTOCOL } from "../cluster/protocol-version.ts";
-import { CaravanError } from "../errors.ts";
+import { asCaravanError, CaravanError } from "../errors.ts";
 import { createLogger } from "../log.ts";
+import { runningNodes } from "../node/running-nodes.ts";
 import { resolvePaths } from "../paths.ts";
 import { VERSION } from "../version.ts";
 import type { Command } from "./command.ts";
@@ -74,6 +76,31 @@ async function chooseMember(port: number): Promise<string> {
   return first.address;
 }
 
+/** A machine that was removed comes back as a new one: its key is refused for good. */
+async function callMember(folder: string, address: string) {
+  const call = async (identity: Identity) => {
+    const { id } = identity;
+    const node = { id, name: hostname() || "new node", version: VERSION, incarnation: 0, port: 0 };
+    const settings = { cluster: undefined, node };
+    return { identity, ...(await dial({ identity, settings, address, purpose: "join" })) };
+  };
+  try {
+    return await call(loadIdentity(folder));
+  } catch (thrown) {
+    if (asCaravanError(thrown).message !== REMOVED) throw thrown;
+    if ((await runningNodes()).length > 0)
+      throw new CaravanError(
+        "invalid_argument",
+        `${REMOVED}; it needs a new one, which a running node would not use`,
+        {
+          hint: "Stop the node here first: `caravan stop`. Then `caravan join` again.",
+        },
+      );
+    process.stderr.write("this machine's key was removed from the cluster; it asks to join with a new one\n");
+    return await call(renewIdentity(folder));
+  }
+}
+
 export const join: Command = {
   name: "join",
   summary: "make this machine a node of a cluster",
@@ -94,16 +121,7 @@ HOST:PORT is a member, for networks that drop multicast.`,
     }
     const port = args.integer("discovery-port", 1, 65535) ?? DISCOVERY_PORT;
     const address = args.positionals[0] ?? (await chooseMember(port));
-    const identity = loadIdentity(folder);
-    const { channel, peer } = await dial({
-      identity,
-      settings: {
-        cluster: undefined,
-        node: { id: identity.id, name: hostname() || "new node", version: VERSION, incarnation: 0, port: 0 },
-      },
-      address,
-      purpose: "join",
-    });
+    const { identity, channel, peer } = await callMember(folder, address);
     const credentials = await askToJoin({
       channel,
       ownId: identity.id,

@@ -6,7 +6,13 @@ import type { ModelDirectory } from "../api/model-directory.ts";
 import { callNode, serveCall } from "../cluster/net/call.ts";
 import type { Channel } from "../cluster/net/channel.ts";
 import { ClusterDriver, type ClusterDriverOptions } from "../cluster/net/cluster-driver.ts";
-import { ClusterNode, type ClusterNodeOptions, type ClusterWork } from "../cluster/net/cluster-node.ts";
+import type { KnownNode } from "../cluster/net/cluster-file.ts";
+import {
+  ClusterNode,
+  type ClusterNodeOptions,
+  type ClusterWork,
+  type RemovalReport,
+} from "../cluster/net/cluster-node.ts";
 import type { Peer, Purpose } from "../cluster/net/hello.ts";
 import { stateJson } from "../cluster/net/state-json.ts";
 import type { NodeId, PlacementRequest } from "../cluster/types.ts";
@@ -51,6 +57,7 @@ export class NodeCluster implements ClusterService {
       onDown: (mesh, link, why, goodbye) => this.#driver?.onDown(mesh, link, why, goodbye),
       onSay: (mesh, from, body) => this.#driver?.onSay(mesh, from, body),
       onCall: (from, method, params) => this.#driver?.onCall(from, method, params),
+      known: () => this.#known(),
       onChannel: (channel, peer, purpose) => this.#driver?.onChannel(channel, peer, purpose) ?? false,
     };
     const started = ClusterNode.create({ ...node, work: [lazy, calls] });
@@ -136,6 +143,10 @@ export class NodeCluster implements ClusterService {
 
   accept(code: string): Promise<string> {
     return this.#started().accept(code);
+  }
+
+  removeNode(called: string): Promise<RemovalReport> {
+    return this.#started().remove(called);
   }
 
   plan(model: string, asked: PlacementRequest): Promise<unknown> {
@@ -236,6 +247,12 @@ export class NodeCluster implements ClusterService {
         request.onEnd();
       },
     });
+  }
+
+  #known(): KnownNode[] {
+    return (this.#driver?.members() ?? []).map(({ record: { info } }) => ({
+      ...{ id: info.id, name: info.name, addresses: info.addresses.slice(0, 4) },
+    }));
   }
 
   /** The name under which instances know a model that goes by several. */

@@ -98,6 +98,7 @@ function scriptedCluster() {
       changed();
       return true;
     },
+    removeNode: async (name) => ({ name, told: [], away: [] }),
     cleanParts: async () => 0,
     mayPass: () => false,
     pass: async () => undefined,

@@ -218,6 +218,7 @@ describe("the API of a node in a cluster", () => {
         return "id";
       },
       stopInstance: async (id) => id === "known",
+      removeNode: async (name) => ({ name, told: [], away: [] }),
       cleanParts: async (model) => model?.length ?? 0,
       mayPass: () => mayPass,
       pass,

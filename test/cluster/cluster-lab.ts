@@ -27,6 +27,7 @@ export interface InstanceView {
 
 export interface StateView {
   cluster: string | null;
+  conflict?: string;
   self: { id: string };
   nodes: { id: string; name: string; reachable: boolean; round_trip_us?: number; bandwidth?: number }[];
   instances: InstanceView[];
@@ -51,8 +52,8 @@ export class LabNode {
 
   constructor(
     readonly name: string,
-    private readonly host: LabHost,
-    private readonly env: Record<string, string>,
+    readonly host: LabHost,
+    readonly env: Record<string, string>,
   ) {
     this.url = `http://${host.api.host}:${host.api.port}`;
   }
@@ -310,6 +311,16 @@ export class ClusterLab {
   async nodeOf(id: string): Promise<LabNode> {
     for (const node of this.nodes) if (node.running && (await node.id()) === id) return node;
     throw new Error(`no node ${id}`);
+  }
+
+  /** For commands of the user whose node it is. */
+  environment({ env, host }: LabNode): Record<string, string> {
+    return { ...env, ...host.env };
+  }
+
+  /** Of its control plane. */
+  addressOf({ host }: LabNode): string {
+    return `${host.env.CARAVAN_CLUSTER_HOST}:${host.env.CARAVAN_CLUSTER_PORT}`;
   }
 
   logs(): string {

@@ -6,7 +6,7 @@ import { connect as connectTcp } from "node:net";
 import { connect as connectTls, type TLSSocket } from "node:tls";
 import fc from "fast-check";
 import { Channel, MAX_BYTES_FRAME } from "../../src/cluster/net/channel.ts";
-import { newCluster } from "../../src/cluster/net/cluster-file.ts";
+import { newCluster, secretName } from "../../src/cluster/net/cluster-file.ts";
 import { dial, joinAddress, splitAddress } from "../../src/cluster/net/dial.ts";
 import type { HelloSettings, Peer, Purpose } from "../../src/cluster/net/hello.ts";
 import { type Identity, newIdentity } from "../../src/cluster/net/identity.ts";
@@ -102,6 +102,8 @@ describe("members", () => {
       version: "1.0",
       incarnation: 1,
       port: 0,
+      proved: secretName(HOME.secret),
+      secretsDiffer: false,
     });
     expect(there.purpose).toBe("control");
     channel.send({ hello: "world" });
@@ -299,7 +301,8 @@ describe("strangers", () => {
           cluster: fc.string(),
           name: fc.string(),
           incarnation: fc.integer(),
-          proof: fc.string(),
+          latest: fc.string(),
+          proofs: fc.array(fc.record({ secret: fc.string(), proof: fc.string() })),
         })
         .map((hello) => frame(1, JSON.stringify(hello))),
     );

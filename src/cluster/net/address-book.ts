@@ -93,6 +93,12 @@ export class AddressBook {
       .map(({ address }) => address);
   }
 
+  /** Where these nodes were is of no interest any more. */
+  forget(gone: (id: NodeId) => boolean): void {
+    for (const [address, { id }] of this.#candidates)
+      if (id !== undefined && gone(id)) this.#candidates.delete(address);
+  }
+
   /** Addresses that do not answer, with the reason. */
   problems(): { address: string; problem: string }[] {
     return [...this.#candidates.values()].flatMap(({ address, problem }) =>

@@ -59,11 +59,15 @@ export function encodeBeacon(beacon: Beacon, secret: string): Buffer {
   return bytes;
 }
 
+/** Whose beacons count. Earlier secrets too: a node that missed a change is called, and told. */
+export interface BeaconCluster {
+  name: string;
+  secret: string;
+  previous?: readonly string[];
+}
+
 /** Never throws. `ours`: undefined for a node that only looks which clusters there are; all are strangers then. */
-export function decodeBeacon(
-  datagram: Uint8Array,
-  ours: { name: string; secret: string } | undefined,
-): Heard {
+export function decodeBeacon(datagram: Uint8Array, ours: BeaconCluster | undefined): Heard {
   if (datagram.length > MAX_BEACON_BYTES) return { kind: "garbage" };
   let value: unknown;
   try {
@@ -79,7 +83,9 @@ export function decodeBeacon(
   if (!parsed.success) return { kind: "garbage" };
   const { mac: given, ...beacon } = parsed.output;
   if (ours === undefined || beacon.cluster !== ours.name) return { kind: "stranger", beacon, reason: "name" };
-  if (!sameMac(given, mac(ours.secret, beacon))) return { kind: "stranger", beacon, reason: "secret" };
+  const { secret, previous = [] } = ours;
+  if (![secret, ...previous].some((each) => sameMac(given, mac(each, beacon))))
+    return { kind: "stranger", beacon, reason: "secret" };
   return { kind: "member", beacon };
 }
 

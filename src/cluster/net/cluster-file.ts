@@ -1,4 +1,5 @@
-// The cluster that this node belongs to: its name, its secret, and the nodes whose keys it knows (cluster.json, 0600).
+// The cluster that this node belongs to: its name, its secrets, the nodes whose keys it knows and those that were removed
+// (cluster.json, 0600). How secrets change is in rotation.ts.
 // Without the file there is no cluster: the node opens no port besides its API.
 
 import { createHash, randomBytes } from "node:crypto";
@@ -17,15 +18,29 @@ export interface KnownNode {
   addresses: string[];
 }
 
+/** A node that may not be a member again with this key. */
+export interface RemovedNode {
+  id: NodeId;
+  name: string;
+}
+
 export interface ClusterCredentials {
   /** For people; it also keeps clusters of one network apart. */
   name: string;
-  /** 32 random bytes, base64. Who has it is a member. */
+  /** 32 random bytes, base64. Who has it, and was not removed, is a member. */
   secret: string;
+  /** Counts secrets: every removal makes a new one. */
+  generation: number;
+  /** Secrets before this one, the latest first. Good only for nodes that are known here and missed the change. */
+  previous: string[];
+  removed: RemovedNode[];
   nodes: KnownNode[];
 }
 
 const MAX_NODES = 256;
+/** Secrets that are kept: a node that missed more removals in a row has to join again. */
+export const MAX_PREVIOUS = 8;
+export const MAX_REMOVED = 1024;
 
 export const ClusterNameSchema = v.pipe(
   v.string(),
@@ -39,11 +54,19 @@ export const AddressSchema = v.pipe(v.string(), v.maxLength(300), v.regex(/^\S+:
 /** Text for people from another node. */
 export const NameSchema = v.pipe(v.string(), v.minLength(1), v.maxLength(120));
 
+const SecretSchema = v.pipe(
+  v.string(),
+  v.check((text) => Buffer.from(text, "base64").length === 32, "a secret has 32 bytes"),
+);
+
 export const CredentialsSchema = v.object({
   name: ClusterNameSchema,
-  secret: v.pipe(
-    v.string(),
-    v.check((text) => Buffer.from(text, "base64").length === 32, "a secret has 32 bytes"),
+  secret: SecretSchema,
+  generation: v.optional(v.pipe(v.number(), v.safeInteger(), v.minValue(1)), 1),
+  previous: v.optional(v.pipe(v.array(SecretSchema), v.maxLength(MAX_PREVIOUS)), []),
+  removed: v.optional(
+    v.pipe(v.array(v.object({ id: NodeIdSchema, name: NameSchema })), v.maxLength(MAX_REMOVED)),
+    [],
   ),
   nodes: v.pipe(
     v.array(
@@ -57,11 +80,15 @@ export const CredentialsSchema = v.object({
   ),
 });
 
+export function newSecret(): string {
+  return randomBytes(32).toString("base64");
+}
+
 export function newCluster(name: string): ClusterCredentials {
   const checked = v.safeParse(ClusterNameSchema, name);
   if (!checked.success)
     throw new CaravanError("invalid_argument", checked.issues[0].message, { where: name });
-  return { name, secret: randomBytes(32).toString("base64"), nodes: [] };
+  return { name, secret: newSecret(), generation: 1, previous: [], removed: [], nodes: [] };
 }
 
 function pathIn(folder: string): string {
@@ -103,6 +130,11 @@ export function withKnownNode(cluster: ClusterCredentials, node: KnownNode): Clu
   const others = cluster.nodes.filter(({ id }) => id !== node.id);
   // Full: the one that was added first goes; it is known again as soon as it is met.
   return { ...cluster, nodes: [...others.slice(-(MAX_NODES - 1)), node] };
+}
+
+/** A public name of a secret: 16 hex digits, which tell nothing of it. */
+export function secretName(secret: string): string {
+  return purposeKey(secret, "name of this secret").toString("hex").slice(0, 16);
 }
 
 /** A key for one purpose, so that a MAC made for one is nothing in another. 32 bytes. */

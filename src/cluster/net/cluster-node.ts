@@ -9,17 +9,26 @@ import type { Logger } from "../../log.ts";
 import { VERSION } from "../../version.ts";
 import type { Link, NodeId } from "../types.ts";
 import type { Channel } from "./channel.ts";
-import { type ClusterCredentials, loadCluster, saveCluster, withKnownNode } from "./cluster-file.ts";
+import {
+  type ClusterCredentials,
+  CredentialsSchema,
+  type KnownNode,
+  loadCluster,
+  saveCluster,
+  withKnownNode,
+} from "./cluster-file.ts";
 import type { Peer, Purpose } from "./hello.ts";
 import { type Identity, loadIdentity, nextIncarnation } from "./identity.ts";
 import { type JoinRequest, JoinRequests } from "./joining.ts";
 import type { Link as PeerLink } from "./link.ts";
 import { countProbe, measureBandwidth } from "./link-probe.ts";
 import { Mesh, type Stranger } from "./mesh.ts";
+import { forNewNode, isKnown, isRemoved, merged, secretsOf, withoutNode } from "./rotation.ts";
 
 /** Port of the control plane: TCP for TLS, and UDP of the same number for beacons. */
 export const CLUSTER_PORT = 11712;
 const FOLLOW_MS = 500;
+const SECRET_LIMIT_MS = 3000;
 const PROBE_PAUSE_MS = 60_000;
 
 /** What lives on the mesh: told of nodes, messages and connections while there is a cluster. */
@@ -31,6 +40,8 @@ export interface ClusterWork {
   onCall?(from: NodeId, method: string, params: unknown): Promise<unknown> | undefined;
   /** Whether it took the connection over. */
   onChannel?(channel: Channel, peer: Peer, purpose: Purpose): boolean;
+  /** Nodes that are met through others only. */
+  known?(): readonly KnownNode[];
   /** The mesh is there, or (undefined) no more. */
   onMesh?(mesh: Mesh | undefined, cluster: string | undefined): void;
 }
@@ -70,6 +81,15 @@ export interface ClusterView {
   strangers: Stranger[];
   /** Addresses that do not answer. */
   problems: { address: string; problem: string }[];
+}
+
+export interface RemovalReport {
+  /** Of the removed node. */
+  name: string;
+  /** Nodes that have the new secret. */
+  told: string[];
+  /** Nodes that get it when they are there again. */
+  away: string[];
 }
 
 const AcceptParams = v.object({ code: v.pipe(v.string(), v.maxLength(64)) });
@@ -192,6 +212,26 @@ export class ClusterNode {
     return (await this.#joins.accept(code)).name;
   }
 
+  /** Removes a node, by id (or its beginning) or name: the others get a new secret, those that are away at the next contact.
+   * Rejects with invalid_argument where no node, or more than one, is called so. */
+  async remove(called: string): Promise<RemovalReport> {
+    if (this.#cluster === undefined || this.#mesh === undefined) throw noCluster();
+    // Whoever is not on the list that goes with the new secret has to join again.
+    for (const work of this.#work())
+      for (const node of work.known?.() ?? [])
+        if (node.id !== this.identity.id && !isKnown(this.#cluster, node.id)) this.#remember(node);
+    const node = this.#nodeCalled(called);
+    this.#options.log.warn("removing a node from the cluster", { node: node.name, id: node.id.slice(0, 8) });
+    this.#renew(withoutNode(this.#cluster, node));
+    const told = await this.#tell();
+    const away = this.#cluster.nodes.filter(({ id }) => !told.has(id));
+    return {
+      name: node.name,
+      told: this.#cluster.nodes.filter(({ id }) => told.has(id)).map(({ name }) => name),
+      away: away.map(({ name }) => name),
+    };
+  }
+
   async close(): Promise<void> {
     this.#closed = true;
     clearInterval(this.#timer);
@@ -216,15 +256,75 @@ export class ClusterNode {
     this.#fileStamp = this.#stamp();
   }
 
+  #nodeCalled(called: string): KnownNode {
+    const { nodes = [] } = this.#cluster ?? {};
+    const byId = /^[0-9a-f]{4,64}$/.test(called) ? nodes.filter(({ id }) => id.startsWith(called)) : [];
+    const found = byId.length > 0 ? byId : nodes.filter(({ name }) => name === called);
+    const [node] = found;
+    if (node !== undefined && found.length === 1) return node;
+    if (this.identity.id.startsWith(called) || this.#mesh?.name === called)
+      throw new CaravanError("invalid_argument", "a node does not remove itself", {
+        hint: "`caravan cluster leave` here, or remove it at another node.",
+      });
+    throw new CaravanError(
+      "invalid_argument",
+      found.length > 1
+        ? `${found.length} nodes are called ${JSON.stringify(called)}: ${found.map(({ id }) => id.slice(0, 8)).join(", ")}`
+        : `no node is called ${JSON.stringify(called)}`,
+      { hint: "`caravan cluster status` shows names and ids; the first letters of an id are enough." },
+    );
+  }
+
+  /** Takes over what another member knows of the cluster; tells it on where it is news. */
+  #learn(theirs: ClusterCredentials): void {
+    const own = this.#cluster;
+    if (own === undefined) return;
+    if (isRemoved(theirs, this.identity.id)) {
+      this.#options.log.error("this node was removed from the cluster");
+      return;
+    }
+    const next = merged(this.identity.id, own, theirs);
+    if (next === own) return;
+    this.#options.log.info("the cluster has a new secret", { removed: next.removed.length });
+    this.#renew(next);
+    void this.#tell();
+  }
+
+  #renew(cluster: ClusterCredentials): void {
+    this.#cluster = cluster;
+    saveCluster(this.#options.folder, cluster);
+    this.#fileStamp = this.#stamp();
+    this.#mesh?.renew();
+  }
+
+  /** Who has taken the secret over. A link on which that fails ends: the hello of the next one sees to it. */
+  async #tell(): Promise<Set<NodeId>> {
+    const params = this.#shared();
+    const told = new Set<NodeId>();
+    await Promise.all(
+      (this.#mesh?.links ?? []).map(async (link) => {
+        try {
+          await link.call("cluster.secret", params, SECRET_LIMIT_MS);
+          told.add(link.peer.id);
+        } catch {
+          link.close(new CaravanError("cluster_degraded", "it has not taken over the cluster's new secret"));
+        }
+      }),
+    );
+    return told;
+  }
+
   /** Brings the mesh in line with the file. */
   async #follow(): Promise<void> {
     const stamp = this.#stamp();
     if (this.#closed || (stamp === this.#fileStamp && (stamp === "") === (this.#mesh === undefined))) return;
     const cluster = loadCluster(this.#options.folder);
     this.#fileStamp = stamp;
-    const same = cluster?.name === this.#cluster?.name && cluster?.secret === this.#cluster?.secret;
-    if (same && cluster !== undefined && this.#mesh !== undefined) {
+    const before = this.#cluster;
+    const same = cluster?.name === before?.name && before !== undefined && cluster !== undefined;
+    if (same && secretsOf(cluster).includes(before.secret) && this.#mesh !== undefined) {
       this.#cluster = cluster;
+      this.#mesh.renew();
       return;
     }
     await this.#leaveMesh();
@@ -248,11 +348,15 @@ export class ClusterNode {
       if (this.#cluster === undefined) throw noCluster();
       return this.#cluster;
     };
-    this.#joins = new JoinRequests({ ownId: this.identity.id, credentials: () => this.#invitation() });
+    this.#joins = new JoinRequests({
+      ownId: this.identity.id,
+      credentials: () => forNewNode(this.#shared()),
+    });
     this.#mesh = await Mesh.start({
       identity: this.identity,
       incarnation: this.#incarnation,
       cluster: credentials,
+      onCredentials: (theirs) => this.#learn(theirs),
       port,
       peers,
       log,
@@ -294,8 +398,8 @@ export class ClusterNode {
     this.#options.log.info("left the cluster's network", { cluster: this.#cluster?.name });
   }
 
-  /** What a new node gets: the cluster, and this node among the known ones. */
-  #invitation(): ClusterCredentials {
+  /** The cluster as others are told of it: this node is among the known ones. */
+  #shared(): ClusterCredentials {
     const mesh = this.#mesh;
     if (this.#cluster === undefined || mesh === undefined) throw noCluster();
     return withKnownNode(this.#cluster, { id: this.identity.id, name: mesh.name, addresses: [] });
@@ -333,6 +437,10 @@ export class ClusterNode {
       const { code } = v.parse(AcceptParams, params);
       if (this.#joins?.has(code) !== true) return Promise.resolve({ name: null });
       return this.#acceptHere(code).then((name) => ({ name }));
+    }
+    if (method === "cluster.secret") {
+      this.#learn(v.parse(CredentialsSchema, params));
+      return Promise.resolve(true);
     }
     for (const work of this.#work()) {
       const answer = work.onCall?.(from, method, params);

@@ -4,7 +4,14 @@
 import { createSocket, type Socket } from "node:dgram";
 import { networkInterfaces } from "node:os";
 import type { Logger } from "../../log.ts";
-import { type Beacon, decodeBeacon, encodeBeacon, type Heard, ReplayFilter } from "./beacon.ts";
+import {
+  type Beacon,
+  type BeaconCluster,
+  decodeBeacon,
+  encodeBeacon,
+  type Heard,
+  ReplayFilter,
+} from "./beacon.ts";
 import { joinAddress } from "./dial.ts";
 
 /** Site-local, administratively scoped (RFC 2365); not forwarded with TTL 1. */
@@ -21,7 +28,7 @@ export interface DiscoveryOptions {
   /** Read for every beacon; undefined: listen only. `secret` signs. */
   announce: () => { beacon: Omit<Beacon, "count">; secret: string } | undefined;
   /** The cluster whose beacons count as members'. */
-  cluster: () => { name: string; secret: string } | undefined;
+  cluster: () => BeaconCluster | undefined;
   /** A beacon, and where its node's control plane is: host:port. */
   onHeard: (heard: Exclude<Heard, { kind: "garbage" }>, address: string) => void;
   log: Logger;

@@ -10,7 +10,8 @@ import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { NodeId } from "../types.ts";
 import { nodeIdOf } from "./certificate.ts";
 import type { Channel } from "./channel.ts";
-import { NameSchema, purposeKey } from "./cluster-file.ts";
+import { type ClusterCredentials, MAX_PREVIOUS, NameSchema, purposeKey, secretName } from "./cluster-file.ts";
+import { isKnown, isRemoved, secretsOf } from "./rotation.ts";
 import { sameMac } from "./same-mac.ts";
 
 /** What a connection is for; one thing each, so that closing it ends exactly this. */
@@ -18,8 +19,8 @@ export const PURPOSES = ["control", "call", "rank", "join", "probe", "file", "rd
 export type Purpose = (typeof PURPOSES)[number];
 
 export interface HelloSettings {
-  /** Name and secret; undefined: this node is in no cluster and can only ask to join one. */
-  cluster: { name: string; secret: string } | undefined;
+  /** undefined: this node is in no cluster and can only ask to join one. */
+  cluster: ClusterCredentials | undefined;
   /** `port`: of its own control plane, 0 = none yet. */
   node: { id: NodeId; name: string; version: string; incarnation: number; port: number };
 }
@@ -31,6 +32,10 @@ export interface Peer {
   incarnation: number;
   /** Where its control plane listens, at the address that it calls from; 0 = nowhere. */
   port: number;
+  /** Name of the secret that both proved; "" when it asks to join. */
+  proved: string;
+  /** One of the two has another secret: they have to compare what they know of the cluster (mesh.ts). */
+  secretsDiffer: boolean;
 }
 
 /** In every protocol version: nothing else is read of a node that speaks another one. */
@@ -41,13 +46,25 @@ const AnyVersion = v.object({
 
 const Refusal = v.object({ refused: v.pipe(v.string(), v.maxLength(1000)) });
 
+/** Said to a node that was removed from the cluster. */
+export const REMOVED = "this node's key was removed from the cluster";
+
+const secretId = v.pipe(v.string(), v.regex(/^[0-9a-f]{16}$/));
+const Proofs = v.pipe(
+  v.array(v.object({ secret: secretId, proof: v.pipe(v.string(), v.maxLength(64)) })),
+  v.maxLength(MAX_PREVIOUS + 1),
+);
+
 const Hello = v.object({
   purpose: v.picklist(PURPOSES),
   cluster: v.pipe(v.string(), v.maxLength(64)),
   name: NameSchema,
   incarnation: v.pipe(v.number(), v.safeInteger(), v.minValue(0)),
   port: v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65535)),
-  proof: v.pipe(v.string(), v.maxLength(64)),
+  /** Name of the speaker's latest secret; "" when it asks to join. */
+  latest: v.union([secretId, v.literal("")]),
+  /** The caller's: one for each of its secrets, the latest first. The callee's: one, for the secret that both have. */
+  proofs: Proofs,
 });
 
 /** How long either side waits for the other's words. */
@@ -78,7 +95,7 @@ function proofOf(
     .digest("hex");
 }
 
-function words(settings: HelloSettings, purpose: Purpose, proof: string): object {
+function words(settings: HelloSettings, purpose: Purpose, proofs: v.InferOutput<typeof Proofs>): object {
   const { name, version, incarnation, port } = settings.node;
   return {
     caravan: CARAVAN_PROTOCOL,
@@ -88,8 +105,21 @@ function words(settings: HelloSettings, purpose: Purpose, proof: string): object
     name,
     incarnation,
     port,
-    proof,
+    latest: purpose === "join" || settings.cluster === undefined ? "" : secretName(settings.cluster.secret),
+    proofs,
   };
+}
+
+/** The secrets' names are public; a removed node knows the same ones, so an earlier secret proves nothing of an unknown key. */
+function agreedOn(cluster: ClusterCredentials, secret: string, peer: NodeId, latest: string): boolean {
+  const differ = secret !== cluster.secret || latest !== secretName(secret);
+  if (differ && !isKnown(cluster, peer))
+    throw new CaravanError(
+      "permission_denied",
+      "a node that is not known here proves an earlier secret of the cluster",
+      { hint: "Let it join again: `caravan cluster leave` and `caravan join` there." },
+    );
+  return differ;
 }
 
 function versionsDiffer(other: v.InferOutput<typeof AnyVersion>, ours: string): CaravanError {
@@ -117,19 +147,34 @@ export async function callerHello(
       );
     }
     const { cluster } = settings;
+    if (cluster !== undefined && isRemoved(cluster, id)) throw removedThere();
     const ids: [NodeId, NodeId] = [settings.node.id, id];
-    const proof = (role: "caller" | "callee") =>
-      cluster === undefined ? "" : proofOf(cluster.secret, channel.socket, role, ids);
-    channel.send(words(settings, purpose, purpose === "join" ? "" : proof("caller")));
+    const secrets = purpose === "join" || cluster === undefined ? [] : secretsOf(cluster);
+    const proofs = secrets.map((secret) => ({
+      secret: secretName(secret),
+      proof: proofOf(secret, channel.socket, "caller", ids),
+    }));
+    channel.send(words(settings, purpose, proofs));
     const answer = await channel.readJson(HELLO_LIMIT_MS);
     const peer = read(answer, settings, id);
+    let secretsDiffer = false;
+    let proved = "";
     if (purpose !== "join") {
-      if (!sameMac(peer.proof, proof("callee")))
+      const [theirs] = peer.proofs;
+      const secret = secrets.find((each) => secretName(each) === theirs?.secret);
+      if (
+        cluster === undefined ||
+        secret === undefined ||
+        theirs === undefined ||
+        !sameMac(theirs.proof, proofOf(secret, channel.socket, "callee", ids))
+      )
         throw new CaravanError("permission_denied", "the other node does not know this cluster's secret");
+      secretsDiffer = agreedOn(cluster, secret, id, peer.latest);
+      proved = theirs.secret;
       channel.trust();
     }
     const { name, version, incarnation, port } = peer;
-    return { id, name, version, incarnation, port };
+    return { id, name, version, incarnation, port, proved, secretsDiffer };
   } catch (thrown) {
     channel.close();
     throw thrown;
@@ -146,6 +191,7 @@ function read(
     throw new CaravanError("permission_denied", "the other side does not speak caravan's protocol");
   if (any.output.caravan !== CARAVAN_PROTOCOL) throw versionsDiffer(any.output, settings.node.version);
   const refusal = v.safeParse(Refusal, value);
+  if (refusal.success && refusal.output.refused === REMOVED) throw removedHere();
   if (refusal.success)
     throw new CaravanError("permission_denied", `the other node refuses: ${refusal.output.refused}`);
   const hello = v.safeParse(Hello, value);
@@ -158,6 +204,17 @@ function read(
   return { ...hello.output, version: any.output.version };
 }
 
+/** What a removed node is told, and what to do. */
+export function removedHere(): CaravanError {
+  return new CaravanError("permission_denied", REMOVED, {
+    hint: "To come back: `caravan cluster leave`, stop `caravan serve`, then `caravan join`, which makes a new key.",
+  });
+}
+
+function removedThere(): CaravanError {
+  return new CaravanError("permission_denied", "the node that answers there was removed from the cluster");
+}
+
 /** The side that is called. Rejects after it has told the other side why. */
 export async function calleeHello(
   channel: Channel,
@@ -168,20 +225,34 @@ export async function calleeHello(
     const id = peerIdOf(channel.socket);
     const hello = read(value, settings, id);
     const { name, version, incarnation, port } = hello;
-    const peer: Peer = { id, name, version, incarnation, port };
+    const peer: Peer = { id, name, version, incarnation, port, proved: "", secretsDiffer: false };
     const { cluster } = settings;
     if (cluster === undefined) throw new CaravanError("permission_denied", "this node is in no cluster");
+    if (isRemoved(cluster, id)) throw new CaravanError("permission_denied", REMOVED);
     if (hello.purpose === "join") {
-      channel.send(words(settings, "join", ""));
+      channel.send(words(settings, "join", []));
       return { peer, purpose: hello.purpose };
     }
     if (hello.cluster !== cluster.name)
       throw new CaravanError("permission_denied", "this node belongs to a cluster of another name");
     const ids: [NodeId, NodeId] = [id, settings.node.id];
-    if (!sameMac(hello.proof, proofOf(cluster.secret, channel.socket, "caller", ids)))
+    const secret = secretsOf(cluster).find((each) =>
+      hello.proofs.some(({ secret: called }) => called === secretName(each)),
+    );
+    const theirs = hello.proofs.find(
+      ({ secret: called }) => secret !== undefined && called === secretName(secret),
+    );
+    if (
+      secret === undefined ||
+      theirs === undefined ||
+      !sameMac(theirs.proof, proofOf(secret, channel.socket, "caller", ids))
+    )
       throw new CaravanError("permission_denied", "the proof of the cluster's secret is wrong");
+    peer.secretsDiffer = agreedOn(cluster, secret, id, hello.latest);
+    peer.proved = theirs.secret;
     channel.trust();
-    channel.send(words(settings, hello.purpose, proofOf(cluster.secret, channel.socket, "callee", ids)));
+    const proof = proofOf(secret, channel.socket, "callee", ids);
+    channel.send(words(settings, hello.purpose, [{ secret: secretName(secret), proof }]));
     return { peer, purpose: hello.purpose };
   } catch (thrown) {
     if (thrown instanceof CaravanError && channel.open) {

@@ -36,11 +36,7 @@ export function newIdentity(): Identity {
 export function loadIdentity(folder: string): Identity {
   const path = join(folder, "node.pem");
   const text = readPrivateFile(path);
-  if (text === undefined) {
-    const made = newIdentity();
-    writePrivateFile(path, made.privateKey + made.certificate, "keep this node's key");
-    return made;
-  }
+  if (text === undefined) return renewIdentity(folder);
   const privateKey = PEM_KEY.exec(text)?.[0];
   const certificate = PEM_CERTIFICATE.exec(text)?.[0];
   try {
@@ -58,6 +54,13 @@ export function loadIdentity(folder: string): Identity {
       cause,
     });
   }
+}
+
+/** Makes this machine another node. No node of it may run. */
+export function renewIdentity(folder: string): Identity {
+  const made = newIdentity();
+  writePrivateFile(join(folder, "node.pem"), made.privateKey + made.certificate, "keep this node's key");
+  return made;
 }
 
 /** One more than at the last start; the number that lets a restarted node replace itself. Not a clock, which may jump. */

@@ -130,6 +130,11 @@ export class Link {
     this.channel.finish();
   }
 
+  /** Ends the link and tells the peer why it is not wanted. */
+  dismiss(reason: string): void {
+    decline(this.channel, reason);
+  }
+
   close(why: CaravanError): void {
     this.channel.close(why);
   }

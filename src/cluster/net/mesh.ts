@@ -9,13 +9,15 @@ import { VERSION } from "../../version.ts";
 import type { NodeId } from "../types.ts";
 import { AddressBook, type Candidate } from "./address-book.ts";
 import type { Channel } from "./channel.ts";
-import type { ClusterCredentials } from "./cluster-file.ts";
+import { type ClusterCredentials, secretName, withKnownNode } from "./cluster-file.ts";
+import { exchangeCredentials } from "./credentials-exchange.ts";
 import { dial, joinAddress, splitAddress } from "./dial.ts";
 import { Discovery, type DiscoveryStatus } from "./discovery.ts";
-import type { HelloSettings, Peer, Purpose } from "./hello.ts";
+import { type HelloSettings, type Peer, type Purpose, REMOVED } from "./hello.ts";
 import type { Identity } from "./identity.ts";
 import { decline, Link } from "./link.ts";
 import { type Listener, type ListenerCounters, listen } from "./listener.ts";
+import { isKnown, isRemoved } from "./rotation.ts";
 
 const TURN_MS = 200;
 const CALL_LIMIT_MS = 3000;
@@ -25,8 +27,10 @@ export interface MeshOptions {
   incarnation: number;
   /** Shown to people; default: this machine's name. */
   name?: string;
-  /** Read anew when needed: its list of known nodes grows. */
+  /** Read anew when needed: its list of known nodes grows, and its secret changes when a node is removed. */
   cluster: () => ClusterCredentials;
+  /** A member has another secret; what it knows of the cluster. */
+  onCredentials: (theirs: ClusterCredentials) => void;
   /** Address to listen on; default: all. */
   host?: string;
   port: number;
@@ -140,7 +144,7 @@ export class Mesh {
     let last: unknown = unreachable(to);
     for (const address of this.#book.addressesOf(to)) {
       try {
-        const { channel } = await dial({
+        const { channel, peer } = await dial({
           identity: this.#options.identity,
           settings: this.#settings(),
           address,
@@ -148,6 +152,7 @@ export class Mesh {
           expected: to,
           ...(signal === undefined ? {} : { signal }),
         });
+        if (!this.#isCurrent(channel, peer)) continue;
         this.#tie(to, channel);
         return channel;
       } catch (thrown) {
@@ -156,6 +161,16 @@ export class Mesh {
       }
     }
     throw last;
+  }
+
+  /** The cluster's secret has changed: links to nodes that it does not know any more end, those that were removed are told. */
+  renew(): void {
+    const cluster = this.#options.cluster();
+    this.#book.forget((id) => isRemoved(cluster, id));
+    for (const link of this.#links.values())
+      if (isRemoved(cluster, link.peer.id)) link.dismiss(REMOVED);
+      else if (!isKnown(cluster, link.peer.id))
+        link.close(new CaravanError("cluster_degraded", "it has to prove the cluster's new secret"));
   }
 
   /** Tells every node that this one goes, and closes everything. */
@@ -207,7 +222,9 @@ export class Mesh {
       },
       cluster,
       onHeard: (heard, address) => {
-        if (heard.kind === "member") {
+        if (heard.kind === "member" && isRemoved(cluster(), heard.beacon.id)) {
+          this.#note({ address, name: heard.beacon.name, reason: "was removed from this cluster" });
+        } else if (heard.kind === "member") {
           this.#book.learn(address, heard.beacon.id, false, performance.now());
           this.#strangers.delete(address);
         } else this.#noteStranger(heard, address);
@@ -219,10 +236,9 @@ export class Mesh {
   }
 
   #settings(): HelloSettings {
-    const { name, secret } = this.#options.cluster();
-    const { identity, incarnation } = this.#options;
+    const { identity, incarnation, cluster } = this.#options;
     return {
-      cluster: { name, secret },
+      cluster: cluster(),
       node: { id: identity.id, name: this.name, version: VERSION, incarnation, port: this.port },
     };
   }
@@ -232,7 +248,6 @@ export class Mesh {
     address: string,
   ) {
     if (heard.kind === "member") return;
-    if (this.#strangers.size >= MAX_STRANGERS && !this.#strangers.has(address)) return;
     const stranger =
       heard.kind === "version"
         ? {
@@ -245,9 +260,15 @@ export class Mesh {
               name: heard.beacon.name,
               reason: `has another secret although its cluster is called the same: \`caravan cluster leave\` and \`caravan join\` there`,
             };
-    if (!this.#strangers.has(address))
-      this.#options.log.info("a node that is no member", { address, ...stranger });
-    this.#strangers.set(address, { address, ...stranger });
+    this.#note({ address, ...stranger });
+  }
+
+  #note(stranger: Stranger): void {
+    const { address } = stranger;
+    const known = this.#strangers.has(address);
+    if (this.#strangers.size >= MAX_STRANGERS && !known) return;
+    if (!known) this.#options.log.info("a node that is no member", { ...stranger });
+    this.#strangers.set(address, stranger);
   }
 
   #dialDue(): void {
@@ -280,6 +301,19 @@ export class Mesh {
         ...(candidate.id === undefined ? {} : { expected: candidate.id }),
         signal: this.#stop.signal,
       });
+      if (!this.#isCurrent(channel, peer)) {
+        this.#book.failed(candidate, "the cluster's secret has changed", performance.now());
+        return;
+      }
+      if (peer.secretsDiffer) {
+        await this.#compare(channel, peer);
+        this.#book.failed(
+          candidate,
+          "it has another secret of this cluster; they were compared",
+          performance.now(),
+        );
+        return;
+      }
       this.#book.succeeded(candidate, peer.id);
       this.#adopt(channel, peer, true);
     } catch (thrown) {
@@ -288,7 +322,30 @@ export class Mesh {
       if (message !== candidate.problem)
         this.#options.log.debug("cannot reach a node", { address: candidate.address, reason: message });
       this.#book.failed(candidate, message, performance.now());
+      // Said by a node whose key this one knows.
+      if (message === REMOVED && candidate.id !== undefined) this.#unwanted(message, candidate.address);
     }
+  }
+
+  /** Whether the cluster's secret is still what it was while the hello was under way. Otherwise the connection ends; a removed node
+   * hears why, others call again. */
+  #isCurrent(channel: Channel, peer: Peer): boolean {
+    const cluster = this.#options.cluster();
+    const current =
+      peer.proved === secretName(cluster.secret) || (peer.secretsDiffer && isKnown(cluster, peer.id));
+    if (current && !isRemoved(cluster, peer.id)) return true;
+    if (isRemoved(cluster, peer.id)) decline(channel, REMOVED);
+    else channel.finish();
+    return false;
+  }
+
+  /** Both sides learn what the other one knows of the cluster, and meet again under one secret. */
+  async #compare(channel: Channel, peer: Peer): Promise<void> {
+    const { cluster, identity } = this.#options;
+    const self = { id: identity.id, name: this.name, addresses: [] };
+    const theirs = await exchangeCredentials(channel, withKnownNode(cluster(), self));
+    this.#options.log.info("compared secrets of the cluster", { node: peer.name });
+    this.#options.onCredentials(theirs);
   }
 
   /** Heartbeats of the link notice a node that has stopped; other connections have none, and end with it. */
@@ -303,9 +360,19 @@ export class Mesh {
       channel.close();
       return;
     }
+    if (purpose !== "join" && !this.#isCurrent(channel, peer)) return;
     if (purpose !== "control") {
       if (purpose !== "join") this.#tie(peer.id, channel);
       this.#options.onChannel(channel, peer, purpose);
+      return;
+    }
+    if (peer.secretsDiffer) {
+      this.#compare(channel, peer).catch((thrown) =>
+        this.#options.log.info("secrets were not compared", {
+          node: peer.name,
+          reason: asCaravanError(thrown).message,
+        }),
+      );
       return;
     }
     const { remoteAddress } = channel.socket;
@@ -358,6 +425,12 @@ export class Mesh {
     this.#options.onUp(link);
   }
 
+  #unwanted(reason: string, saidBy: string): void {
+    if (this.#conflict === reason) return;
+    this.#conflict = reason;
+    this.#options.log.error(reason, { said_by: saidBy });
+  }
+
   #ended(link: Link, why: CaravanError): void {
     const { peer } = link;
     // Replaced by a newer one: the node is still there, unless it was restarted in between.
@@ -365,10 +438,7 @@ export class Mesh {
     if (now === link) this.#links.delete(peer.id);
     else if (now === undefined || now.peer.incarnation === peer.incarnation) return;
     for (const channel of this.#channels.get(peer.id) ?? []) channel.close(why);
-    if (why.code === "permission_denied" && this.#conflict !== why.message) {
-      this.#conflict = why.message;
-      this.#options.log.error(why.message, { said_by: peer.name });
-    }
+    if (why.code === "permission_denied") this.#unwanted(why.message, peer.name);
     if (this.#stop.signal.aborted) return;
     if (now === link) {
       this.#options.log.info("node is gone", {
@@ -377,7 +447,7 @@ export class Mesh {
         reason: link.saidGoodbye ? "it said goodbye" : why.message,
       });
     }
-    this.#options.onDown(link, why, link.saidGoodbye);
+    this.#options.onDown(link, why, link.saidGoodbye || isRemoved(this.#options.cluster(), peer.id));
   }
 }
 
