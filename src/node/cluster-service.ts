@@ -92,12 +92,13 @@ export class NodeCluster implements ClusterService {
         members.map(({ record }) => record.info),
       ),
       links: members.flatMap(({ record }) =>
-        record.links.map(({ from, to, kind, latencyUs, bandwidth }) => ({
+        record.links.map(({ from, to, kind, latencyUs, bandwidth, devices }) => ({
           from,
           to,
           kind,
           round_trip_us: latencyUs,
           bandwidth,
+          ...(devices === undefined ? {} : { devices }),
         })),
       ),
       instances: members.flatMap(({ record }) =>
