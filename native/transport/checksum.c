@@ -11,18 +11,26 @@ static inline uint64_t mix(uint64_t h, uint64_t word) {
 }
 
 void cv_checksum_start(cv_checksum *c) {
-    for (uint64_t i = 0; i < 8; i++) c->lane[i] = (i + 1) * ODD;
+    for (uint64_t i = 0; i < 8; i++) c->sum[i] = c->sums[i] = (i + 1) * ODD;
     c->bytes = 0;
 }
 
+/* Two lanes: a vector register of every processor. As scalars the lanes would live in memory from block to block. */
+typedef uint64_t pair __attribute__((vector_size(16)));
+
+static inline pair turned(pair x) { return x << 1 | x >> 63; }
+
 static const uint8_t *blocks(cv_checksum *c, const uint8_t *p, size_t n) {
-    uint64_t a[8], w[8];
-    memcpy(a, c->lane, sizeof a);
+    pair a[4], b[4], w[4];
+    memcpy(a, c->sum, sizeof a);
+    memcpy(b, c->sums, sizeof b);
     for (; n; n--, p += 64) {
         memcpy(w, p, sizeof w);
-        for (int i = 0; i < 8; i++) a[i] = mix(a[i], w[i]);
+        a[0] += w[0], a[1] += w[1], a[2] += w[2], a[3] += w[3];
+        b[0] = turned(b[0]) + a[0], b[1] = turned(b[1]) + a[1], b[2] = turned(b[2]) + a[2], b[3] = turned(b[3]) + a[3];
     }
-    memcpy(c->lane, a, sizeof a);
+    memcpy(c->sum, a, sizeof a);
+    memcpy(c->sums, b, sizeof b);
     return p;
 }
 
@@ -50,6 +58,6 @@ uint64_t cv_checksum_finish(const cv_checksum *c) {
         blocks(&last, last.rest, 1);
     }
     uint64_t h = mix(ODD, last.bytes);
-    for (int i = 0; i < 8; i++) h = mix(h, last.lane[i] ^ last.lane[i] >> 32);
+    for (int i = 0; i < 8; i++) h = mix(mix(h, last.sum[i]), last.sums[i]);
     return h ^ h >> 31;
 }

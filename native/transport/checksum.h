@@ -1,5 +1,6 @@
 /* checksum.h — a fast checksum of messages on paths that nobody else can write to (shared memory, RDMA cables): it finds damage and mix-ups,
- * not attacks. Eight lanes of 64-bit words, each h = rotate(h xor word)·odd, which no change of one word survives unseen. */
+ * not attacks. Eight lanes of 64-bit words, each with their sum and a sum of these sums that is turned by a bit a step, so that order counts; no
+ * change of one word survives unseen. Additions alone, because every instruction set can make several at once. */
 #ifndef CV_TRANSPORT_CHECKSUM_H
 #define CV_TRANSPORT_CHECKSUM_H
 
@@ -7,7 +8,7 @@
 #include <stdint.h>
 
 typedef struct {
-    uint64_t lane[8];
+    uint64_t sum[8], sums[8];
     uint64_t bytes;
     uint8_t rest[64];
 } cv_checksum;

@@ -47,6 +47,18 @@ static void with(exchange *e, uint32_t peer, bool sending, void *data, size_t by
     e->t[e->n++] = (cv_transfer){.peer = peer, .channel = CV_CHANNEL_REDUCE, .sending = sending, .data = data, .bytes = bytes};
 }
 
+/* Two members over a transport that adds by itself: x is its own scratch. */
+static int one_shot_in_place(cv_group *g, cv_members m, float *x, size_t n, uint64_t until) {
+    exchange e;
+    e.n = 0;
+    uint32_t self = g->rank - m.first, peer = m.first + 1 - self;
+    with(&e, peer, true, x, n * sizeof *x);
+    with(&e, peer, false, x, n * sizeof *x);
+    e.t[1].behind = &e.t[0];
+    e.t[1].in_first = self == 1;
+    return cv_run(g, g->wire, e.t, e.n, until, "all-reduce");
+}
+
 static int one_shot(cv_group *g, cv_members m, float *x, size_t n, float *scratch, uint64_t until) {
     exchange e;
     e.n = 0;
@@ -123,7 +135,9 @@ int cv_all_reduce(cv_group *g, cv_members m, float *x, size_t n, uint32_t timeou
     int code = cv_begin(g);
     if (code != CV_OK) return code;
     uint64_t start = cv_now(), until = start + timeout_ms * CV_MS;
-    if (m.count > 1 && n > 0) {
+    if (m.count == 2 && n > 0 && g->wire->adds) {
+        code = one_shot_in_place(g, m, x, n, until);
+    } else if (m.count > 1 && n > 0) {
         bool shot = m.count == 2 || n * sizeof *x <= g->wire->one_shot_bytes || n < m.count, own;
         float *scratch = take_scratch(g, shot ? m.count * n : (size_t)m.count * (n / m.count + 1), &own);
         if (!scratch) code = cv_group_fail(g, CV_E_MEMORY, (int)g->rank, "rank %u has no memory for an all-reduce of %zu numbers", g->rank, n);

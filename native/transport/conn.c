@@ -35,6 +35,7 @@ int cv_conn_init(cv_conn *c, int fd, uint32_t self, uint32_t peer, uint32_t chan
 void cv_conn_close(cv_conn *c) {
     if (c->fd >= 0) close(c->fd);
     free(c->staging);
+    free(c->summand);
     memset(c, 0, sizeof *c);
     c->fd = -1;
 }
@@ -122,6 +123,8 @@ static int take_header(cv_conn *c, cv_transfer *t) {
         snprintf(c->why, sizeof c->why, "a message of %llu bytes where %zu were expected", (unsigned long long)h->message_bytes, t->bytes);
         return CV_CONN_BROKEN;
     }
+    if (t->behind && !c->summand && !(c->summand = malloc(CV_FRAME_MAX))) return broken(c, "no memory for a frame");
+    if (t->behind && h->length % sizeof(float)) return broken(c, "a frame that ends inside a number");
     c->in_open = true;
     c->in_got = 0;
     uint64_t start = cv_now();
@@ -131,9 +134,12 @@ static int take_header(cv_conn *c, cv_transfer *t) {
     return 0;
 }
 
+/* Where the open frame's next byte goes. */
+static uint8_t *landing(const cv_conn *c, const cv_transfer *t) { return (t->behind ? (uint8_t *)c->summand : t->data + t->done) + c->in_got; }
+
 static void took(cv_conn *c, const cv_transfer *t, size_t bytes) {
     uint64_t start = cv_now();
-    cv_mac_add(&c->in_mac, t->data + t->done + c->in_got, bytes);
+    cv_mac_add(&c->in_mac, landing(c, t), bytes);
     spent(c, start);
     c->in_got += bytes;
 }
@@ -184,20 +190,22 @@ static int progress_receive(cv_conn *c, cv_transfer *t) {
         size_t left = c->in.length - c->in_got, staged = c->staged_to - c->staged_from;
         if (left && staged) {
             size_t n = left < staged ? left : staged;
-            memcpy(t->data + t->done + c->in_got, c->staging + c->staged_from, n);
+            memcpy(landing(c, t), c->staging + c->staged_from, n);
             c->staged_from += n;
             took(c, t, n);
             moved = 1;
         } else if (left) {
-            int r = read_ahead(c, t->data + t->done + c->in_got, left, &got);
+            int r = read_ahead(c, landing(c, t), left, &got);
             if (r <= 0) return r < 0 ? r : moved;
             took(c, t, got);
             moved = 1;
         }
         if (c->in_got < c->in.length) continue;
+        if (t->behind && t->behind->done < t->done + c->in.length) return moved;
         uint8_t tag[CV_TAG_BYTES];
         cv_mac_finish(&c->in_mac, tag);
         if (!cv_mac_equal16(tag, c->in.tag)) return broken(c, "a frame whose MAC is wrong");
+        if (t->behind) cv_add_floats((float *)(void *)(t->data + t->done), c->summand, c->in.length / sizeof(float), t->in_first);
         c->in_open = false;
         c->recv_seq++;
         t->done += c->in.length;

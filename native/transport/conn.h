@@ -10,7 +10,7 @@
 #include "mac.h"
 
 /* A message on its way, in one direction. `done` counts payload bytes that have moved. */
-typedef struct {
+typedef struct cv_transfer {
     uint32_t peer, channel;
     bool sending;
     bool any;      /* receiving: the size is the sender's; data is malloc'ed when the first frame says how much */
@@ -19,7 +19,14 @@ typedef struct {
     size_t bytes;  /* sending and not any: of the message */
     size_t most;   /* any: largest size taken */
     size_t done;
+    /* Not NULL: what comes are floats, and is added to data: data[i] + in[i] or, with in_first, in[i] + data[i]. `behind` sends the same
+     * data; nothing is added to what it has not sent. */
+    const struct cv_transfer *behind;
+    bool in_first;
 } cv_transfer;
+
+/* x = x + in, or in + x: the same number, but where both are not numbers the first one's payload wins. */
+void cv_add_floats(float *x, const float *in, size_t n, bool in_first);
 
 #define CV_FRAME_MAX (256u << 10) /* payload bytes */
 #define CV_STAGING_BYTES (64u << 10)
@@ -53,6 +60,7 @@ typedef struct {
     size_t in_got; /* payload bytes */
     cv_mac in_mac;
     uint8_t *staging; /* [CV_STAGING_BYTES] bytes that were read ahead */
+    float *summand;   /* [CV_FRAME_MAX bytes] the frame that is to be added, once it has proved genuine; NULL until there is one */
     size_t staged_from, staged_to;
     char why[160]; /* what went wrong, after a negative result */
 } cv_conn;

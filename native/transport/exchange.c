@@ -1,21 +1,25 @@
 /* exchange.c — sends and receives messages: many transfers at once, with spinning, yielding and sleeping, deadlines, and the failure
  * of the group in between. */
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "group.h"
 
-/* A message between two computing ranks takes some 10 µs: spin that long, then let others run, then sleep. With more ranks
- * than cores pure spinning costs a time slice (16 ms measured) a message. */
-#define SPIN_NS 20000ull
-#define YIELD_NS 60000ull
+/* A message between two computing ranks takes some 10 µs: spin a few times that long, then sleep. With more ranks than cores pure spinning
+ * costs a time slice (16 ms measured) a message. Yielding instead would give the core away until the next tick to whatever runs in the
+ * background, at the lowest priority too; who sleeps is woken at once. */
+#define SPIN_NS 50000ull
 /* How long data may still come from a rank that said goodbye, after the last byte. */
 #define LEFT_NS (300 * CV_MS)
 #define LONGEST_SLEEP_NS (100 * CV_MS)
 
 static int code_of(cv_group *g) { return atomic_load_explicit(&g->code, memory_order_acquire); }
+
+void cv_add_floats(float *x, const float *in, size_t n, bool in_first) {
+    const float *a = in_first ? in : x, *b = in_first ? x : in;
+    for (size_t i = 0; i < n; i++) x[i] = a[i] + b[i];
+}
 
 int cv_begin(cv_group *g) {
     atomic_fetch_add(&g->calls, 1);
@@ -84,7 +88,6 @@ static int run(cv_group *g, const cv_wire *wire, cv_transfer *t, size_t n, uint6
         if (code != CV_OK) return code;
         if (!idle_since) idle_since = now;
         if (now - idle_since < SPIN_NS) cv_cpu_relax();
-        else if (now - idle_since < YIELD_NS) sched_yield();
         else wire->wait(g, t, n, until < now + LONGEST_SLEEP_NS ? until : now + LONGEST_SLEEP_NS, now - idle_since);
     }
 }

@@ -33,6 +33,7 @@ typedef struct {
     void (*beat)(cv_group *g);  /* called by the monitor a few times within the silence; may be NULL */
     void (*close)(cv_group *g); /* frees what the transport holds; no other call runs */
     size_t one_shot_bytes;      /* all-reduces up to this size send whole vectors to everybody */
+    bool adds;                  /* takes transfers with `behind` */
 } cv_wire;
 
 typedef struct {

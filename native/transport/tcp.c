@@ -43,7 +43,7 @@ static void close_all(cv_group *g) {
     g->wire_state = NULL;
 }
 
-static const cv_wire wire = {.kind = CV_TRANSPORT_TCP, .progress = progress, .wait = wait_for, .close = close_all, .one_shot_bytes = 8u << 10};
+static const cv_wire wire = {.kind = CV_TRANSPORT_TCP, .progress = progress, .wait = wait_for, .close = close_all, .one_shot_bytes = 8u << 10, .adds = true};
 
 int cv_tcp_try(cv_group *g, uint64_t until_ns, char *why, size_t why_size) {
     (void)why, (void)why_size; /* TCP works or the group is over */
