@@ -185,7 +185,7 @@ function decodeStep(
     out.exchange += exchange;
     out.slowest = Math.max(out.slowest, slowest.read + slowest.overhead + exchange);
   });
-  out.exchange += stepUs(stages, links);
+  out.exchange += descriptorUs(stages, links);
   out.total = out.read + out.overhead + out.exchange;
   return out;
 }
@@ -227,6 +227,7 @@ export function speedOf(node: Pick<NodeFigures, "device" | "speed">): NodeSpeed 
   return node.speed ?? ASSUMED_SPEED[node.device];
 }
 
+/** Stages of a pipeline begin and end the step one after the other, so each of them adds its stepUs; tensor ranks do so at one time. */
 function overheadUs(config: ModelConfig, node: NodeFigures, { place }: RankWork): number {
   const speed = speedOf(node);
   const [first, end] = place.layers;
@@ -263,7 +264,7 @@ function exchangesUs(
 }
 
 /** The step's descriptor to the other ranks, and the sampled token back where another stage has the head. */
-function stepUs(stages: readonly PlacedRank[][], links: LinkTable): number {
+function descriptorUs(stages: readonly PlacedRank[][], links: LinkTable): number {
   const all = stages.flat();
   const first = all[0];
   if (first === undefined || all.length === 1) return 0;

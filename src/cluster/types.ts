@@ -54,7 +54,8 @@ export type RdmaSurvey = { devices: RdmaDevice[] } | { reason: string };
 export interface NodeSpeed {
   /** Multiply-adds/s of a prompt's matrix products; 0 = unknown. */
   multiplyAdds: number;
-  /** What a decode step takes beside reading weights and cache: once, for each dense layer, for each layer with experts. */
+  /** What a decode step takes beside reading weights and cache: once on the node (taking up the step, the first launch, handing the result
+   * on), for each dense layer, for each layer with experts. */
   stepUs: number;
   denseLayerUs: number;
   moeLayerUs: number;

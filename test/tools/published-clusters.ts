@@ -40,7 +40,7 @@ export function macs(
     device: "metal" as const,
     memory: { total: 512e9, available: 480e9 },
     bandwidth: 819e9,
-    speed: { multiplyAdds: 14e12, stepUs: 0, denseLayerUs: 110, moeLayerUs: 212, handoverUs: 4 },
+    speed: { multiplyAdds: 14e12, stepUs: 1900, denseLayerUs: 70, moeLayerUs: 172, handoverUs: 4 },
     ...change,
   }));
 }
