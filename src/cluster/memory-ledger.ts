@@ -2,7 +2,7 @@
 // Says what is loaded, what would have to go for a further model, and how much is left. Pure.
 
 import { PLANNED_SHARE } from "../model/memory-plan.ts";
-import { gigabytes } from "./placement.ts";
+import { gigabytes } from "./placement-words.ts";
 
 export interface LedgerEntry {
   /** Instance. */

@@ -5,6 +5,7 @@ import { CaravanError } from "../errors.ts";
 import { type KvType, PLANNED_SHARE } from "../model/memory-plan.ts";
 import { type ModelProfile, type RankWork, rankWorks } from "./model-profile.ts";
 import { type Candidate, nodeGroups } from "./node-groups.ts";
+import { PlacementWords, speedOf } from "./placement-words.ts";
 import { LinkTable, type NodeFigures, type Prediction, predict } from "./predict.ts";
 import { longestContext, type MemoryTerms, type RankMemory, rankMemory } from "./rank-memory.ts";
 import type { Share } from "./shard.ts";
@@ -114,6 +115,7 @@ class Planner {
   readonly #links: LinkTable;
   readonly #memory: MemoryTerms;
   readonly #costs: StageCosts;
+  readonly #words: PlacementWords;
 
   constructor(
     readonly profile: ModelProfile,
@@ -133,6 +135,8 @@ class Planner {
       node,
     }));
     this.#links = new LinkTable(links);
+    const usable = this.#members.reduce((sum, member) => sum + member.usable, 0);
+    this.#words = new PlacementWords(wanted, usable, this.#links, config.where);
     const streams = asked.streams ?? 1;
     this.#memory = {
       context: asked.context ?? Math.min(DEFAULT_CONTEXT, config.contextLength),
@@ -170,14 +174,14 @@ class Planner {
     for (const [key, { tried, predicted }] of best) {
       const [tensor = 1, pipeline = 1] = key.split("x").map(Number);
       if (predicted === undefined)
-        refused.push({ tensor, pipeline, bytes: tried.bytes, reason: this.#missing(tried) });
+        refused.push({ tensor, pipeline, bytes: tried.bytes, reason: this.#words.missing(tried.bytes) });
       else found.push(this.#placement(tensor, pipeline, tried, predicted));
     }
-    if (found.length === 0) throw this.#tooLarge(refused);
-    found.sort((a, b) => this.#speed(b) - this.#speed(a) || a.ranks.length - b.ranks.length);
-    const reason = this.#recommend(found);
-    for (const placement of found) placement.warnings = this.#warnings(placement, found);
-    return { placements: found, refused, reason, assumptions: this.#assumptions(found) };
+    if (found.length === 0) throw this.#words.tooLarge(refused);
+    found.sort((a, b) => speedOf(b) - speedOf(a) || a.ranks.length - b.ranks.length);
+    const reason = this.#words.reason(this.#recommend(found), found, WORTHWHILE);
+    for (const placement of found) placement.warnings = this.#words.warnings(placement, found);
+    return { placements: found, refused, reason, assumptions: this.#words.assumptions(found) };
   }
 
   /** The model on these nodes in this order: layers to stages, then shares within each. */
@@ -267,137 +271,16 @@ class Planner {
     };
   }
 
-  #speed({ predicted }: Placement): number {
-    return predicted.decodeAll ?? 0;
-  }
-
-  /** Puts the recommended placement first and says why. */
-  #recommend(found: Placement[]): string {
+  /** Puts the recommended placement first: the one with the fewest nodes of those that are nearly the fastest. */
+  #recommend(found: Placement[]): Placement {
     const fastest = found[0] as Placement;
     const few = found
-      .filter((p) => this.#speed(p) * WORTHWHILE >= this.#speed(fastest))
-      .sort((a, b) => a.ranks.length - b.ranks.length || this.#speed(b) - this.#speed(a))[0] as Placement;
+      .filter((p) => speedOf(p) * WORTHWHILE >= speedOf(fastest))
+      .sort((a, b) => a.ranks.length - b.ranks.length || speedOf(b) - speedOf(a))[0] as Placement;
     found.splice(found.indexOf(few), 1);
     found.unshift(few);
-    const speed = few.predicted.decodeAll;
-    if (speed === null) {
-      return `${this.#name(few)} is the one with the fewest nodes; without the nodes' bandwidth no speed can be predicted`;
-    }
-    const single = found.find(({ ranks }) => ranks.length === 1);
-    if (few.ranks.length === 1) {
-      return found.length === 1
-        ? `${this.#name(few)} is the only possible placement: ${rate(speed)}`
-        : `${this.#name(few)} gives ${rate(speed)}; no placement on more nodes is more than ${Math.round((WORTHWHILE - 1) * 100)} % faster`;
-    }
-    if (single === undefined) {
-      return `no node alone has room for the model; ${this.#name(few)} is the fastest that fits: ${rate(speed)}`;
-    }
-    return `${this.#name(few)} gives ${rate(speed)}, ${(speed / this.#speed(single)).toFixed(2)} times ${this.#name(single)} (${rate(this.#speed(single))})`;
+    return few;
   }
-
-  #warnings(placement: Placement, all: readonly Placement[]): string[] {
-    const out: string[] = [];
-    const speed = placement.predicted.decodeAll;
-    const fewer = all
-      .filter(({ ranks }) => ranks.length < placement.ranks.length)
-      .sort((a, b) => this.#speed(b) - this.#speed(a))[0];
-    if (speed !== null && fewer !== undefined && this.#speed(fewer) >= speed) {
-      const exchange = placement.predicted.exchangeMs;
-      const part = `${exchange.toFixed(1)} ms of each token go into the exchange between nodes`;
-      out.push(
-        `splitting loses: ${rate(speed)} on ${placement.ranks.length} nodes, ${rate(this.#speed(fewer))} with ${this.#name(fewer)}${exchange > 1 ? `; ${part}` : ""}`,
-      );
-    }
-    if (placement.pipeline > 1 && placement.streams < placement.pipeline)
-      out.push(
-        `${placement.streams === 1 ? "one stream keeps" : `${placement.streams} streams keep`} only ${placement.streams} of ${placement.pipeline} stages busy: a pipeline brings memory here, not speed`,
-      );
-    const idle = placement.bytes.filter(({ rank }) => placement.ranks[rank]?.weight === 0);
-    if (idle.length > 0)
-      out.push(`${idle.map(({ node }) => this.#nameOf(node)).join(", ")} would compute nothing of its stage`);
-    return out;
-  }
-
-  #assumptions(found: readonly Placement[]): string[] {
-    const out: string[] = [];
-    const names = (nodes: readonly PlacementNode[]) => nodes.map(({ name }) => name).join(", ");
-    const all = this.#members.map(({ node }) => node);
-    const unmeasured = all.filter(({ speed }) => speed === null);
-    const without = all.filter(({ bandwidth }) => bandwidth <= 0);
-    if (without.length > 0) out.push(`memory bandwidth of ${names(without)} is unknown`);
-    if (unmeasured.length > 0)
-      out.push(
-        `time of a layer beside reading was not measured on ${names(unmeasured)}: typical figures are used`,
-      );
-    const metal = unmeasured.filter(({ device }) => device === "metal");
-    if (metal.length > 0 && found.some(({ ranks }) => ranks.length > 1))
-      out.push(
-        `hand-over between GPU and network was not measured on ${names(metal)}: 180 µs is assumed, that of an ordinary event`,
-      );
-    const pairs = all.flatMap((a, i) =>
-      all.slice(i + 1).filter((b) => this.#links.measured(a.id, b.id) === undefined),
-    );
-    if (pairs.length > 0)
-      out.push(
-        `${pairs.length} ${pairs.length === 1 ? "link was" : "links were"} not measured: gigabit Ethernet is assumed`,
-      );
-    return out;
-  }
-
-  #missing({ bytes }: Pick<Tried, "bytes">): string {
-    return bytes
-      .filter(({ total, usable }) => total > usable)
-      .map(
-        ({ node, total, usable }) =>
-          `${this.#nameOf(node)} needs ${gigabytes(total)} and has ${gigabytes(usable)}: ${gigabytes(total - usable)} missing`,
-      )
-      .join("; ");
-  }
-
-  #tooLarge(refused: readonly RefusedShape[]): CaravanError {
-    const miss = (shape: RefusedShape) =>
-      shape.bytes.reduce((sum, { total, usable }) => sum + Math.max(0, total - usable), 0);
-    const closest = refused.toSorted((a, b) => miss(a) - miss(b) || a.bytes.length - b.bytes.length)[0];
-    if (closest === undefined)
-      return new CaravanError(
-        "invalid_argument",
-        "no group of these nodes has the shape that was asked for",
-        {
-          hint: "Ask for tensor × pipeline = the number of nodes, or leave both out.",
-        },
-      );
-    const needed = closest.bytes.reduce((sum, { total }) => sum + total, 0);
-    const usable = this.#members.reduce((sum, member) => sum + member.usable, 0);
-    const weights = closest.bytes.reduce((sum, each) => sum + each.weights + each.scratch, 0);
-    return new CaravanError(
-      "out_of_memory",
-      `the model does not fit: ${this.#name(closest)} comes closest with ${gigabytes(needed)} in all, ${gigabytes(usable)} can be used on ${this.#members.length === 1 ? "the node" : `all ${this.#members.length} nodes together`}; ${closest.reason}`,
-      {
-        where: this.profile.config.where,
-        hint:
-          weights <= usable
-            ? "Ask for a shorter context with --context, or fewer --streams."
-            : "Add a node, or use a more strongly quantized model.",
-      },
-    );
-  }
-
-  #nameOf(id: NodeId): string {
-    return this.#members.find((member) => member.id === id)?.node.name ?? id;
-  }
-
-  #name({ tensor, pipeline, bytes }: Pick<Placement, "tensor" | "pipeline" | "bytes">): string {
-    const only = bytes[0];
-    if (bytes.length === 1 && only !== undefined) return `${this.#nameOf(only.node)} alone`;
-    return shapeName(tensor, pipeline);
-  }
-}
-
-/** "tensor 2 × pipeline 2" */
-export function shapeName(tensor: number, pipeline: number): string {
-  if (tensor === 1 && pipeline === 1) return "one node";
-  if (pipeline === 1) return `tensor ${tensor}`;
-  return tensor === 1 ? `pipeline ${pipeline}` : `tensor ${tensor} × pipeline ${pipeline}`;
 }
 
 function shapes(count: number, asked: PlacementRequest): [tensor: number, pipeline: number][] {
@@ -456,12 +339,4 @@ function cacheByKind(
     return rankMemory(profile, work, terms).kv;
   };
   return { full: alone(false), chunked: alone(true) };
-}
-
-export function gigabytes(bytes: number): string {
-  return `${(bytes / 1e9).toFixed(bytes < 1e9 ? 3 : 1)} GB`;
-}
-
-function rate(speed: number): string {
-  return `${speed.toFixed(speed < 10 ? 2 : 1)} tokens/s`;
 }

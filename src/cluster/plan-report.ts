@@ -1,6 +1,7 @@
 // A plan of placements as other programs read it (caravan plan --json, GET /cluster/plan) and as a person does.
 
-import { gigabytes, type Placement, type PlacementNode, type PlacementPlan, shapeName } from "./placement.ts";
+import type { Placement, PlacementNode, PlacementPlan } from "./placement.ts";
+import { gigabytes, shapeName } from "./placement-words.ts";
 
 /** Field names are part of the API. Bytes, tokens/s, milliseconds. */
 export function planJson(model: string, plan: PlacementPlan, nodes: readonly PlacementNode[]): object {

@@ -50,8 +50,11 @@ export type LinkFigures = Pick<Link, "kind" | "latencyUs" | "bandwidth">;
 /** Links by their ends. The worse direction counts for both; of several cables between two nodes the best. */
 export class LinkTable {
   readonly #links = new Map<NodeId, Map<NodeId, LinkFigures>>();
+  readonly #given: readonly Link[];
+  #tcp: LinkTable | undefined;
 
   constructor(links: readonly Link[]) {
+    this.#given = links;
     for (const { from, to, kind, latencyUs, bandwidth } of links) {
       const link = { kind, latencyUs, bandwidth };
       const known = this.#links.get(from)?.get(to);
@@ -70,6 +73,14 @@ export class LinkTable {
   #set(from: NodeId, to: NodeId, link: LinkFigures): void {
     const ends = this.#links.get(from) ?? new Map<NodeId, LinkFigures>();
     this.#links.set(from, ends.set(to, link));
+  }
+
+  /** The links as these nodes would use them as one group: RDMA only where it is between all of them, as the ranks' vote has it. */
+  among(nodes: readonly NodeId[]): LinkTable {
+    const all = nodes.every((a, i) => nodes.slice(i + 1).every((b) => this.between(a, b).kind === "rdma"));
+    if (all || this.#given.every(({ kind }) => kind === "tcp")) return this;
+    this.#tcp ??= new LinkTable(overTcp(this.#given));
+    return this.#tcp;
   }
 
   /** undefined where none was measured. */
@@ -92,6 +103,15 @@ export class LinkTable {
     });
     return worst;
   }
+}
+
+/** Without RDMA: TCP's own figures, and where only RDMA was measured that cable's. */
+function overTcp(links: readonly Link[]): Link[] {
+  const key = ({ from, to }: Link) => `${from} ${to}`;
+  const measured = new Set(links.filter(({ kind }) => kind === "tcp").map(key));
+  return links
+    .filter((link) => link.kind === "tcp" || !measured.has(key(link)))
+    .map((link) => ({ ...link, kind: "tcp" }));
 }
 
 function worse(a: LinkFigures, b: LinkFigures): LinkFigures {
@@ -122,9 +142,10 @@ export interface PlacedRank {
 export function predict(
   config: ModelConfig,
   ranks: readonly PlacedRank[],
-  links: LinkTable,
+  table: LinkTable,
   terms: PredictTerms,
 ): Prediction {
+  const links = table.among(ranks.map(({ node }) => node.id));
   const stages = stagesOf(ranks);
   const known = ranks.every(({ node }) => node.bandwidth > 0);
   const one = decodeStep(config, stages, links, terms, 1);

@@ -63,6 +63,29 @@ describe("the published table of four M3 Ultra", () => {
   });
 });
 
+describe("a group of ranks has one transport", () => {
+  const nodes = macs(3);
+  const ethernet = mesh(nodes, { kind: "tcp", latencyUs: 150, bandwidth: 1.2e9 });
+  const cables = mesh(nodes, THUNDERBOLT);
+  const tensor3 = (links: readonly Link[]) =>
+    planPlacements(llama4Profile("scout", 4), nodes, links, terms({ tensor: 3 })).placements.find(
+      ({ ranks }) => ranks.length === 3,
+    )?.predicted.exchangeMs ?? Number.NaN;
+
+  test("one pair without RDMA puts all pairs on TCP, and so does the prediction", () => {
+    const missing = cables.filter(({ from, to }) => ![from, to].every((id) => /mac-0[12]/.test(id)));
+    expect(tensor3([...ethernet, ...missing])).toBe(tensor3(ethernet));
+    expect(tensor3([...ethernet, ...cables])).toBe(tensor3(cables));
+    expect(tensor3(cables)).toBeLessThan(tensor3(ethernet) / 3);
+  });
+
+  test("where TCP was not measured the cable's own figures stand for it", () => {
+    const missing = cables.filter(({ from, to }) => ![from, to].every((id) => /mac-0[12]/.test(id)));
+    const pair = ethernet.filter(({ from, to }) => [from, to].every((id) => /mac-0[12]/.test(id)));
+    expect(tensor3([...missing, ...pair])).toBeLessThanOrEqual(tensor3(ethernet));
+  });
+});
+
 describe("where splitting does not pay", () => {
   test("over gigabit Ethernet one node is recommended and tensor parallel is warned of", () => {
     const nodes = macs(4);
