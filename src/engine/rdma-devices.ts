@@ -9,7 +9,7 @@ import { childEnvironment } from "./child-environment.ts";
 import { ownCommand } from "./child-process.ts";
 
 /** A healthy library answers within milliseconds; the rest is for a busy machine's start of a process. */
-const LIST_LIMIT_MS = 8000;
+const LIST_LIMIT_MS = 20_000;
 /** IBV_PORT_ACTIVE. */
 const ACTIVE = 4;
 

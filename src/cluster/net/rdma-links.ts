@@ -11,8 +11,9 @@ import { reasonOf } from "../reason.ts";
 import type { Link, NodeId, RdmaSurvey } from "../types.ts";
 import { answerTrials, leadTrials, type TrialChannel, type TrialResult } from "./rdma-trial.ts";
 
-/** Devices are listed anew so often: cables come and go. Where the system has no library for them, never. */
+/** Devices are listed anew so often: cables come and go. Where the system has no library for them, or it hangs, more rarely. */
 const LIST_MS = 30_000;
+const NO_LIBRARY_MS = 600_000;
 /** A pair of nodes that no cable connects is tried again after this, doubled each time: nothing says when a cable was moved. */
 const AGAIN_MS = 60_000;
 const MOST_AGAIN_MS = 1_800_000;
@@ -184,14 +185,12 @@ export class RdmaLinks {
 
   async #list(): Promise<void> {
     const { wanted, list = listRdmaDevices, onChange } = this.#options;
-    const now = performance.now();
-    const never = this.#listed && "reason" in this.#survey;
-    if (wanted === "off" || this.#listing || never || now < this.#listAt) return;
+    if (wanted === "off" || this.#listing || performance.now() < this.#listAt) return;
     this.#listing = true;
     const found = chosenDevices(await list(), wanted);
     this.#listing = false;
     this.#listed = true;
-    this.#listAt = performance.now() + LIST_MS;
+    this.#listAt = performance.now() + ("reason" in found ? NO_LIBRARY_MS : LIST_MS);
     if (JSON.stringify(found) === JSON.stringify(this.#survey)) return;
     this.#survey = found;
     onChange();
