@@ -24,6 +24,8 @@ export interface GenerationOptions {
   showSpecials?: boolean;
   /** Control tokens that appear by name although the others do not. */
   keepSpecials?: readonly string[];
+  /** The answer goes on where the prompt ended (raw prompts): a space at its beginning belongs to it. */
+  continues?: boolean;
   deadlineMs?: number;
   /** What the answer has to follow. */
   grammar?: GrammarSpec;
@@ -131,6 +133,7 @@ export async function* generate(
   const detokenizer = model.newDetokenizer({
     skipSpecials: !options.showSpecials,
     ...(options.keepSpecials === undefined ? {} : { keep: options.keepSpecials }),
+    ...(options.continues === undefined ? {} : { continues: options.continues }),
   });
   const stops = options.stop ?? [];
   const matcher = stops.length > 0 ? model.newStopMatcher(stops) : undefined;

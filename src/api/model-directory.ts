@@ -72,6 +72,8 @@ export interface DetokenizerOptions {
   skipSpecials: boolean;
   /** Control tokens that appear by name although skipSpecials is set. */
   keep?: readonly string[];
+  /** The text goes on where the prompt ended, so a space at its beginning belongs to it. */
+  continues?: boolean;
 }
 
 /** Finds stop strings in text that comes in pieces; holds back what may be the start of one. One a sequence. */

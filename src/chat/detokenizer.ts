@@ -7,6 +7,9 @@ export interface DetokenizerOptions {
   skipSpecials?: boolean;
   /** Special tokens that are kept all the same, by name. */
   keep?: readonly string[];
+  /** The text goes on where another one ended: a space that it begins with belongs to it, also where decoding a whole text
+   * would drop it (SentencePiece vocabularies). */
+  continues?: boolean;
 }
 
 const lossy = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -16,6 +19,7 @@ export class Detokenizer {
   readonly #table: TokenTable;
   readonly #skipSpecials: boolean;
   readonly #keep: readonly string[];
+  readonly #stripsFirstSpace: boolean;
   /** Bytes that are not text yet: the beginning of a character, or a run of byte-fallback tokens. */
   #held = new Uint8Array(64);
   #heldLength = 0;
@@ -27,6 +31,7 @@ export class Detokenizer {
     this.#table = table;
     this.#skipSpecials = options.skipSpecials ?? false;
     this.#keep = options.keep ?? [];
+    this.#stripsFirstSpace = table.stripsFirstSpace && options.continues !== true;
   }
 
   /** Text that this token completes; "" while a character is unfinished. Ids that do not exist give nothing. */
@@ -92,7 +97,7 @@ export class Detokenizer {
   #emit(text: string): string {
     if (!this.#atStart || text === "") return text;
     this.#atStart = false;
-    return this.#table.stripsFirstSpace && text.startsWith(" ") ? text.slice(1) : text;
+    return this.#stripsFirstSpace && text.startsWith(" ") ? text.slice(1) : text;
   }
 }
 

@@ -40,6 +40,9 @@ const DAYS = "Sunday Monday Tuesday Wednesday Thursday Friday Saturday".split(" 
 /** A limit was passed. Not an error of the request: the model's template is at fault. */
 class LimitError extends Error {}
 
+/** It took too long. */
+export class TimeLimitError extends LimitError {}
+
 /** A template said no, by its raise_exception. */
 class Refusal extends Error {}
 
@@ -185,7 +188,7 @@ class LimitedInterpreter extends Interpreter {
     const limits = this.#limits;
     if (++this.#steps > limits.maxSteps) throw new LimitError(`more than ${limits.maxSteps} steps`);
     if ((this.#steps & 0xff) === 0 && performance.now() > this.#deadline) {
-      throw new LimitError(`more than ${limits.maxTimeMs} ms`);
+      throw new TimeLimitError("it took too long");
     }
     const [node] = args;
     for (const expression of indentArguments(node)) if (isObject(expression)) this.#indents.add(expression);
@@ -319,6 +322,11 @@ export class SandboxedTemplate {
         },
       );
     }
+  }
+
+  /** Its syntax, to be looked at. */
+  get program(): unknown {
+    return this.#program;
   }
 
   /**

@@ -1,5 +1,5 @@
 // What the text worker and the thread that uses it say to each other.
-import type { ChatInput } from "./template.ts";
+import type { ChatInput, GuardedText, TemplateFiles } from "./prompt-renderer.ts";
 import type { TokenTable } from "./token-table.ts";
 
 /** Facts about a model's text that need no round trip. */
@@ -15,6 +15,8 @@ export interface TextInfo {
 
 export type Job =
   | { readonly op: "render"; readonly input: ChatInput }
+  /** A prompt that another thread has rendered (slow-renderer.ts). */
+  | { readonly op: "encode-prompt"; readonly prompt: GuardedText }
   | { readonly op: "encode"; readonly text: string; readonly specials: boolean }
   | { readonly op: "decode"; readonly ids: Uint32Array };
 
@@ -26,6 +28,8 @@ export interface JobResult {
 
 export type ToWorker =
   | { readonly kind: "load"; readonly dir: string; readonly shared: Int32Array }
+  /** Instead of "load": this thread is for slow renderings alone. */
+  | { readonly kind: "render"; readonly id: number; readonly files: TemplateFiles; readonly input: ChatInput }
   | { readonly kind: "job"; readonly id: number; readonly job: Job }
   | { readonly kind: "cancel"; readonly id: number };
 
@@ -34,6 +38,9 @@ export type FromWorker =
   | { readonly kind: "loaded"; readonly info: TextInfo }
   | { readonly kind: "refused"; readonly error: Record<string, unknown> }
   | { readonly kind: "done"; readonly id: number; readonly result: JobResult }
+  /** The template needs longer than others can wait: a thread of its own has to render it. */
+  | { readonly kind: "slow"; readonly id: number; readonly files: TemplateFiles }
+  | { readonly kind: "rendered"; readonly id: number; readonly prompt: GuardedText }
   | { readonly kind: "failed"; readonly id: number; readonly error: Record<string, unknown> };
 
 /** Index in the shared array: counts slices of work, so that a stuck worker can be told from a busy one. */

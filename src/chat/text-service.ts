@@ -4,7 +4,8 @@
 // A worker that dies or hangs is replaced. The job that was at work then fails; the others are sent again, once each.
 import { CaravanError } from "../errors.ts";
 import { Detokenizer, type DetokenizerOptions } from "./detokenizer.ts";
-import type { ChatInput } from "./template.ts";
+import type { ChatInput, TemplateFiles } from "./prompt-renderer.ts";
+import { SlowRenderer } from "./slow-renderer.ts";
 import {
   BEAT,
   type FromWorker,
@@ -35,7 +36,7 @@ export interface Prompt {
 }
 
 interface Pending {
-  readonly job: Job;
+  job: Job;
   readonly resolve: (result: JobResult) => void;
   readonly reject: (error: CaravanError) => void;
   sentAgain: boolean;
@@ -57,6 +58,9 @@ export class TextService {
   #live: Live | null = null;
   #starting: Promise<Live> | null = null;
   readonly #pending = new Map<number, Pending>();
+  /** Jobs that the text worker does not have, because their template is being rendered elsewhere. */
+  readonly #elsewhere = new Set<number>();
+  readonly #slow = new SlowRenderer(workerUrl());
   #nextId = 1;
   #closed = false;
   #watch: ReturnType<typeof setInterval> | null = null;
@@ -117,6 +121,7 @@ export class TextService {
     if (this.#closed) return;
     this.#closed = true;
     this.#drop();
+    this.#slow.close();
     this.#rejectAll(new CaravanError("shutting_down", "the model's text worker is closed"));
   }
 
@@ -145,7 +150,7 @@ export class TextService {
 
   #sendJob(live: Live, id: number): void {
     const pending = this.#pending.get(id);
-    if (pending === undefined) return;
+    if (pending === undefined || this.#elsewhere.has(id)) return;
     if (this.#watch === null) this.#watch = this.#watchdog(live);
     try {
       const message: ToWorker = { kind: "job", id, job: pending.job };
@@ -159,6 +164,26 @@ export class TextService {
     }
   }
 
+  /** The prompt comes back to the text worker as soon as it is rendered; meanwhile that one is not waited for. */
+  #renderElsewhere(id: number, files: TemplateFiles): void {
+    const pending = this.#pending.get(id);
+    if (pending === undefined || pending.job.op !== "render") return;
+    this.#elsewhere.add(id);
+    this.#watchOnlyWork();
+    this.#slow.add({
+      files,
+      input: pending.job.input,
+      dropped: () => !this.#pending.has(id),
+      resolve: (prompt) => {
+        this.#elsewhere.delete(id);
+        pending.job = { op: "encode-prompt", prompt };
+        if (this.#live !== null) this.#sendJob(this.#live, id);
+        else this.#ensure().catch((error: CaravanError) => this.#settle(id)?.reject(error));
+      },
+      reject: (error) => this.#settle(id)?.reject(error),
+    });
+  }
+
   #post(message: ToWorker): void {
     this.#live?.worker.postMessage(message);
   }
@@ -167,8 +192,13 @@ export class TextService {
   #settle(id: number): Pending | undefined {
     const pending = this.#pending.get(id);
     this.#pending.delete(id);
-    if (this.#pending.size === 0) this.#stopWatch();
+    this.#elsewhere.delete(id);
+    this.#watchOnlyWork();
     return pending;
+  }
+
+  #watchOnlyWork(): void {
+    if (this.#pending.size === this.#elsewhere.size) this.#stopWatch();
   }
 
   #rejectAll(error: CaravanError): void {
@@ -205,6 +235,8 @@ export class TextService {
       const message = event.data;
       if (message.kind === "loaded") resolve(message.info);
       else if (message.kind === "refused") reject(CaravanError.fromJSON(message.error));
+      else if (message.kind === "slow") this.#renderElsewhere(message.id, message.files);
+      else if (message.kind === "rendered") return;
       else if (message.kind === "done") this.#settle(message.id)?.resolve(message.result);
       else this.#settle(message.id)?.reject(CaravanError.fromJSON(message.error));
     };
@@ -234,10 +266,11 @@ export class TextService {
     const guilty = this.#live === null ? 0 : Atomics.load(this.#live.shared, RUNNING);
     this.#drop();
     for (const [id, pending] of [...this.#pending]) {
+      if (this.#elsewhere.has(id)) continue;
       if (id === guilty || pending.sentAgain) this.#settle(id)?.reject(error);
       else pending.sentAgain = true;
     }
-    if (this.#pending.size === 0) return;
+    if (this.#pending.size === this.#elsewhere.size) return;
     this.#ensure().catch((failure: CaravanError) => this.#rejectAll(failure));
   }
 
@@ -290,7 +323,7 @@ function toArray(ids: Uint32Array): number[] {
  * the root, and further entry points keep their path below the common root, which is src/ (Bun 1.4.5). So the build is
  *   bun build --compile --root src src/main.ts src/chat/text-worker.ts --outfile …
  */
-function workerUrl(): URL {
+export function workerUrl(): URL {
   const compiled = import.meta.url.includes("/$bunfs/");
   return new URL(compiled ? "./chat/text-worker.js" : "./text-worker.ts", import.meta.url);
 }

@@ -2,13 +2,16 @@
 //
 // Jobs are generators that pause every millisecond or so. The worker runs one for a short slice, then looks at its
 // messages and asks the queue whose turn it is: so a small text is encoded within milliseconds while megabytes are at
-// work.
+// work. A template cannot be paused: one that needs longer than FAST_RENDER_MS is given up here, and rendered by another
+// thread of this file, which slow-renderer.ts starts and may kill.
 //
 // How it is found (Bun 1.4.5): text-service.ts starts it by a path that holds both from source and in an executable
 // that was built with this file as a second entry point; see the comment there.
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { Detokenizer } from "./detokenizer.ts";
+import { DEFAULT_LIMITS } from "./jinja-sandbox.ts";
 import { JobQueue } from "./job-queue.ts";
+import { type ChatInput, type GuardedText, isTimeLimit, PromptRenderer } from "./prompt-renderer.ts";
 import { ChatTemplate } from "./template.ts";
 import { BEAT, type FromWorker, type Job, type JobResult, RUNNING, type ToWorker } from "./text-protocol.ts";
 import { Tokenizer } from "./tokenizer.ts";
@@ -18,6 +21,8 @@ declare const self: Worker;
 
 /** Time a job runs before the worker looks for others. */
 const SLICE_MS = 4;
+/** A conversation of a hundred messages takes a tenth of it. */
+const FAST_RENDER_MS = 40;
 /** Working time of one job; 1 MB takes half a second at worst. */
 const MAX_JOB_MS = 60_000;
 /** A job that worked longer than this leaves enough garbage to collect it as soon as there is nothing else to do. */
@@ -100,14 +105,21 @@ class TextWorker {
         return;
       }
     } catch (thrown) {
-      send({ kind: "failed", id, error: asCaravanError(thrown).toJSON() });
+      if (thrown instanceof SlowTemplate) send({ kind: "slow", id, files: this.#template.renderer.files });
+      else send({ kind: "failed", id, error: asCaravanError(thrown).toJSON() });
     }
   }
 
   *#begin(job: Job): Generator<void, JobResult> {
     switch (job.op) {
       case "render": {
-        const { text, ids } = yield* this.#template.renderChatSteps(job.input);
+        const { text, ids } = yield* this.#template.encodeSteps(
+          renderFast(this.#template.renderer, job.input),
+        );
+        return { text, ids: new Uint32Array(ids) };
+      }
+      case "encode-prompt": {
+        const { text, ids } = yield* this.#template.encodeSteps(job.prompt);
         return { text, ids: new Uint32Array(ids) };
       }
       case "encode": {
@@ -131,10 +143,23 @@ class TextWorker {
   }
 }
 
+class SlowTemplate extends Error {}
+
+/** Throws SlowTemplate when it takes too long. */
+function renderFast(renderer: PromptRenderer, input: ChatInput): GuardedText {
+  try {
+    return renderer.render(input, { ...DEFAULT_LIMITS, maxTimeMs: FAST_RENDER_MS });
+  } catch (thrown) {
+    if (isTimeLimit(thrown)) throw new SlowTemplate();
+    throw thrown;
+  }
+}
+
 /** Rough size of a job's text: enough to tell a question from a book. */
 function sizeOf(job: Job): number {
   if (job.op === "encode") return job.text.length;
   if (job.op === "decode") return job.ids.length;
+  if (job.op === "encode-prompt") return job.prompt.text.length;
   let size = 0;
   // Content parts lie five levels down; what is deeper is refused later (or is a circle).
   const count = (value: unknown, depth: number): void => {
@@ -171,9 +196,18 @@ async function load(dir: string, shared: Int32Array): Promise<void> {
   setTimeout(() => Bun.gc(true), 0);
 }
 
+function render({ id, files, input }: Extract<ToWorker, { kind: "render" }>): void {
+  try {
+    send({ kind: "rendered", id, prompt: new PromptRenderer(files).render(input) });
+  } catch (thrown) {
+    send({ kind: "failed", id, error: asCaravanError(thrown).toJSON() });
+  }
+}
+
 self.onmessage = (event: MessageEvent<ToWorker>): void => {
   const message = event.data;
-  if (message.kind === "load") void load(message.dir, message.shared);
+  if (message.kind === "render") render(message);
+  else if (message.kind === "load") void load(message.dir, message.shared);
   else if (message.kind === "cancel") worker?.cancel(message.id);
   else if (worker !== null) worker.add(message.id, message.job);
 };

@@ -1,7 +1,7 @@
 // caravan template: chats as the prompt text and ids that serving would feed.
 
 import * as v from "valibot";
-import type { ChatInput } from "../chat/template.ts";
+import type { ChatInput } from "../chat/prompt-renderer.ts";
 import { TextService } from "../chat/text-service.ts";
 import type { Command } from "./command.ts";
 import { readJsonFile, writeJsonFile } from "./json-file.ts";

@@ -124,3 +124,12 @@ test("the held back ending is exactly what more bytes can complete", () => {
     { numRuns: 3000 },
   );
 });
+
+test("a text that goes on where a prompt ended keeps the space that it begins with", async () => {
+  const tokenizer = await Tokenizer.load(TINY_FALLBACK);
+  const ids = tokenizer.encodeText("a");
+  expect(tokenizer.table.stripsFirstSpace).toBe(true);
+  expect(stream(new Detokenizer(tokenizer.table), ids).join("")).toBe("a");
+  const whole = stream(new Detokenizer(tokenizer.table, { continues: true }), ids).join("");
+  expect(whole).toBe(" a");
+});

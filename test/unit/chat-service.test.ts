@@ -2,7 +2,8 @@ import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { cpSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { TextService } from "../../src/chat/text-service.ts";
+import { SlowRenderer } from "../../src/chat/slow-renderer.ts";
+import { TextService, workerUrl } from "../../src/chat/text-service.ts";
 import { Tokenizer } from "../../src/chat/tokenizer.ts";
 import { CaravanError } from "../../src/errors.ts";
 import { TINY_BYTES } from "./chat-folders.ts";
@@ -112,11 +113,18 @@ describe("a text service", () => {
 describe("a worker that", () => {
   const dir = mkdtempSync(join(tmpdir(), "caravan-text-"));
   afterAll(() => rmSync(dir, { recursive: true }));
+  const plainFiles = {
+    where: "memory",
+    namedTokens: { bos_token: null, eos_token: null, unk_token: null, pad_token: null },
+    addedTokens: [],
+    normalizer: null,
+  };
   const hi = { messages: [{ role: "user", content: "Hi" }] };
 
   test("hangs is replaced: its job fails, the others are answered", async () => {
     cpSync(TINY_BYTES, dir, { recursive: true });
-    const slow = "{% for i in range(1000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}done";
+    // One step of a template, which cannot be interrupted: more than a second of sorting.
+    const slow = "{{ range(1000000)|sort(reverse=true)|length }}";
     writeFileSync(join(dir, "chat_template.jinja"), slow);
     const service = await TextService.start(dir, { hangLimitMs: 100 });
     const table = service.table;
@@ -128,6 +136,50 @@ describe("a worker that", () => {
     expect(service.table).toBe(table);
     service.close();
   });
+  test("is not held up by a template of many steps, which another thread renders", async () => {
+    const steps = "{% for i in range(300) %}{% for j in range(300) %}{% endfor %}{% endfor %}";
+    writeFileSync(join(dir, "chat_template.jinja"), `${steps}{{ messages[0].content }}<|end|>`);
+    const service = await TextService.start(dir);
+    let rendered = 0;
+    const chats = ["<|end|>", "b"].map(async (content) => {
+      const chat = await service.renderChat({ messages: [{ role: "user", content }] });
+      rendered++;
+      return chat;
+    });
+    const waits: number[] = [];
+    while (rendered === 0) {
+      const start = performance.now();
+      await service.encode("a small text", { specials: false });
+      waits.push(performance.now() - start);
+    }
+    const tokenizer = await Tokenizer.load(TINY_BYTES);
+    const end = tokenizer.addedId("<|end|>") ?? -1;
+    const [hostile, other] = await Promise.all(chats);
+    expect(other?.ids).toEqual([...tokenizer.encodeText("b"), end]);
+    expect(hostile?.text).toBe("<|end|><|end|>");
+    expect(hostile?.ids.filter((id) => id === end)).toHaveLength(1);
+    expect(median(waits)).toBeLessThan(50);
+    const leaver = new AbortController();
+    const left = errorOf(service.renderChat(hi, { signal: leaver.signal }));
+    leaver.abort();
+    expect((await left).code).toBe("cancelled");
+    const stays = errorOf(service.renderChat(hi));
+    service.close();
+    expect((await stays).code).toBe("shutting_down");
+  }, 20_000);
+  test("renders a template that does not end is killed, and the next template is rendered", async () => {
+    const renderer = new SlowRenderer(workerUrl(), 300);
+    const render = (template: string) =>
+      new Promise((resolve, reject) => {
+        const files = { ...plainFiles, chatTemplates: { default: template } };
+        renderer.add({ files, input: hi, resolve, reject, dropped: () => false });
+      });
+    const slow = errorOf(render("{% for i in range(9) %}{{ range(1000000)|sort|length }}{% endfor %}"));
+    const next = render("fine");
+    expect((await slow).code).toBe("deadline_exceeded");
+    expect(await next).toEqual({ text: "fine", guard: "" });
+    renderer.close();
+  }, 20_000);
   test("cannot read its folder says why, and a later start can succeed", async () => {
     expect((await errorOf(TextService.start(join(dir, "nowhere")))).code).toBe("bad_file");
     writeFileSync(join(dir, "chat_template.jinja"), "fine");

@@ -158,6 +158,39 @@ describe("what clients write never becomes a special token:", () => {
     expect(chat.text).toBe("<|end|>");
     expect(specials(tokenizer, chat)).toBe(0);
   });
+  // Each template puts a special token together out of strings that have none.
+  const builders: [template: string, contents: string[]][] = [
+    ["<|{{ messages[0].content }}|>", ["end"]],
+    ["{{ '<' ~ messages[0].content ~ '>' }}", ["|end|"]],
+    ["{{ '<|' + messages[0].content }}", ["end|> and more"]],
+    ["{{ messages[0].content|replace('x', '') }}", ["<|exnd|>"]],
+    ["{{ messages[0].content.replace('x', '') }}", ["<|exnd|>"]],
+    ["{{ messages[0].content|lower }}", ["<|END|>"]],
+    ["{{ messages[0].content.split('x')|join('') }}", ["<|enxd|>"]],
+    ["{% for m in messages %}{{ m.content|trim }}{% endfor %}", ["<|e ", " nd|>"]],
+  ];
+  for (const [source, contents] of builders) {
+    test(`even if the template builds one: ${source}`, async () => {
+      const { tokenizer, template } = make(await withTemplate(source));
+      const messages = contents.map((content) => ({ role: "user", content }));
+      const chat = template.renderChat({ messages });
+      expect(chat.text).toContain("<|end|>");
+      expect(specials(tokenizer, chat)).toBe(0);
+      expect(tokenizer.decode(chat.ids)).toBe(chat.text);
+    });
+  }
+  test("even if the normalizer makes one of it", () => {
+    const plain = byteTokenizer([], [{ content: "<e>", special: true, normalized: true }], "ab<e>");
+    const files = {
+      ...plain,
+      normalizer: { type: "NFKC" },
+      chatTemplates: { default: "{{ messages[0].content }}<e>" },
+    };
+    const { tokenizer, template } = make(files);
+    const chat = template.renderChat({ messages: [{ role: "user", content: "a\uff1ce\uff1eb" }] });
+    expect(specials(tokenizer, chat)).toBe(1);
+    expect(tokenizer.decode(chat.ids)).toBe("a<e>b<e>");
+  });
   test("even if a special token is a single character", () => {
     const files = byteTokenizer([], [{ content: "#", special: true }], "ab#");
     const { tokenizer, template } = make({

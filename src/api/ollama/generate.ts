@@ -73,6 +73,7 @@ export function ollamaGenerateRoute(deps: ApiDependencies) {
       promptParam: "prompt",
       tools: [],
       piece: generatePiece,
+      continues: raw,
     });
   };
 }
@@ -104,7 +105,7 @@ async function serve(
   context: ApiContext,
   deps: ApiDependencies,
   request: OllamaChatRequest | OllamaGenerateRequest,
-  how: { promptOf: PromptOf; promptParam: string; tools: ChatTool[]; piece: PieceOf },
+  how: { promptOf: PromptOf; promptParam: string; tools: ChatTool[]; piece: PieceOf; continues?: boolean },
 ): Promise<Response> {
   const { options } = request;
   const { tools, piece } = how;
@@ -116,7 +117,12 @@ async function serve(
     const answers = { tools, parallel: true };
     return {
       plans: [{ promptIds, maxTokens, sampling: resolveSampling(samplingOf(options), model.defaults) }],
-      options: { stop: stopsOf(options), ...toolGenerationOptions(tools), ...formOf(request, tools) },
+      options: {
+        stop: stopsOf(options),
+        continues: how.continues ?? false,
+        ...toolGenerationOptions(tools),
+        ...formOf(request, tools),
+      },
       frames: (events) => ollamaFrames(withToolCalls(events, answers), model.id, piece),
       whole: (events) => ollamaReply(withToolCalls(events, answers), model.id, piece),
     };

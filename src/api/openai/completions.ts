@@ -122,6 +122,7 @@ async function prepareCompletion(
     options: {
       stop: stopsOf(request),
       ignoreEos: request.ignore_eos ?? false,
+      continues: prompts.some((prompt) => prompt !== ""),
       ...oneGrammar(responseGrammar(request.response_format), undefined, false, "response_format"),
       ...(request.logprobs === undefined ? {} : { logprobs: request.logprobs }),
       ...(request.echo && wantsLogprobs ? { promptLogprobs: true } : {}),
