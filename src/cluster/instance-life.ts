@@ -4,43 +4,31 @@
 // that only a change of the cluster starts it anew, or for ranks that cannot reach each other a minute's rest. No I/O.
 
 import { CaravanError } from "../errors.ts";
-import type { Placer } from "./instance-placer.ts";
+import {
+  DRAIN_MS,
+  FREE_MS,
+  GONE_SHOWN_MS,
+  HEALTHY_MS,
+  MOST_ATTEMPTS,
+  MOST_LOST,
+  MOST_OWNED,
+  REFUSED_MS,
+  REGROUP_MS,
+  REPLACE_MS,
+  RETURN_MS,
+  STALL_MS,
+  UNLOAD_CHECK_MS,
+  UNLOAD_MS,
+} from "./instance-limits.ts";
+import { judgeLoading } from "./instance-loading.ts";
+import { idleInTheWay, isInTheWay, worthwhileMove } from "./instance-moves.ts";
+import type { PlacedSpec, Placer } from "./instance-placer.ts";
+import { clusterStamp, hasRanks, isEnded, nameOf, ranksOf, type SeenRank } from "./instance-view.ts";
 import type { Member } from "./membership.ts";
 import { hasModel } from "./orphans.ts";
 import { claimsOn, isNewer } from "./rank-host.ts";
 import { reasonOf } from "./reason.ts";
 import type { InstancePhase, InstanceState, NodeId, PlacementRequest, RankState } from "./types.ts";
-
-/** A rank that was asked for must show in its node's record within this. */
-export const START_MS = 10_000;
-/** Loading that makes no progress. */
-export const STALL_MS = 120_000;
-/** After ranks lost each other: until links and beats have told who is really gone (link silence 1.5 s). */
-export const REPLACE_MS = 2000;
-/** A placement that was refused is looked at again: memory may have come free. It costs milliseconds. */
-export const REFUSED_MS = 5000;
-/** Ranks of the earlier epoch give back their memory before the next is placed, at most so long. */
-export const FREE_MS = 10_000;
-/** Failures of loading in a row. */
-export const MOST_ATTEMPTS = 5;
-/** Ranks that did not find each other that often are left alone for so long: the network between them may heal unseen. */
-export const REGROUP_MS = 60_000;
-/** An instance that was ready so long has got over what failed before. */
-const HEALTHY_MS = 60_000;
-/** A lost node that is back must have been here so long before anything moves to it. */
-export const RETURN_MS = 10_000;
-/** How much faster a move must make it. */
-const MOVE_GAIN = 1.1;
-/** Running requests may end in so long before an instance stops or moves. */
-export const DRAIN_MS = 30_000;
-/** Idle instances that were asked to go. */
-export const UNLOAD_MS = 20_000;
-const UNLOAD_CHECK_MS = 500;
-/** How long a stopped instance is shown. */
-const GONE_SHOWN_MS = 10_000;
-/** Lists in records are bounded (net/wire.ts). */
-export const MOST_OWNED = 64;
-const MOST_LOST = 64;
 
 export interface InstanceLifeOptions {
   id: NodeId;
@@ -70,6 +58,10 @@ interface Owned {
   unloadSince: number | undefined;
   /** Why it stops: to end, or to move. */
   stopping: "end" | "move" | undefined;
+  /** Where it moves, from the decision until it is ready there. */
+  move: PlacedSpec | undefined;
+  failedMoves: number;
+  moveNotBefore: number;
   /** Sum of progress, and when it rose. */
   progress: number;
   progressAt: number;
@@ -182,7 +174,8 @@ export class InstanceLife {
     this.#owned.set(state.spec.id, {
       state,
       ...{ since: now, notBefore: now, attempts: 0, givenUp: undefined, unloadSince: undefined },
-      ...{ mayUnload: false, stopping: undefined, progress: 0, progressAt: now, checkedAt: now },
+      ...{ mayUnload: false, stopping: undefined, move: undefined, failedMoves: 0, moveNotBefore: now },
+      ...{ progress: 0, progressAt: now, checkedAt: now },
     });
   }
 
@@ -208,6 +201,11 @@ export class InstanceLife {
     if (now() < owned.notBefore) return;
     if (now() - owned.since < FREE_MS && hasRanks(spec.id, members)) return;
     const candidates = members.filter(({ direct }) => direct);
+    // What was promised to be better is what it becomes: another look could come to the old place again, and so on for ever.
+    if (owned.move?.ranks.every(({ node }) => candidates.some(({ record }) => record.info.id === node))) {
+      this.#begin(owned, owned.move);
+      return;
+    }
     const result = placer.place(spec.model, spec.asked, candidates, { first: self });
     if (result.kind === "pending") {
       owned.state = { ...owned.state, reason: reasonOf(result.reason) };
@@ -251,64 +249,38 @@ export class InstanceLife {
     this.#enter(owned, "fetching", "");
   }
 
-  /** Asks for idle instances to go, those used longest ago first; false where that would not help or did not. */
+  /** Asks for idle instances to go; false where that would not help or did not. */
   #unloadOthers(owned: Owned, members: readonly Member[]): boolean {
     const { placer, now, id: self } = this.#options;
-    const { spec } = owned.state;
     if (owned.unloadSince !== undefined && now() - owned.unloadSince > UNLOAD_MS) {
       owned.unloadSince = undefined;
       return false;
     }
-    const idle = members
-      .flatMap(({ record }) => record.info.instances)
-      .filter((state) => isIdle(state) && state.spec.id !== spec.id)
-      .sort((a, b) => a.usedAt - b.usedAt || (a.spec.id < b.spec.id ? -1 : 1));
-    for (let count = 1; count <= Math.min(idle.length, MOST_OWNED); count++) {
-      const freed = idle.slice(0, count);
-      const result = placer.place(spec.model, spec.asked, members, { first: self, freed });
-      if (result.kind !== "placed") continue;
-      const unload = freed.map((state) => state.spec.id);
-      owned.state = { ...owned.state, unload, reason: `waits for ${unload.length} idle to be unloaded` };
-      owned.unloadSince ??= now();
-      return true;
-    }
+    const unload = idleInTheWay(owned.state, members, placer, self);
     // Those that were asked to go may be gone, and their memory about to be free.
-    return owned.unloadSince !== undefined;
+    if (unload === undefined) return owned.unloadSince !== undefined;
+    owned.state = { ...owned.state, unload, reason: `waits for ${unload.length} idle to be unloaded` };
+    owned.unloadSince ??= now();
+    return true;
   }
 
   #watchLoading(owned: Owned, members: readonly Member[]): void {
     const { now } = this.#options;
     const ranks = this.#ranks(owned, members);
     if (ranks === undefined) return;
-    let progress = 0;
-    for (const { node, state } of ranks) {
-      if (state === undefined) {
-        if (now() - owned.since <= START_MS) continue;
-        this.#fail(
-          owned,
-          "process",
-          `${nameOf(node, members)} did not begin within ${START_MS / 1000} s`,
-          [],
-        );
-        return;
-      }
-      if (state.phase === "failed") {
-        this.#fail(owned, state.cause, `${nameOf(node, members)}: ${state.reason}`, []);
-        return;
-      }
-      progress += state.progress + (state.phase === "fetching" ? 0 : 1);
-    }
-    if (ranks.every(({ state }) => state?.phase === "ready")) {
+    const verdict = judgeLoading(ranks, now() - owned.since, members);
+    if (verdict.kind === "failed") this.#fail(owned, verdict.cause, verdict.reason, []);
+    else if (verdict.kind === "ready") {
+      if (owned.move !== undefined) owned.failedMoves = 0;
+      owned.move = undefined;
       this.#enter(owned, "ready", "");
-      return;
+    } else {
+      const { phase, progress } = verdict;
+      owned.state = { ...owned.state, phase, progress };
+      if (progress > owned.progress) Object.assign(owned, { progress, progressAt: now() });
+      else if (now() - owned.progressAt > STALL_MS)
+        this.#fail(owned, "process", `loading made no progress for ${STALL_MS / 1000} s`, []);
     }
-    const phase = ranks.every(({ state }) => state !== undefined && state.phase !== "fetching")
-      ? "loading"
-      : "fetching";
-    owned.state = { ...owned.state, phase, progress: progress / (2 * ranks.length) };
-    if (progress > owned.progress) Object.assign(owned, { progress, progressAt: now() });
-    else if (now() - owned.progressAt > STALL_MS)
-      this.#fail(owned, "process", `loading made no progress for ${STALL_MS / 1000} s`, []);
   }
 
   #watchReady(owned: Owned, members: readonly Member[]): void {
@@ -328,43 +300,17 @@ export class InstanceLife {
       return;
     }
     if (now() - owned.since > HEALTHY_MS) owned.attempts = 0;
-    if (this.#isAskedToUnload(owned, members)) {
+    if (isInTheWay(owned.state, members)) {
       this.stop(owned.state.spec.id);
       return;
     }
     if (now() - owned.checkedAt < REFUSED_MS) return;
     owned.checkedAt = now();
-    if (this.#wouldGain(owned, members)) {
-      this.#enter(owned, "stopping", "moves to a node that is back");
-      owned.stopping = "move";
-    }
-  }
-
-  #isAskedToUnload({ state }: Owned, members: readonly Member[]): boolean {
-    if (!isIdle(state)) return false;
-    return members.some(({ record }) =>
-      record.info.instances.some(
-        ({ phase, unload }) => phase === "placing" && unload.includes(state.spec.id),
-      ),
-    );
-  }
-
-  /** A lost node is back for a while, and with it the instance would be faster, or as it was asked for. */
-  #wouldGain({ state }: Owned, members: readonly Member[]): boolean {
-    const { spec, lost } = state;
-    const direct = members.filter((member) => member.direct);
-    const back = direct.filter(
-      ({ record, sinceMs }) => lost.includes(record.info.id) && sinceMs >= RETURN_MS,
-    );
-    if (back.length === 0) return false;
-    const { placer, id: first } = this.#options;
-    const best = placer.place(spec.model, spec.asked, direct, { first, freed: [state] });
-    if (best.kind !== "placed") return false;
-    const ids = back.map(({ record }) => record.info.id);
-    if (!best.placement.ranks.some(({ node }) => ids.includes(node))) return false;
-    // What was asked for by its shape is kept to, whatever is predicted of it.
-    if (!hasShape(spec, spec.asked) && hasShape(best.placement, spec.asked)) return true;
-    return best.speed > MOVE_GAIN * placer.speed(spec, direct);
+    if (now() < owned.moveNotBefore) return;
+    owned.move = worthwhileMove(owned.state, members, this.#options.placer, this.#options.id);
+    if (owned.move === undefined) return;
+    this.#enter(owned, "stopping", "moves to a node that is back");
+    owned.stopping = "move";
   }
 
   #drain(owned: Owned, members: readonly Member[]): void {
@@ -399,25 +345,9 @@ export class InstanceLife {
   }
 
   /** States of all ranks; undefined where a node is lost, which has been dealt with then. */
-  #ranks(
-    owned: Owned,
-    members: readonly Member[],
-  ): { node: NodeId; state: RankState | undefined }[] | undefined {
-    const { spec, epoch } = owned.state;
-    const lost: NodeId[] = [];
-    const found = spec.ranks.map(({ node, rank }) => {
-      const member = members.find(({ record }) => record.info.id === node);
-      if (member === undefined || !member.direct) lost.push(node);
-      const state = member?.record.info.ranks.find(
-        (each) =>
-          each.instance === spec.id &&
-          each.epoch === epoch &&
-          each.owner === this.#options.id &&
-          each.rank === rank,
-      );
-      return { node, state };
-    });
-    if (lost.length === 0) return found;
+  #ranks(owned: Owned, members: readonly Member[]): SeenRank[] | undefined {
+    const { ranks, lost } = ranksOf(owned.state, this.#options.id, members);
+    if (lost.length === 0) return ranks;
     const names = lost.map((node) => nameOf(node, members)).join(", ");
     this.#fail(owned, "lost", `${names} ${lost.length === 1 ? "is" : "are"} gone`, lost);
     return undefined;
@@ -427,6 +357,12 @@ export class InstanceLife {
     const { now } = this.#options;
     const wasStopping = owned.stopping === "end";
     this.#endRequests(owned, reason);
+    if (owned.move !== undefined) {
+      // It costs running requests every time: what does not come about is tried less and less often.
+      owned.move = undefined;
+      owned.failedMoves++;
+      owned.moveNotBefore = now() + RETURN_MS * 2 ** Math.min(8, owned.failedMoves);
+    }
     owned.state = { ...owned.state, lost: nodesOf([...owned.state.lost, ...lost]) };
     if (wasStopping) {
       owned.stopping = undefined;
@@ -466,41 +402,7 @@ export class InstanceLife {
 /** Stands for the cluster's stamp until the next turn knows it. */
 const GIVEN_UP_NOW = "";
 
-/** Changes when a node comes, goes or starts anew. */
-function clusterStamp(members: readonly Member[]): string {
-  return members.map(({ record }) => `${record.info.id} ${record.boot}`).join();
-}
-
 /** Each once, the latest ones. */
 function nodesOf(nodes: readonly NodeId[]): NodeId[] {
   return [...new Set(nodes)].slice(-MOST_LOST);
-}
-
-function hasShape(
-  placed: { tensor: number; pipeline: number },
-  { tensor = placed.tensor, pipeline = placed.pipeline }: PlacementRequest,
-): boolean {
-  return placed.tensor === tensor && placed.pipeline === pipeline;
-}
-
-/** Somebody stopped it, maybe where this node was cut off from. */
-function isEnded(id: string, members: readonly Member[]): boolean {
-  return members.some(({ record, self }) => !self && record.info.ended.some((each) => each.id === id));
-}
-
-function isIdle({ phase, outstandingTokens }: InstanceState): boolean {
-  return phase === "ready" && outstandingTokens === 0;
-}
-
-/** Whether any node that can be asked still holds a rank of an earlier epoch. */
-function hasRanks(instance: string, members: readonly Member[]): boolean {
-  return members.some(
-    ({ record, direct }) => direct && record.info.ranks.some((rank) => rank.instance === instance),
-  );
-}
-
-function nameOf(node: NodeId, members: readonly Member[]): string {
-  return (
-    members.find(({ record }) => record.info.id === node)?.record.info.name ?? `node ${node.slice(0, 8)}`
-  );
 }

@@ -52,6 +52,9 @@ export class RankHost {
   readonly #held = new Map<string, Held>();
   /** The last epoch that ended here, by instance and run of its owner: its other ranks have lost this one for good. */
   readonly #ended = new Map<string, number>();
+  /** Whose epochs of which number began here: a process tells of itself by instance and epoch, so in two halves of a split cluster
+   * that come together no second owner may use a number again. */
+  readonly #begun = new Map<string, string>();
   readonly #options: RankHostOptions;
 
   constructor(options: RankHostOptions) {
@@ -146,6 +149,12 @@ export class RankHost {
       this.#refuse(instance, order, "group", "its rank of this epoch has ended");
       return true;
     }
+    const number = `${spec.id} ${epoch}`;
+    const other = this.#begun.get(number);
+    if (other !== undefined && other !== order.boot) {
+      this.#refuse(instance, order, "group", "another owner's epoch of the same number began here");
+      return true;
+    }
     const refusal = ledger.reserve({ key: instance, label: spec.model, bytes, busy: true, usedAt: now() });
     // Memory on its way back is waited for; the owner has a limit for ranks that do not begin.
     if (refusal !== undefined && [...this.#held.values()].some(({ life }) => life === "stopping"))
@@ -159,6 +168,8 @@ export class RankHost {
       ...{ phase: "fetching", progress: 0, reason: "", cause: "none" },
     };
     this.#held.set(instance, { order, state, life: "running" });
+    this.#begun.set(number, order.boot);
+    if (this.#begun.size > MOST_ENDED) this.#begun.delete(this.#begun.keys().next().value ?? number);
     runner.start({ spec, epoch, owner, rank });
     return true;
   }

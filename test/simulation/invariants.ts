@@ -21,13 +21,16 @@ const GRAIN_MS = 200;
 /** Since when a running request has not been computed, and since when a ready instance has not, by their names. */
 const broken = new WeakMap<World, Map<string, number>>();
 
-/** Nodes that an owner's instances ran on, by instance. */
+/** Nodes that an owner's instances ran on, by instance, since it owns them without a break: what gave way to the same instance of
+ * another owner takes its past with it. */
 const everUsed = new WeakMap<SimulatedNode["logic"], Map<string, string[]>>();
 
 function noteUse(world: World): void {
   for (const { logic } of world.living) {
     const used = everUsed.get(logic) ?? new Map<string, string[]>();
     everUsed.set(logic, used);
+    const owned = new Set(logic.instances.states().map(({ spec }) => spec.id));
+    for (const id of used.keys()) if (!owned.has(id)) used.delete(id);
     for (const { spec, phase } of logic.instances.states())
       if (phase === "ready")
         used.set(spec.id, [

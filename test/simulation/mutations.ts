@@ -78,8 +78,8 @@ const MUTATIONS: readonly Mutation[] = [
   {
     name: "nodes that come back are not used again",
     file: "instance-life.ts",
-    find: "if (this.#wouldGain(owned, members)) {",
-    put: "if (false) {",
+    find: "if (owned.move === undefined) return;",
+    put: "return;",
   },
   {
     name: "an instance is called ready before all of its ranks are",

@@ -1,7 +1,7 @@
 // One run of the simulation: a few nodes of unlike hardware, clients, a user who starts and stops models, a minute or two of
 // faults, and then peace. While it runs and at its end it must hold what invariants.ts says. A seed is a run.
 
-import { DRAIN_MS, RETURN_MS } from "../../src/cluster/instance-life.ts";
+import { DRAIN_MS, RETURN_MS } from "../../src/cluster/instance-limits.ts";
 import { GONE_MS } from "../../src/cluster/membership.ts";
 import { checkAlways, checkPeace, checkSettled, type Ended } from "./invariants.ts";
 import { MODELS, placer } from "./models.ts";

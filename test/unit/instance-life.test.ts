@@ -8,7 +8,7 @@ import {
   REGROUP_MS,
   RETURN_MS,
   START_MS,
-} from "../../src/cluster/instance-life.ts";
+} from "../../src/cluster/instance-limits.ts";
 import { MemoryLedger } from "../../src/cluster/memory-ledger.ts";
 import { RankHost, type RankOrder } from "../../src/cluster/rank-host.ts";
 import { SILENT_MS } from "../../src/cluster/requests.ts";
