@@ -25,6 +25,12 @@ export class GrammarGate {
     this.#grammars = new GrammarService(options);
   }
 
+  /** Does ahead what the first request would wait for. */
+  prepare(): void {
+    // A failure belongs to the requests that need a grammar: they meet it again.
+    this.#grammars.prepare().catch(() => undefined);
+  }
+
   /** Takes a request with a grammar. */
   add(request: GenerateRequest): void {
     const { grammar } = request;

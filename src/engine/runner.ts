@@ -158,6 +158,7 @@ class Runner {
     const runner = new Runner(options, model, writer);
     writer.add({ type: "ready", status: runner.#status() });
     writer.flush();
+    runner.#gate.prepare();
     return runner;
   }
 

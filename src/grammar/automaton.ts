@@ -214,6 +214,52 @@ export function trim(dfa: Dfa): Dfa | undefined {
   return kept;
 }
 
+/** Joins states that accept alike (Moore's refinement); states keep the order of the first of each. Of small automata: its time
+ * grows with the states times the longest way through them. */
+export function joinAlike({ edges, labels }: Dfa): Dfa {
+  let classes = labels.map((label) => label + 1);
+  for (let count = new Set(classes).size; ; ) {
+    const names = new Map<string, number>();
+    const next = edges.map((list, q) => {
+      const parts = [String(classes[q])];
+      for (const [low, high, to] of joined(list, classes)) parts.push(`${low} ${high} ${to}`);
+      const key = parts.join();
+      let name = names.get(key);
+      if (name === undefined) {
+        name = names.size;
+        names.set(key, name);
+      }
+      return name;
+    });
+    classes = next;
+    if (names.size === count) break;
+    count = names.size;
+  }
+  const out: Dfa = { edges: [], labels: [] };
+  edges.forEach((list, q) => {
+    const name = classes[q] ?? 0;
+    if (name < out.edges.length) return;
+    out.edges.push(joined(list, classes).flat());
+    out.labels.push(labels[q] ?? -1);
+  });
+  return out;
+}
+
+/** A state's edges with its targets' classes, neighbours of one class as one. */
+function joined(
+  list: readonly number[],
+  classes: readonly number[],
+): [low: number, high: number, to: number][] {
+  const out: [number, number, number][] = [];
+  for (let i = 0; i < list.length; i += 3) {
+    const [low, high, to] = [list[i] ?? 0, list[i + 1] ?? 0, classes[list[i + 2] ?? 0] ?? 0];
+    const last = out.at(-1);
+    if (last !== undefined && last[2] === to && last[1] === low - 1) last[1] = high;
+    else out.push([low, high, to]);
+  }
+  return out;
+}
+
 /** What both accept, or what the first accepts and the second does not; labels are the first one's. */
 export function combine(a: Dfa, b: Dfa, how: "both" | "not second", budget: BuildBudget): Dfa | undefined {
   const pairs: [number, number][] = [];

@@ -14,6 +14,12 @@ export interface Vocabulary {
   readonly stringStates: number;
 }
 
+/** A state's tokens, found ahead of their use. */
+export interface WarmState {
+  readonly state: number;
+  readonly tokens: InsideTokens;
+}
+
 export type ToGrammarWorker =
   /** Read the vocabulary of a model folder; `size`: the engine's. */
   | { readonly kind: "load"; readonly dir: string; readonly size: number }
@@ -29,7 +35,11 @@ export type FromGrammarWorker =
       readonly strings: Map<number, InsideTokens>;
     }
   | { readonly kind: "ready" }
-  | { readonly kind: "compiled"; readonly id: number; readonly grammar: Grammar }
-  /** A state's tokens, found ahead of their use. */
-  | { readonly kind: "warm"; readonly id: number; readonly state: number; readonly tokens: InsideTokens }
+  | {
+      readonly kind: "compiled";
+      readonly id: number;
+      readonly grammar: Grammar;
+      readonly ahead: readonly WarmState[];
+    }
+  | ({ readonly kind: "warm"; readonly id: number } & WarmState)
   | { readonly kind: "failed"; readonly id: number; readonly error: Record<string, unknown> };

@@ -14,6 +14,14 @@ const MOST_WORKERS = 3;
 const MOST_WAITING = 64;
 const MOST_KEPT = 64;
 const LOAD_LIMIT_MS = 60_000;
+/** Tokens of the answer that is followed when nobody has asked for one yet. */
+const PREPARED_TOKENS = 100;
+/** Has states that most text fits. */
+const PREPARED_PATTERN: GrammarSpec = {
+  type: "json_schema",
+  schema: { type: "string", pattern: "^[A-Z][a-z ]*$" },
+  param: "",
+};
 /** A worker without work for so long ends. */
 const IDLE_MS = 30_000;
 
@@ -98,6 +106,27 @@ export class GrammarService {
       this.#waiting.push({ id: this.#nextId++, spec, resolve, reject });
       this.#dispatch();
     });
+  }
+
+  /** What the first request would wait for: reads the vocabulary, then follows an answer, a token a turn of the event loop, so
+   * that this thread's code is compiled. A failure is told to the requests that need it. */
+  async prepare(): Promise<Vocabulary> {
+    const vocabulary = await this.#loaded();
+    const turn = () => new Promise((resolve) => setImmediate(resolve));
+    const spec: GrammarSpec = { type: "json_object", param: "" };
+    let matcher = await this.matcher(spec);
+    for (let i = 0; i < PREPARED_TOKENS && !this.#closed; i++) {
+      await turn();
+      if (!matcher.accept(anyToken(matcher.mask([]), i))) matcher = await this.matcher(spec);
+    }
+    const { grammar, trie } = await this.#compile(PREPARED_PATTERN);
+    // Without what the worker has found.
+    const automata = new Automata(grammar, trie, new Map(), 0);
+    for (let state = 0; state < grammar.labels.length && !this.#closed; state++) {
+      await turn();
+      automata.inside(state);
+    }
+    return vocabulary;
   }
 
   /** Reads the vocabulary once; a failure is tried again by the next request. */
@@ -202,6 +231,7 @@ export class GrammarService {
       this.#loaded().then(
         ({ trie, stringStates }) => {
           const automata = new Automata(message.grammar, trie, this.#strings, stringStates);
+          for (const { state, tokens } of message.ahead) automata.keep(state, tokens);
           this.#byId.set(job.id, automata);
           if (this.#byId.size > MOST_WORKERS)
             for (const oldest of [...this.#byId.keys()].slice(0, 1)) this.#byId.delete(oldest);
@@ -244,6 +274,17 @@ export class GrammarService {
   #post(hand: Hand, message: ToGrammarWorker): void {
     if (this.#hands.has(hand)) hand.worker.postMessage(message);
   }
+}
+
+/** A set bit that depends on `turn`. */
+function anyToken(mask: Uint32Array, turn: number): number {
+  const start = Math.imul(turn, 0x9e3779b1) >>> 0;
+  for (let i = 0; i < mask.length; i++) {
+    const at = (start + i) % mask.length;
+    const word = mask[at] as number;
+    if (word !== 0) return 32 * at + (31 - Math.clz32(word & -word));
+  }
+  return 0;
 }
 
 function paramOf(spec: GrammarSpec): string {

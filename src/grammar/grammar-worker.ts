@@ -7,14 +7,16 @@ import { makeTable } from "../chat/tokenizer.ts";
 import { readTokenizerFiles } from "../chat/tokenizer-files.ts";
 import { asCaravanError } from "../errors.ts";
 import { compileGrammar } from "./compile.ts";
-import type { Grammar } from "./grammar.ts";
-import type { FromGrammarWorker, ToGrammarWorker, Vocabulary } from "./grammar-protocol.ts";
+import { EDGE_CALL, EDGE_SIZE, type Grammar } from "./grammar.ts";
+import type { FromGrammarWorker, ToGrammarWorker, Vocabulary, WarmState } from "./grammar-protocol.ts";
 import { Automata, type InsideTokens, stringStates } from "./inside-tokens.ts";
 import { buildTokenTrie } from "./token-trie.ts";
 
 declare const self: Worker;
 
-/** Time spent on a grammar's states ahead of their use, and between two looks at the messages. */
+/** Time spent on a grammar's states before it is handed out, behind that ahead of their use, and between two looks at the
+ * messages. */
+const WARM_FIRST_MS = 20;
 const WARM_MS = 150;
 const WARM_SLICE_MS = 20;
 
@@ -40,9 +42,9 @@ async function load(dir: string, size: number): Promise<void> {
 
 /** States of a grammar whose tokens take long to find, in the order in which an answer comes to them. */
 function* warmSteps(
-  id: number,
   grammar: Grammar,
   { trie, stringStates: shared }: Vocabulary,
+  found: (state: number, tokens: InsideTokens) => void,
 ): Generator<void> {
   const automata = new Automata(grammar, trie, new Map(), 0);
   const seen = new Uint8Array(grammar.labels.length);
@@ -52,28 +54,40 @@ function* warmSteps(
     seen[state] = 1;
     queue.push(state);
   };
-  for (let edge = 0; edge < grammar.edges.length; edge += 4)
-    if (grammar.edges[edge] === 0) visit(grammar.edges[edge + 1] ?? 0);
+  for (let edge = 0; edge < grammar.edges.length; edge += EDGE_SIZE)
+    if (grammar.edges[edge] !== EDGE_CALL) visit(grammar.edges[edge + 1] ?? 0);
   for (let next = 0; next < queue.length; next++) {
     const state = queue[next] ?? 0;
     const tokens = automata.inside(state);
-    if (tokens.bits !== undefined) send({ kind: "warm", id, state, tokens });
+    if (tokens.bits !== undefined) found(state, tokens);
     for (let i = grammar.firstRange[state] ?? 0; i < (grammar.firstRange[state + 1] ?? 0); i++)
       visit(grammar.rangeTargets[i] ?? 0);
     yield;
   }
 }
 
-function warm(id: number, grammar: Grammar): void {
-  if (vocabulary === undefined) return;
-  const steps = warmSteps(id, grammar, vocabulary);
-  const start = performance.now();
-  const slice = (): void => {
-    const begin = performance.now();
-    while (performance.now() - begin < WARM_SLICE_MS) if (steps.next().done) return;
-    if (performance.now() - start < WARM_MS) setImmediate(slice);
+/** Sends the grammar with the first states' tokens, and then more of them. */
+function handOut(id: number, grammar: Grammar): void {
+  const ahead: WarmState[] = [];
+  let found = (state: number, tokens: InsideTokens): void => {
+    ahead.push({ state, tokens });
   };
-  setImmediate(slice);
+  const steps =
+    vocabulary === undefined ? undefined : warmSteps(grammar, vocabulary, (...each) => found(...each));
+  const run = (ms: number): boolean => {
+    const begin = performance.now();
+    while (performance.now() - begin < ms) if (steps === undefined || steps.next().done) return false;
+    return true;
+  };
+  const start = performance.now();
+  let more = run(WARM_FIRST_MS);
+  send({ kind: "compiled", id, grammar, ahead });
+  found = (state, tokens) => send({ kind: "warm", id, state, tokens });
+  const slice = (): void => {
+    more = run(WARM_SLICE_MS);
+    if (more && performance.now() - start < WARM_MS) setImmediate(slice);
+  };
+  if (more) setImmediate(slice);
 }
 
 self.onmessage = (event: MessageEvent<ToGrammarWorker>): void => {
@@ -88,8 +102,7 @@ self.onmessage = (event: MessageEvent<ToGrammarWorker>): void => {
   } else {
     try {
       const grammar = compileGrammar(message.spec);
-      send({ kind: "compiled", id: message.id, grammar });
-      warm(message.id, grammar);
+      handOut(message.id, grammar);
     } catch (thrown) {
       send({ kind: "failed", id: message.id, error: asCaravanError(thrown).toJSON() });
     }

@@ -1,12 +1,13 @@
 // A compiled grammar: plain arrays that can be handed to another thread. Two levels: nodes with edges, which call each
 // other with a stack (values in values), and below them the states of deterministic automata over bytes.
 
-import { BuildBudget, type Dfa, Nfa } from "./automaton.ts";
+import { BuildBudget, type Dfa, joinAlike, Nfa } from "./automaton.ts";
+import { addCharacters, type CharacterSet } from "./characters.ts";
 import { MOST_NODES, MOST_STATES, SchemaError, TooLarge } from "./limits.ts";
 
 /** Kinds of an edge and what its three numbers are: */
 export const EDGE_TERM = 0; /* start state, offset of its targets (by label), number of targets */
-export const EDGE_STRING = 1; /* least characters, most characters (-1 = any number), target */
+export const EDGE_STRING = 1; /* start state of an automaton whose characters are counted, offset of (least, most (-1 = any number), target) in targets, - */
 export const EDGE_CALL = 2; /* node to call, target, - */
 export const EDGE_SIZE = 4;
 
@@ -21,7 +22,7 @@ export interface Grammar {
   firstEdge: Int32Array;
   /** [edges * EDGE_SIZE] Kind and its three numbers. */
   edges: Int32Array;
-  /** Targets of term edges. */
+  /** Targets of term edges, and triples of string edges. */
   targets: Int32Array;
   /** [states + 1] State q has the ranges firstRange[q] to firstRange[q + 1]. */
   firstRange: Int32Array;
@@ -30,6 +31,8 @@ export interface Grammar {
   rangeTargets: Int32Array;
   /** [states] Label that a state accepts with, -1 = none. */
   labels: Int32Array;
+  /** [states] 0, or one of a string's whose characters are counted: 2 = the state between two characters, 1 = another. */
+  counted: Uint8Array;
 }
 
 /** A way on from a node: `lead` and white space, then `text`, then what `write` adds; what is absent is empty, but not
@@ -46,7 +49,7 @@ export interface Part {
 
 type Edge =
   | { kind: "term"; parts: Part[]; path: string }
-  | { kind: "string"; min: number; max: number; target: number }
+  | { kind: "string"; set: CharacterSet | undefined; min: number; max: number; target: number }
   | { kind: "call"; rule: number; target: number };
 
 export class GrammarBuilder {
@@ -70,9 +73,9 @@ export class GrammarBuilder {
     if (parts.length > 0) this.#edges[from]?.push({ kind: "term", parts, path });
   }
 
-  /** Any JSON string of `min` to `max` characters; Infinity = no limit. */
-  string(from: number, min: number, max: number, target: number): void {
-    this.#edges[from]?.push({ kind: "string", min, max, target });
+  /** JSON strings of `min` to `max` characters of a set, Infinity = no limit; without a set any, in every spelling. */
+  string(from: number, min: number, max: number, target: number, set?: CharacterSet): void {
+    this.#edges[from]?.push({ kind: "string", set, min, max, target });
   }
 
   call(from: number, rule: number, target: number): void {
@@ -123,30 +126,36 @@ class Assembler {
   readonly #firstRange = [0];
   readonly #ranges: number[] = [];
   readonly #labels: number[] = [];
+  readonly #counted: number[] = [];
   /** Start states by language. */
   readonly #starts = new Map<string, number>();
   readonly #budget: BuildBudget;
 
   constructor(budget: BuildBudget) {
     this.#budget = budget;
-    this.#place(stringAutomaton());
+    this.#place(stringAutomaton(), true);
   }
 
   add(edge: Edge, alive: Uint8Array): void {
     if (!leadsOn(edge, alive)) return;
-    if (edge.kind === "string")
-      this.edges.push(
-        EDGE_STRING,
-        edge.min,
-        edge.max === Number.POSITIVE_INFINITY ? -1 : edge.max,
-        edge.target,
-      );
+    if (edge.kind === "string") this.#string(edge);
     else if (edge.kind === "call") this.edges.push(EDGE_CALL, edge.rule, edge.target, 0);
     else
       this.#term(
         edge.parts.filter(({ target }) => alive[target] === 1),
         edge.path,
       );
+  }
+
+  #string({ set, min, max, target }: Extract<Edge, { kind: "string" }>): void {
+    const key = `string ${set?.join()}`;
+    let start = set === undefined ? STRING_START : this.#starts.get(key);
+    if (start === undefined) {
+      start = this.#place(stringOf(set ?? [], this.#budget), true);
+      this.#starts.set(key, start);
+    }
+    this.edges.push(EDGE_STRING, start, this.#targets.length, 0);
+    this.#targets.push(min, max === Number.POSITIVE_INFINITY ? -1 : max, target);
   }
 
   #term(parts: readonly Part[], path: string): void {
@@ -187,7 +196,8 @@ class Assembler {
     this.#targets.push(...targets);
   }
 
-  #place({ edges, labels }: Dfa): number {
+  /** `counted`: the second state is the one between two characters, which are counted. */
+  #place({ edges, labels }: Dfa, counted = false): number {
     const base = this.#labels.length;
     if (base + edges.length > MOST_STATES) throw new TooLarge("its automata have too many states");
     edges.forEach((list, q) => {
@@ -195,6 +205,7 @@ class Assembler {
         this.#ranges.push(list[i] ?? 0, list[i + 1] ?? 0, base + (list[i + 2] ?? 0));
       this.#firstRange.push(this.#ranges.length / 3);
       this.#labels.push(labels[q] ?? -1);
+      this.#counted.push(counted ? (q === 1 ? 2 : 1) : 0);
     });
     return base;
   }
@@ -209,6 +220,7 @@ class Assembler {
       highs: Uint8Array.from(every(1)),
       rangeTargets: Int32Array.from(every(2)),
       labels: Int32Array.from(this.#labels),
+      counted: Uint8Array.from(this.#counted),
     };
   }
 }
@@ -267,6 +279,22 @@ export function writeSpace(nfa: Nfa, from: number): number {
     }
   }
   return end;
+}
+
+/** Strings of characters of a set, of which there is one; each in its shortest spelling. Its second state is "between two
+ * characters". */
+function stringOf(set: CharacterSet, budget: BuildBudget): Dfa {
+  const nfa = new Nfa(budget);
+  const start = nfa.state();
+  const body = nfa.state();
+  const end = nfa.state();
+  nfa.range(start, 0x22, 0x22, body);
+  nfa.range(body, 0x22, 0x22, end);
+  addCharacters(nfa, body, body, set);
+  const dfa = nfa.determinise(start, new Map([[end, 0]]));
+  if (dfa === undefined) throw new TooLarge("the automaton of strings is empty");
+  // Behind a character in its escaped spelling stands the same state as behind any other.
+  return joinAlike(dfa);
 }
 
 let anyString: Dfa | undefined;

@@ -3,16 +3,21 @@
 // it depends on the state alone, so it is kept.
 
 import { type Grammar, STRING_START, stringAutomaton } from "./grammar.ts";
-import type { TokenTrie } from "./token-trie.ts";
+import { StateRows } from "./state-rows.ts";
+import { DEPTH_BITS, type TokenTrie } from "./token-trie.ts";
 
 /** Fewer tokens than this are kept as a list instead of a bit set. */
 const SHORT_LIST = 2048;
-/** Memory of a grammar's kept states: bit sets and rows. */
+/** Memory of a grammar's kept states. */
 const MOST_KEPT_BYTES = 48 << 20;
-const MOST_ROWS = 8192;
+const DEPTH_MASK = 2 ** DEPTH_BITS - 1;
 
 /** State of the string automaton between two characters; a character is counted where it begins. */
 export const STRING_BODY = STRING_START + 1;
+
+/** In grammar.counted: a state of an automaton whose characters are counted, and the one of them between two characters. */
+export const COUNTED = 1;
+export const COUNTED_BODY = 2;
 
 export interface InsideTokens {
   /** [(vocab + 31) / 32] All of them, when they are many. */
@@ -21,9 +26,11 @@ export interface InsideTokens {
   readonly list: Int32Array;
   /** Triples (tree node, label, characters): the automaton may be left behind this node, which has children. */
   readonly exits: Int32Array;
-  /** In strings: pairs (token, characters) of tokens that stay inside, most characters first. */
+  /** Where characters are counted: tokens that stay inside, most characters first. */
   readonly counted: Int32Array;
-  /** In strings: pairs (token, characters) of tokens that end with the closing quote. */
+  /** [most + 1] How many of `counted` have more characters than the index. */
+  readonly longer: Int32Array;
+  /** Where characters are counted: pairs (token, characters) of tokens that end with the closing quote. */
   readonly closing: Int32Array;
   /** Most characters that a token or exit has. */
   readonly most: number;
@@ -33,7 +40,7 @@ export interface InsideTokens {
 export class Automata {
   readonly grammar: Grammar;
   readonly trie: TokenTrie;
-  readonly #rows = new Map<number, Int32Array>();
+  readonly #rows: StateRows;
   readonly #kept = new Map<number, InsideTokens>();
   readonly #strings: Map<number, InsideTokens>;
   readonly #stringStates: number;
@@ -43,21 +50,14 @@ export class Automata {
   constructor(grammar: Grammar, trie: TokenTrie, strings: Map<number, InsideTokens>, stringStates: number) {
     this.grammar = grammar;
     this.trie = trie;
+    this.#rows = new StateRows(grammar);
     this.#strings = strings;
     this.#stringStates = stringStates;
   }
 
-  /** [256] The next state by byte, -1 = none. */
-  row(state: number): Int32Array {
-    let row = this.#rows.get(state);
-    if (row !== undefined) return row;
-    const { firstRange, lows, highs, rangeTargets } = this.grammar;
-    row = new Int32Array(256).fill(-1);
-    for (let i = firstRange[state] ?? 0; i < (firstRange[state + 1] ?? 0); i++)
-      row.fill(rangeTargets[i] ?? -1, lows[i], (highs[i] ?? 0) + 1);
-    if (this.#rows.size >= MOST_ROWS) this.#rows.clear();
-    this.#rows.set(state, row);
-    return row;
+  /** The next state, -1 = none. */
+  next(state: number, byte: number): number {
+    return this.#rows.next(state, byte);
   }
 
   label(state: number): number {
@@ -70,12 +70,19 @@ export class Automata {
     return firstRange[state] !== firstRange[state + 1];
   }
 
+  /** Sets the bytes that may come next in a state. */
+  addBytes(state: number, bytes: Uint8Array): void {
+    const { firstRange, lows, highs } = this.grammar;
+    for (let i = firstRange[state] as number; i < (firstRange[state + 1] as number); i++)
+      bytes.fill(1, lows[i], (highs[i] as number) + 1);
+  }
+
   inside(state: number): InsideTokens {
     const shared = state < this.#stringStates;
     const kept = shared ? this.#strings : this.#kept;
     let tokens = kept.get(state);
     if (tokens !== undefined) return tokens;
-    tokens = this.#walk(state, shared);
+    tokens = this.grammar.counted[state] === 0 ? this.#walk(state) : this.#walkCounted(state);
     if (shared) kept.set(state, tokens);
     else this.keep(state, tokens);
     return tokens;
@@ -83,8 +90,9 @@ export class Automata {
 
   /** Keeps a state's tokens that were found elsewhere. */
   keep(state: number, tokens: InsideTokens): void {
-    this.#keptBytes +=
-      256 + tokens.list.byteLength + tokens.exits.byteLength + (tokens.bits?.byteLength ?? 0);
+    const { list, exits, counted, closing, bits } = tokens;
+    this.#keptBytes += 256 + (bits?.byteLength ?? 0);
+    for (const array of [list, exits, counted, closing]) this.#keptBytes += array.byteLength;
     if (this.#keptBytes > MOST_KEPT_BYTES) {
       this.#kept.clear();
       this.#keptBytes = 0;
@@ -92,100 +100,161 @@ export class Automata {
     this.#kept.set(state, tokens);
   }
 
-  #walk(from: number, counts: boolean): InsideTokens {
-    const { bytes, ends, depths, tokens, twins, height, vocab } = this.trie;
+  /** Hundreds of thousands of tree nodes where most text fits: this loop is what a mask costs. */
+  #walk(from: number): InsideTokens {
+    const rows = this.#rows;
+    rows.tidy();
+    const { nodes, ends, tokens, twins, height, vocab } = this.trie;
     const { labels } = this.grammar;
-    const rows: Int32Array[] = new Array(height + 1);
-    const characters = new Int32Array(height + 1);
-    const states = new Int32Array(height + 1);
-    rows[0] = this.row(from);
-    states[0] = from;
-    const found = new Int32Array(vocab);
-    const within = new Int32Array(counts ? vocab : 0);
-    const closes = new Uint8Array(counts ? vocab : 0);
+    const { columns } = rows;
+    const places = new Int32Array(height + 1);
+    const bits = new Uint32Array(Math.ceil(vocab / 32));
     const exits: number[] = [];
+    const alike = twins.length > 0;
     let some = 0;
-    let most = 0;
-    const count = bytes.length;
+    places[0] = rows.offset(from);
+    let { entries } = rows;
+    const count = nodes.length;
     for (let node = 0; node < count; ) {
-      const depth = depths[node] as number;
-      const state = (rows[depth] as Int32Array)[bytes[node] as number] as number;
-      const end = ends[node] as number;
+      const packed = nodes[node] as number;
+      const depth = (packed >>> 8) & DEPTH_MASK;
+      const state = entries[(places[depth] as number) + (columns[packed & 255] as number)] as number;
       if (state < 0) {
-        node = end;
+        node = ends[node] as number;
         continue;
       }
-      const label = labels[state] as number;
-      let inside = 0;
-      if (counts) {
-        inside = (characters[depth] as number) + (states[depth] === STRING_BODY && label < 0 ? 1 : 0);
-        characters[depth + 1] = inside;
-        states[depth + 1] = state;
-        if (inside > most) most = inside;
+      let id = tokens[node] as number;
+      if (id >= 0) {
+        bits[id >> 5] = (bits[id >> 5] as number) | (1 << (id & 31));
+        some++;
+        if (alike)
+          for (id = twins[id] as number; id >= 0; id = twins[id] as number) {
+            bits[id >> 5] = (bits[id >> 5] as number) | (1 << (id & 31));
+            some++;
+          }
       }
-      for (let id = tokens[node] as number; id >= 0; id = twins[id] as number) {
-        if (counts) {
-          within[some] = inside;
-          closes[some] = label >= 0 ? 1 : 0;
-        }
-        found[some++] = id;
-      }
-      if (end > node + 1) {
-        if (label >= 0) exits.push(node, label, inside);
-        rows[depth + 1] = this.row(state);
+      if (packed < 0) {
+        const label = labels[state] as number;
+        if (label >= 0) exits.push(node, label, 0);
+        places[depth + 1] = rows.offset(state);
+        entries = rows.entries;
       }
       node++;
     }
-    const all = found.slice(0, some);
     const few = some < SHORT_LIST;
+    const none = new Int32Array(0);
     return {
-      bits: few ? undefined : bitsOf(all, vocab),
-      list: few ? all : new Int32Array(0),
+      bits: few ? undefined : bits,
+      list: few ? listOf(bits, some) : none,
       exits: Int32Array.from(exits),
-      counted: counts ? byCharacters(all, within, closes, most) : new Int32Array(0),
-      closing: counts ? closingTokens(all, within, closes) : new Int32Array(0),
+      counted: none,
+      longer: none,
+      closing: none,
+      most: 0,
+    };
+  }
+
+  /** The same with the characters of each token and exit. */
+  #walkCounted(from: number): InsideTokens {
+    const rows = this.#rows;
+    rows.tidy();
+    const { nodes, ends, tokens, twins, height, vocab } = this.trie;
+    const { labels, counted: kinds } = this.grammar;
+    const { columns } = rows;
+    const characters = new Int32Array(height + 1);
+    const places = new Int32Array(height + 1);
+    /** Whether a character begins behind the node, by depth. */
+    const begins = new Uint8Array(height + 1);
+    places[0] = rows.offset(from);
+    begins[0] = kinds[from] === COUNTED_BODY ? 1 : 0;
+    let { entries } = rows;
+    const bits = new Uint32Array(Math.ceil(vocab / 32));
+    const exits: number[] = [];
+    const closing: number[] = [];
+    const scratch = scratchOf(2 * vocab);
+    let some = 0;
+    let most = 0;
+    for (let node = 0; node < nodes.length; ) {
+      const packed = nodes[node] as number;
+      const depth = (packed >>> 8) & DEPTH_MASK;
+      const state = entries[(places[depth] as number) + (columns[packed & 255] as number)] as number;
+      if (state < 0) {
+        node = ends[node] as number;
+        continue;
+      }
+      const label = labels[state] as number;
+      const inside = (characters[depth] as number) + (label < 0 ? (begins[depth] as number) : 0);
+      if (inside > most) most = inside;
+      for (let id = tokens[node] as number; id >= 0; id = twins[id] ?? -1) {
+        bits[id >> 5] = (bits[id >> 5] as number) | (1 << (id & 31));
+        if (label >= 0) closing.push(id, inside);
+        else {
+          scratch[2 * some] = id;
+          scratch[2 * some + 1] = inside;
+          some++;
+        }
+      }
+      if (packed < 0) {
+        if (label >= 0) exits.push(node, label, inside);
+        characters[depth + 1] = inside;
+        begins[depth + 1] = kinds[state] === COUNTED_BODY ? 1 : 0;
+        places[depth + 1] = rows.offset(state);
+        entries = rows.entries;
+      }
+      node++;
+    }
+    const all = some + closing.length / 2;
+    const few = all < SHORT_LIST;
+    return {
+      bits: few ? undefined : bits,
+      list: few ? listOf(bits, all) : new Int32Array(0),
+      exits: Int32Array.from(exits),
+      ...byCharacters(scratch, some, most),
+      closing: Int32Array.from(closing),
       most,
     };
   }
 }
 
-/** Pairs (token, characters) of the tokens that do not close, most characters first. */
-function byCharacters(tokens: Int32Array, within: Int32Array, closes: Uint8Array, most: number): Int32Array {
-  const starts = new Int32Array(most + 2);
-  let count = 0;
-  for (let i = 0; i < tokens.length; i++)
-    if (closes[i] === 0) {
-      count++;
-      starts[within[i] as number] = (starts[within[i] as number] as number) + 1;
-    }
-  for (let characters = most, at = 0; characters >= 0; characters--) {
-    const here = starts[characters] as number;
-    starts[characters] = at;
-    at += here;
-  }
-  const pairs = new Int32Array(2 * count);
-  for (let i = 0; i < tokens.length; i++) {
-    if (closes[i] === 1) continue;
-    const characters = within[i] as number;
-    const at = 2 * (starts[characters] as number);
-    starts[characters] = (starts[characters] as number) + 1;
-    pairs[at] = tokens[i] as number;
-    pairs[at + 1] = characters;
-  }
-  return pairs;
+let scratch = new Int32Array(0);
+
+/** The same memory for every walk of this thread. */
+function scratchOf(length: number): Int32Array {
+  if (scratch.length < length) scratch = new Int32Array(length);
+  return scratch;
 }
 
-function closingTokens(tokens: Int32Array, within: Int32Array, closes: Uint8Array): Int32Array {
-  const pairs: number[] = [];
-  for (let i = 0; i < tokens.length; i++)
-    if (closes[i] === 1) pairs.push(tokens[i] as number, within[i] as number);
-  return Int32Array.from(pairs);
+/** `pairs`: `count` tokens with their characters. The tokens with most characters first, and how many of them have more
+ * characters than each number. */
+function byCharacters(
+  pairs: Int32Array,
+  count: number,
+  most: number,
+): Pick<InsideTokens, "counted" | "longer"> {
+  const longer = new Int32Array(most + 1);
+  for (let i = 0; i < count; i++) {
+    const characters = pairs[2 * i + 1] as number;
+    if (characters > 0) longer[characters - 1] = (longer[characters - 1] as number) + 1;
+  }
+  for (let c = most - 1; c >= 0; c--) longer[c] = (longer[c] as number) + (longer[c + 1] as number);
+  const next = longer.slice();
+  const counted = new Int32Array(count);
+  for (let i = 0; i < count; i++) {
+    const characters = pairs[2 * i + 1] as number;
+    const at = next[characters] as number;
+    next[characters] = at + 1;
+    counted[at] = pairs[2 * i] as number;
+  }
+  return { counted, longer };
 }
 
-function bitsOf(tokens: Int32Array, vocab: number): Uint32Array {
-  const bits = new Uint32Array(Math.ceil(vocab / 32));
-  for (const token of tokens) bits[token >> 5] = (bits[token >> 5] as number) | (1 << (token & 31));
-  return bits;
+function listOf(bits: Uint32Array, count: number): Int32Array {
+  const list = new Int32Array(count);
+  let found = 0;
+  for (let word = 0; found < count && word < bits.length; word++)
+    for (let rest = bits[word] as number; rest !== 0; rest &= rest - 1)
+      list[found++] = 32 * word + (31 - Math.clz32(rest & -rest));
+  return list;
 }
 
 /** How many states the string automaton has in front of every grammar's own. */

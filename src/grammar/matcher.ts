@@ -4,8 +4,8 @@
 
 import { bytesOf, isSpecialId, type TokenTable } from "../chat/token-table.ts";
 import { CaravanError } from "../errors.ts";
-import { EDGE_CALL, EDGE_SIZE, EDGE_STRING, EDGE_TERM, STRING_START } from "./grammar.ts";
-import { type Automata, type InsideTokens, STRING_BODY } from "./inside-tokens.ts";
+import { EDGE_CALL, EDGE_SIZE, EDGE_STRING, EDGE_TERM } from "./grammar.ts";
+import { type Automata, COUNTED_BODY, type InsideTokens } from "./inside-tokens.ts";
 import { MOST_READINGS } from "./limits.ts";
 
 /** Bytes followed to make one mask. */
@@ -79,6 +79,8 @@ class Readings {
   ends = false;
   /** [256] Bytes that may come next; made when it is asked for. */
   bytes: Uint8Array | undefined;
+  /** The readings behind a byte, while one mask is made. */
+  next: (Readings | undefined)[] | undefined;
 
   get alive(): boolean {
     return this.ends || this.all.size > 0;
@@ -91,6 +93,8 @@ export class GrammarMatcher {
   readonly #mask: Uint32Array;
   #readings: Readings;
   #steps = 0;
+  /** Readings that remember what is behind them. */
+  readonly #followed: Readings[] = [];
 
   constructor(automata: Automata, table: TokenTable) {
     this.#automata = automata;
@@ -164,6 +168,7 @@ export class GrammarMatcher {
     const mask = this.#mask.fill(0);
     this.#steps = 0;
     for (const reading of this.#readings.all) this.#addTokens(mask, reading);
+    for (const readings of this.#followed.splice(0)) readings.next = undefined;
     if (this.#readings.ends) for (const token of ends) set(mask, token);
     if (mask.every((word) => word === 0))
       throw new CaravanError(
@@ -193,17 +198,24 @@ export class GrammarMatcher {
     }
     const least = limits[0] - frame.characters;
     const most = limits[1] - frame.characters;
-    addCounted(mask, inside, least, most);
+    if (this.#readings.all.size === 1) addCounted(mask, inside, least, most);
+    else {
+      // What does not fit this reading may fit another.
+      const own = new Uint32Array(mask.length);
+      addCounted(own, inside, least, most);
+      for (let i = 0; i < mask.length; i++) mask[i] = (mask[i] as number) | (own[i] as number);
+    }
     for (const token of this.#leaving(frame, inside, least, most)) set(mask, token);
   }
 
   /** Least and most characters of a string that has limits. */
   #limitsOf(frame: Frame): readonly [least: number, most: number] | undefined {
-    const { edges } = this.#automata.grammar;
+    const { edges, targets } = this.#automata.grammar;
     const at = frame.edge * EDGE_SIZE;
     if (edges[at] !== EDGE_STRING) return undefined;
-    const least = edges[at + 1] ?? 0;
-    const most = edges[at + 2] ?? -1;
+    const limits = edges[at + 2] ?? 0;
+    const least = targets[limits] ?? 0;
+    const most = targets[limits + 1] ?? -1;
     if (least === 0 && most < 0) return undefined;
     return [least, most < 0 ? Number.POSITIVE_INFINITY : most];
   }
@@ -231,26 +243,32 @@ export class GrammarMatcher {
 
   /** Tokens below a node of the tree that the readings allow. */
   #follow(node: number, readings: Readings, found: number[]): void {
-    const { bytes, ends, tokens, twins } = this.#automata.trie;
+    const { nodes, ends, tokens, twins } = this.#automata.trie;
     if (readings.all.size === 0) return;
     const allowed = this.#bytes(readings);
     const end = ends[node] as number;
     for (let child = node + 1; child < end; child = ends[child] as number) {
-      if (allowed[bytes[child] as number] === 0) continue;
-      const next = this.#advance(readings, bytes[child] as number);
+      const packed = nodes[child] as number;
+      const byte = packed & 255;
+      if (allowed[byte] === 0) continue;
+      // Many places in the tree go on alike.
+      let next = readings.next?.[byte];
+      if (next === undefined) {
+        next = this.#advance(readings, byte);
+        readings.next ??= [];
+        readings.next[byte] = next;
+        this.#followed.push(readings);
+      }
       if (!next.alive) continue;
-      for (let id = tokens[child] as number; id >= 0; id = twins[id] as number) found.push(id);
-      if ((ends[child] as number) > child + 1) this.#follow(child, next, found);
+      for (let id = tokens[child] as number; id >= 0; id = twins[id] ?? -1) found.push(id);
+      if (packed < 0) this.#follow(child, next, found);
     }
   }
 
   #bytes(readings: Readings): Uint8Array {
     if (readings.bytes !== undefined) return readings.bytes;
     const bytes = new Uint8Array(256);
-    for (const { state } of readings.all) {
-      const row = this.#automata.row(state);
-      for (let byte = 0; byte < 256; byte++) if ((row[byte] as number) >= 0) bytes[byte] = 1;
-    }
+    for (const { state } of readings.all) this.#automata.addBytes(state, bytes);
     readings.bytes = bytes;
     return bytes;
   }
@@ -260,14 +278,14 @@ export class GrammarMatcher {
     this.#steps += readings.all.size + 1;
     if (this.#steps > MOST_MASK_STEPS) throw tooAmbiguous();
     for (const { state, frame } of readings.all) {
-      const to = this.#automata.row(state)[byte] as number;
+      const to = this.#automata.next(state, byte);
       if (to < 0) continue;
       const label = this.#automata.label(to);
       const limits = this.#limitsOf(frame);
       let inner = frame;
       if (limits !== undefined) {
         if (label >= 0 && frame.characters < limits[0]) continue;
-        if (state === STRING_BODY && label < 0) {
+        if (this.#automata.grammar.counted[state] === COUNTED_BODY && label < 0) {
           if (frame.characters >= limits[1]) continue;
           inner = frame.stack.frame(frame.edge, frame.characters + 1);
         }
@@ -284,8 +302,8 @@ export class GrammarMatcher {
   #leave(readings: Readings, { edge, stack }: Frame, label: number): void {
     const { edges, targets } = this.#automata.grammar;
     const at = edge * EDGE_SIZE;
-    const target =
-      edges[at] === EDGE_STRING ? (edges[at + 3] ?? 0) : (targets[(edges[at + 2] ?? 0) + label] ?? 0);
+    const place = (edges[at + 2] ?? 0) + (edges[at] === EDGE_STRING ? 2 : label);
+    const target = targets[place] ?? 0;
     this.#enter(readings, target, stack);
   }
 
@@ -297,8 +315,7 @@ export class GrammarMatcher {
       const kind = edges[at];
       const one = edges[at + 1] ?? 0;
       const two = edges[at + 2] ?? 0;
-      if (kind === EDGE_TERM) readings.all.add(stack.frame(edge, 0).reading(one));
-      else if (kind === EDGE_STRING) readings.all.add(stack.frame(edge, 0).reading(STRING_START));
+      if (kind === EDGE_TERM || kind === EDGE_STRING) readings.all.add(stack.frame(edge, 0).reading(one));
       else if (kind === EDGE_CALL) this.#enter(readings, one, this.#onlyEnds(two) ? stack : stack.with(two));
     }
     if (accepts[node] !== 1) return;
@@ -316,7 +333,7 @@ export class GrammarMatcher {
 /** Tokens inside a string with room for `most` characters that may close behind `least`. */
 function addCounted(
   mask: Uint32Array,
-  { bits, list, counted, closing }: InsideTokens,
+  { bits, list, counted, longer, closing, most: all }: InsideTokens,
   least: number,
   most: number,
 ): void {
@@ -326,8 +343,8 @@ function addCounted(
     const characters = closing[i + 1] as number;
     if (characters < least || characters > most) clear(mask, closing[i] as number);
   }
-  for (let i = 0; i < counted.length && (counted[i + 1] as number) > most; i += 2)
-    clear(mask, counted[i] as number);
+  const tooLong = most < 0 ? counted.length : most > all ? 0 : (longer[most] as number);
+  for (let i = 0; i < tooLong; i++) clear(mask, counted[i] as number);
 }
 
 function set(mask: Uint32Array, token: number): void {

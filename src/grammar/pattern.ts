@@ -66,6 +66,22 @@ function readPattern(pattern: string): Tree {
   return new PatternReader(pattern).read();
 }
 
+/** Where the pattern says no more than that there are `least` to `most` characters of a set (`^[a-z]{3,8}$`). Throws
+ * PatternError. */
+export function characterRun(
+  pattern: string,
+): { set: CharacterSet; least: number; most: number } | undefined {
+  const tree = readPattern(pattern);
+  if (tree.kind !== "sequence" || tree.parts.length !== 3) return undefined;
+  const [first, run, last] = tree.parts;
+  if (first?.kind !== "start" || last?.kind !== "end" || run?.kind !== "repeat") return undefined;
+  let { part } = run;
+  while (part.kind === "sequence" && part.parts.length === 1 && part.parts[0] !== undefined)
+    part = part.parts[0];
+  if (part.kind !== "set" || part.set.length === 0) return undefined;
+  return { set: part.set, least: run.least, most: run.most };
+}
+
 /** The strings in which the pattern is found somewhere, from `from` to the returned state. Throws PatternError, TooLarge. */
 export function addPattern(nfa: Nfa, from: number, pattern: string): number {
   const tree = readPattern(pattern);

@@ -6,7 +6,7 @@ import type { BuildBudget, Dfa, Nfa } from "./automaton.ts";
 import type { GrammarBuilder, Part } from "./grammar.ts";
 import { MOST_ENUM_VALUES, MOST_ITEMS, SchemaError, TooLarge } from "./limits.ts";
 import { numberAutomaton } from "./numbers.ts";
-import { checkPattern, PatternError } from "./pattern.ts";
+import { characterRun, checkPattern, PatternError } from "./pattern.ts";
 import { type Conjunction, SchemaReader } from "./schema-reader.ts";
 import {
   type ArrayShape,
@@ -97,6 +97,11 @@ export class SchemaGrammar {
       return;
     }
     for (const [pattern, path] of patterns) this.#checkPattern(pattern, path);
+    const run = patterns.length === 1 ? characterRun(patterns[0]?.[0] ?? "") : undefined;
+    if (run !== undefined) {
+      this.#builder.string(start, Math.max(min, run.least), Math.min(max, run.most), end, run.set);
+      return;
+    }
     const sources = patterns.map(([pattern]) => pattern);
     const key = `string ${JSON.stringify([sources, min, String(max)])}`;
     const automaton = this.#lazy(patterns[0]?.[1] ?? shape.path, () =>

@@ -5,13 +5,12 @@ import { FLAG_ABSENT, FLAG_SPECIAL, type TokenTable } from "../chat/token-table.
 
 /** Node i's subtree is the nodes from i to end[i]; its children begin at i + 1. */
 export interface TokenTrie {
-  readonly bytes: Uint8Array;
+  /** The node's byte in the lowest 8 bits; the number of bytes in front of it in the next DEPTH_BITS; HAS_CHILDREN. */
+  readonly nodes: Int32Array;
   readonly ends: Int32Array;
-  /** Bytes in front of the node's own. */
-  readonly depths: Uint16Array;
   /** A token whose bytes end at the node, or -1. */
   readonly tokens: Int32Array;
-  /** [vocab] Another token with the same bytes, or -1. */
+  /** [vocab] Another token with the same bytes, or -1; empty where no two tokens are alike. */
   readonly twins: Int32Array;
   /** Largest depth + 1. */
   readonly height: number;
@@ -19,8 +18,12 @@ export interface TokenTrie {
   readonly vocab: number;
 }
 
+export const DEPTH_BITS = 11;
+/** The sign: a node without children is not negative. */
+export const HAS_CHILDREN = -(2 ** 31);
+
 /** Longer tokens are left out: no vocabulary has text tokens of this length that it needs. */
-const LONGEST_TOKEN = 1024;
+const LONGEST_TOKEN = 2 ** (DEPTH_BITS - 1);
 
 /** Special tokens and those from `vocab` on are left out: they never stand for text. */
 export function buildTokenTrie({ bytes, offsets, flags }: TokenTable, vocab: number): TokenTrie {
@@ -40,6 +43,7 @@ export function buildTokenTrie({ bytes, offsets, flags }: TokenTable, vocab: num
     tokens: new Int32Array(most).fill(-1),
   };
   const twins = shared(new Int32Array(vocab).fill(-1));
+  let alike = false;
   let count = 0;
   let height = 0;
   const path: number[] = [];
@@ -59,16 +63,22 @@ export function buildTokenTrie({ bytes, offsets, flags }: TokenTable, vocab: num
     }
     const node = path.at(-1) ?? 0;
     twins[id] = nodes.tokens[node] ?? -1;
+    alike ||= (twins[id] ?? -1) >= 0;
     nodes.tokens[node] = id;
     height = Math.max(height, length(id));
   }
   close(0);
+  const packed = new Int32Array(count);
+  for (let node = 0; node < count; node++)
+    packed[node] =
+      (nodes.bytes[node] ?? 0) |
+      ((nodes.depths[node] ?? 0) << 8) |
+      ((nodes.ends[node] ?? 0) > node + 1 ? HAS_CHILDREN : 0);
   return {
-    bytes: shared(nodes.bytes.subarray(0, count)),
+    nodes: shared(packed),
     ends: shared(nodes.ends.subarray(0, count)),
-    depths: shared(nodes.depths.subarray(0, count)),
     tokens: shared(nodes.tokens.subarray(0, count)),
-    twins,
+    twins: alike ? twins : shared(new Int32Array(0)),
     height,
     vocab,
   };

@@ -192,6 +192,22 @@ describe("schemas", () => {
       ],
       [{ type: "string", pattern: "^a+$", maxLength: 2 }, ['"a"', '"aa"'], ['""', '"aaa"', '"b"']],
       [
+        { type: "string", pattern: "^(?:[é\\n-])*$", minLength: 2, maxLength: 3 },
+        ['"é-"', '"\\n\\né"'],
+        ['"é"', '"éééé"', '"éa"', '"\\u000a-"'],
+      ],
+      [{ type: "string", pattern: "^.{0,600}$" }, ['""', `"${"é".repeat(500)}"`], ['"a\\n"']],
+      [
+        {
+          anyOf: [
+            { type: "string", pattern: "^[a-c]{1,3}$" },
+            { type: "string", pattern: "^.{5}$" },
+          ],
+        },
+        ['"abc"', '"abcab"', '"xyzxy"'],
+        ['"abca"', '"x"', '"abcabc"'],
+      ],
+      [
         { type: ["integer", "null"], minimum: -3, exclusiveMaximum: 12 },
         ["-3", "0", "11", "null"],
         ["-4", "12", "1.5", "01", "-0"],
@@ -332,7 +348,7 @@ describe("schemas", () => {
     const hostile: unknown[] = [
       { pattern: "^(a|b)*a(a|b){25}$", type: "string" },
       { pattern: `${"(a?){50}".repeat(40)}`, type: "string" },
-      { pattern: "^.{900}$", minLength: 3, maxLength: 100_000, type: "string" },
+      { pattern: "^(..){450}$", minLength: 3, maxLength: 100_000, type: "string" },
       { anyOf: wide },
       deep(9),
       { enum: Array.from({ length: 20_000 }, (_, i) => i) },
@@ -391,6 +407,27 @@ describe("masks", () => {
       }
     }
   }, 30_000);
+
+  test("of several counted strings allow what fits any of them", () => {
+    const schema = {
+      anyOf: [
+        { type: "string", maxLength: 1 },
+        { type: "string", pattern: "^[a-c]{3,4}$" },
+        { type: "string", minLength: 6, maxLength: 9 },
+      ],
+    };
+    const start = matcherSource(bySchema(schema), vocabulary);
+    const validate = ajv().compile(schema);
+    const random = seededRandom(11);
+    const lengths = new Set<number>();
+    for (let i = 0; i < 60; i++) {
+      const answer = randomAnswer(start(), vocabulary, random, 40);
+      if (answer === undefined) continue;
+      expect([answer, validate(JSON.parse(answer))]).toEqual([answer, true]);
+      lengths.add([...JSON.parse(answer)].length);
+    }
+    expect(lengths.size).toBeGreaterThan(3);
+  });
 
   test("let random answers to random schemas be valid", () => {
     const name = fc.constantFrom("a", "b", "name", "é", "x-y", 'q"');
