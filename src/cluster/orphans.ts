@@ -51,8 +51,11 @@ export class Orphans {
 
   /** This node gives an instance to the first rank of its new spec. */
   handOver(state: InstanceState): void {
-    this.#seen.delete(state.spec.id);
-    this.#orphans.set(state.spec.id, { state, since: this.#now() });
+    const { id } = state.spec;
+    this.#seen.delete(id);
+    const known = this.#orphans.get(id);
+    if (known === undefined || replaces(state, known.state))
+      this.#orphans.set(id, { state, since: this.#now() });
   }
 
   /** Brings the memory up to date with the view; the orphans that are this node's to adopt. */
@@ -112,7 +115,7 @@ export class Orphans {
     const { id } = state.spec;
     if (this.#isOver(id, state.epoch, members)) return;
     const known = this.#orphans.get(id);
-    if (known !== undefined && known.state.epoch >= state.epoch) return;
+    if (known !== undefined && !replaces(state, known.state)) return;
     if (known === undefined && this.#orphans.size >= MOST) return;
     this.#orphans.set(id, { state, since: this.#now() });
   }
@@ -121,6 +124,12 @@ export class Orphans {
   #isOver(id: string, epoch: number, members: readonly Member[]): boolean {
     return this.#ended.has(id) || claimsOn(id, members).some((claim) => claim.epoch >= epoch);
   }
+}
+
+/** Of two tales of an orphan every view keeps the same one: the heir is read from it. */
+function replaces(a: InstanceState, b: InstanceState): boolean {
+  const nodes = ({ spec }: InstanceState) => spec.ranks.map(({ node }) => node).join();
+  return a.epoch > b.epoch || (a.epoch === b.epoch && nodes(a) > nodes(b));
 }
 
 /** The first of its ranks whose node is here; else the lowest id of those that have the model, or of all. */

@@ -10,6 +10,7 @@ import {
   START_MS,
 } from "../../src/cluster/instance-limits.ts";
 import { MemoryLedger } from "../../src/cluster/memory-ledger.ts";
+import { Orphans, SETTLE_MS } from "../../src/cluster/orphans.ts";
 import { RankHost, type RankOrder } from "../../src/cluster/rank-host.ts";
 import { SILENT_MS } from "../../src/cluster/requests.ts";
 import type { CaravanError } from "../../src/errors.ts";
@@ -274,7 +275,93 @@ describe("when a node is lost", () => {
   });
 });
 
+test("a move goes where it was promised to be faster, also where another look at the free memory would come to the old place", () => {
+  const c = cluster(ROOMY, ROOMY, ROOMY);
+  const { logic } = c.node("a");
+  const place = c.placer.place.bind(c.placer);
+  c.placer.speed = () => 100;
+  c.placer.place = (model, asked, members, limits) => {
+    // With what it holds itself counted as free, the returned node looks better than once it is.
+    const other = limits.freed === undefined ? "b" : "c";
+    const nodes = members.filter(({ record }) => ["a", other].includes(record.info.id));
+    const result = place(model, asked, nodes, limits);
+    return result.kind === "placed" ? { ...result, speed: other === "c" ? 200 : 100 } : result;
+  };
+  const where = () => c.state("i")?.spec.ranks.map(({ node }) => node);
+  try {
+    logic.instances.create("i", "small", { ...two });
+    c.pass(1000);
+    expect(where()).toEqual(["a", "b"]);
+    // It had run on c before.
+    const state = c.state("i");
+    if (state === undefined) throw new Error("it is there");
+    state.lost.push("c");
+    c.pass(RETURN_MS + 10_000);
+    expect(where()).toEqual(["a", "c"]);
+    const { epoch } = c.state("i") ?? {};
+    c.pass(60_000);
+    expect(c.state("i")).toMatchObject({ phase: "ready", epoch });
+  } finally {
+    Reflect.deleteProperty(c.placer, "speed");
+    Reflect.deleteProperty(c.placer, "place");
+  }
+});
+
+describe("an orphan", () => {
+  test("of which two owners told alike late has one heir in every view, in whatever order they are heard", () => {
+    const c = cluster(ROOMY, ROOMY, ROOMY, ROOMY);
+    c.node("d").logic.instances.create("i", "small", { ...two });
+    c.pass(1000);
+    const state = c.state("i");
+    if (state === undefined) throw new Error("it is there");
+    const members = c.node("a").logic.members.map((member) => ({
+      ...member,
+      record: { ...member.record, info: { ...member.record.info, instances: [], orphans: [] } },
+    }));
+    const [share] = state.spec.ranks;
+    if (share === undefined) throw new Error("it has ranks");
+    const tales = ["b", "c"].map((node) => ({
+      ...state,
+      spec: { ...state.spec, ranks: [{ ...share, node }] },
+    }));
+    const heirs = [tales, tales.toReversed()].map((order) => {
+      let now = 0;
+      const views = ["a", "b", "c"].map((id) => ({ id, orphans: new Orphans(id, () => now) }));
+      for (const tale of order) for (const { orphans } of views) orphans.handOver(tale);
+      now += SETTLE_MS;
+      return views.filter(({ orphans }) => orphans.step(members).length > 0).map(({ id }) => id);
+    });
+    expect(heirs).toEqual([["c"], ["c"]]);
+  });
+});
+
 describe("ranks", () => {
+  test("of two owners' epochs of one number only the first ones begin on a node", () => {
+    const c = cluster(ROOMY, ROOMY);
+    c.node("a").logic.instances.create("i", "small", { ...two });
+    c.pass(1000);
+    const { members } = c.node("b").logic;
+    const started: RankOrder[] = [];
+    const runner = { start: (order: RankOrder) => void started.push(order), stop: () => undefined };
+    const host = new RankHost({ id: "b", ledger: new MemoryLedger(ROOMY), runner, now: () => 0 });
+    host.step(members);
+    expect(started.map(({ epoch, owner }) => [epoch, owner])).toEqual([[1, "a"]]);
+    // The halves of a split network meet: the other owner has the same instance in the same epoch.
+    const other = members.map((member) => {
+      const { info } = member.record;
+      return info.id === "a"
+        ? { ...member, record: { ...member.record, boot: "z1", info: { ...info, id: "z" } } }
+        : member;
+    });
+    host.step(other);
+    host.stopped("i", 1);
+    host.step(other);
+    expect(started.length).toBe(1);
+    // Late news of the first one's process say nothing of the second one's.
+    host.ready("i", 1);
+    expect(host.states()).toMatchObject([{ owner: "z", phase: "failed", cause: "group" }]);
+  });
+
   test("of a group that broke start again in a new epoch; news of the old one counts no more", () => {
     const c = cluster(ROOMY, ROOMY);
     c.node("a").logic.instances.create("i", "small", two);
