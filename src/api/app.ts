@@ -24,6 +24,7 @@ import { responsesRoute } from "./openai/responses.ts";
 import { openapiRoute } from "./openapi/document.ts";
 import { benchChatRoute } from "./ops/bench-chat.ts";
 import { healthRoute } from "./ops/health.ts";
+import { History } from "./ops/history.ts";
 import { loginRoute, logoutRoute, whoRoute } from "./ops/login.ts";
 import { metricsRoute, ServingMetrics } from "./ops/metrics.ts";
 import { deleteRoute, type ModelLibrary, pullRoute } from "./ops/model-library.ts";
@@ -58,17 +59,37 @@ const ADMIN = { scope: "administration" } as const;
 /** Where one gets what opens the rest. */
 const LOGIN = "/login";
 
+/** Answers 503 until a model is loaded, which is no failure. */
+const READY = "/ready";
+/** What open pages and monitors ask every few seconds: the log has it at level debug. */
+const POLLED = new Set([
+  HEALTH,
+  READY,
+  LOGIN,
+  "/metrics",
+  "/history",
+  "/requests",
+  "/v1/models",
+  "/cluster/state",
+]);
+
+function isPolled(method: string, path: string): boolean {
+  return method === "GET" && (POLLED.has(path) || path in PAGE_FILES);
+}
+
 const REQUEST_ID = /^[\w.:-]{1,128}$/;
 
 export function createApp(options: AppOptions): Hono<ApiEnv> {
   const metrics = new ServingMetrics();
+  const history = new History();
   const deps: ApiDependencies = {
     models: options.models,
     settings: { ...DEFAULT_SETTINGS, ...options.settings },
     lifecycle: options.lifecycle ?? new Lifecycle(),
     log: options.log ?? createLogger({ level: "silent" }),
     metrics,
-    traces: new TraceLog(metrics),
+    traces: new TraceLog(metrics, history),
+    history,
   };
   const keys = new Keys(deps.settings.apiKeys, deps.settings.adminKeys);
   const app = new Hono<ApiEnv>();
@@ -87,9 +108,10 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
   route(app, HEALTH, { GET: healthRoute(options.nodeId) });
   route(app, LOGIN, { GET: whoRoute(keys), POST: loginRoute(keys, deps.settings) });
   route(app, "/logout", { POST: logoutRoute(keys, deps.settings) });
-  route(app, "/ready", { GET: readyRoute(deps) });
+  route(app, READY, { GET: readyRoute(deps) });
   route(app, "/openapi.json", { GET: openapiRoute() });
   route(app, "/metrics", { GET: metricsRoute(deps) });
+  route(app, "/history", { GET: () => Response.json(history) });
   route(app, "/requests", { GET: listRequestsRoute(deps) }, ADMIN);
   route(app, "/models/load", { POST: loadRoute(deps) }, ADMIN);
   route(app, "/models/unload", { POST: unloadRoute(deps) }, ADMIN);
@@ -128,7 +150,7 @@ export function createApp(options: AppOptions): Hono<ApiEnv> {
     const fields = { request: context.get("requestId"), path: context.req.path, ...error.toJSON() };
     if (error.code === "internal_error")
       deps.log.error("request failed", { ...fields, stack: stackOf(thrown) });
-    else if (error.status >= 500) deps.log.warn("request failed", fields);
+    else if (error.status >= 500 && context.req.path !== READY) deps.log.warn("request failed", fields);
     return errorResponse(error, {}, errorBodyOf(context.req.path));
   });
   return app;
@@ -164,7 +186,8 @@ function useChecks(
     metrics.answered(context.get("route"), context.req.method, context.res.status);
     context.res.headers.set("x-request-id", id);
     if (isAnthropic(context.req.path)) context.res.headers.set("request-id", id);
-    log.info("request", {
+    const asked = isPolled(context.req.method, context.req.path) && context.res.status < 400;
+    log[asked ? "debug" : "info"]("request", {
       request: id,
       method: context.req.method,
       path: context.req.path,

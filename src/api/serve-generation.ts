@@ -9,6 +9,7 @@ import type { GenerationOptions } from "./generation.ts";
 import { type GroupEvent, generateGroup, type SequencePlan } from "./generation-group.ts";
 import type { Lifecycle } from "./lifecycle.ts";
 import type { LoadedModel, ModelDirectory } from "./model-directory.ts";
+import type { History } from "./ops/history.ts";
 import type { ServingMetrics } from "./ops/metrics.ts";
 import type { TraceLog } from "./ops/request-trace.ts";
 import type { ApiContext } from "./routes.ts";
@@ -23,6 +24,7 @@ export interface ApiDependencies {
   log: Logger;
   traces: TraceLog;
   metrics: ServingMetrics;
+  history: History;
 }
 
 /** A request that is ready to run. */

@@ -2,6 +2,7 @@
 
 import { describe, expect, test } from "bun:test";
 import { createApp } from "../../src/api/app.ts";
+import { History } from "../../src/api/ops/history.ts";
 import { ServingMetrics } from "../../src/api/ops/metrics.ts";
 import { Histogram } from "../../src/api/ops/prometheus.ts";
 import { TraceLog } from "../../src/api/ops/request-trace.ts";
@@ -30,6 +31,37 @@ function samplesOf(text: string): Map<string, number> {
 }
 
 const labels = `model_name="${MODEL}",engine="0"`;
+
+test("the last hour is kept in pieces of ten seconds", () => {
+  let now = 1_700_000_000_000;
+  const history = new History(() => now);
+  history.begun();
+  history.begun();
+  history.firstToken(80);
+  history.nextToken(10);
+  history.nextToken(20);
+  history.ended(7, false);
+  now += 10_000;
+  history.ended(3, true);
+  const { data } = JSON.parse(JSON.stringify(history));
+  expect(data).toEqual([
+    {
+      ...{ at: 1_700_000_000, tokens: 3, prompt_tokens: 7, inter_token_ms: 15, first_token_ms: 80 },
+      ...{ requests: 1, failures: 0, running: 2 },
+    },
+    {
+      ...{ at: 1_700_000_010, tokens: 0, prompt_tokens: 3, inter_token_ms: null, first_token_ms: null },
+      ...{ requests: 1, failures: 1, running: 1 },
+    },
+  ]);
+  now += 3_600_000;
+  expect(JSON.parse(JSON.stringify(history)).data).toEqual([
+    {
+      ...{ at: 1_700_003_610, tokens: 0, prompt_tokens: 0, inter_token_ms: null, first_token_ms: null },
+      ...{ requests: 0, failures: 0, running: 0 },
+    },
+  ]);
+});
 
 describe("metrics", () => {
   test("count what requests did, under vLLM's names", async () => {
@@ -153,7 +185,7 @@ describe("request traces", () => {
   });
 
   test("only the last ones are kept, running ones always", () => {
-    const log = new TraceLog(new ServingMetrics(), 3);
+    const log = new TraceLog(new ServingMetrics(), new History(), 3);
     const begin = (id: string) => log.begin({ id, path: "/", stream: false, startedMs: 0 });
     const running = begin("running");
     for (const id of ["a", "b", "c", "d"]) log.end(begin(id), undefined);

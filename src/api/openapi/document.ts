@@ -66,6 +66,7 @@ const OPERATIONS: Operation[] = [
   get("/health", "Operations", "The process answers", "health", { open: true }),
   get("/ready", "Operations", "A request would be served now", "ready"),
   get("/metrics", "Operations", "Metrics for Prometheus"),
+  get("/history", "Operations", "The last hour in pieces of ten seconds", "history"),
   get("/login", "Operations", "Who one is", "login", { open: true }),
   post("/login", "Operations", "A key for a browser's cookie", loginSchema, "login", { open: true }),
   { path: "/logout", method: "post", tag: "Operations", summary: "End the session", reply: "login" },

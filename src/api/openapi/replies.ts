@@ -156,6 +156,23 @@ export const replies = {
   unloaded: v.looseObject({ model: text, state: v.literal("available"), was_loaded: v.boolean() }),
   deleted: v.looseObject({ model: text, deleted: v.literal(true), freed_bytes: count }),
   requests: list(trace),
+  history: v.looseObject({
+    object: v.literal("history"),
+    piece_seconds: count,
+    pieces: count,
+    data: v.array(
+      v.looseObject({
+        at: count,
+        tokens: count,
+        prompt_tokens: count,
+        inter_token_ms: rate,
+        first_token_ms: rate,
+        requests: count,
+        failures: count,
+        running: count,
+      }),
+    ),
+  }),
   request: trace,
   document: v.looseObject({ openapi: text, paths: v.looseObject({}) }),
 } satisfies Record<string, v.GenericSchema>;

@@ -3,6 +3,7 @@
 
 import type { EngineStatus, Timing, Usage } from "../../engine/protocol.ts";
 import type { CaravanError } from "../../errors.ts";
+import { availableMemory } from "../../model/machine-memory.ts";
 import { VERSION } from "../../version.ts";
 import type { ApiDependencies } from "../serve-generation.ts";
 import { Counter, gauge, Histogram, type HistogramSeries } from "./prometheus.ts";
@@ -236,11 +237,18 @@ function processText(running: number): string {
   const one = (name: string, help: string, value: number, type?: "counter") =>
     gauge({ name, help, labels: [] }, [{ labels: [], value }], type);
   const { user, system } = process.cpuUsage();
+  const memory = availableMemory();
   return [
     gauge({ name: "caravan_build_info", help: "Versions of caravan and Bun.", labels: ["version", "bun"] }, [
       { labels: [VERSION, Bun.version], value: 1 },
     ]),
     one("caravan_generations_running", "Generation requests that are being served.", running),
+    one("caravan_machine_memory_bytes", "Memory of this machine.", memory.total),
+    one(
+      "caravan_machine_memory_available_bytes",
+      "Memory that this machine can still give.",
+      memory.available,
+    ),
     one("process_resident_memory_bytes", "Resident memory of the node's process.", process.memoryUsage.rss()),
     one("process_cpu_seconds", "Processor time of the node's process.", (user + system) / 1e6, "counter"),
     one(

@@ -3,6 +3,7 @@
 
 import type { Timing, Usage } from "../../engine/protocol.ts";
 import type { CaravanError } from "../../errors.ts";
+import type { History } from "./history.ts";
 import type { ServingMetrics } from "./metrics.ts";
 import type { HistogramSeries } from "./prometheus.ts";
 
@@ -26,6 +27,7 @@ export class RequestTrace {
   readonly #ends = new Map<Phase, number>();
   readonly #choices: Choice[] = [];
   readonly #metrics: ServingMetrics;
+  readonly #history: History;
   #nextTokens: HistogramSeries | undefined;
   #model: string | undefined;
   #plan: { n: number; promptTokens: number; maxTokens: number } | undefined;
@@ -36,9 +38,12 @@ export class RequestTrace {
   constructor(
     readonly about: { id: string; path: string; stream: boolean; startedMs: number },
     metrics: ServingMetrics,
+    history: History,
   ) {
     this.#startedMs = about.startedMs;
     this.#metrics = metrics;
+    this.#history = history;
+    history.begun();
   }
 
   /** The model's own name, once it is found: what clients call it is not a label to count by. */
@@ -69,10 +74,13 @@ export class RequestTrace {
       this.#choices[index] = choice;
       this.mark("first_token");
       this.#metrics.firstToken(this.#model ?? "", now - this.#startedMs);
+      this.#history.firstToken(now - this.#startedMs);
     } else {
-      this.intervals?.push(now - choice.lastTokenMs);
+      const waitedMs = now - choice.lastTokenMs;
+      this.intervals?.push(waitedMs);
       this.#nextTokens ??= this.#metrics.nextTokens(this.#model ?? "");
-      this.#nextTokens.observe((now - choice.lastTokenMs) / 1000);
+      this.#nextTokens.observe(waitedMs / 1000);
+      this.#history.nextToken(waitedMs);
     }
     choice.lastTokenMs = now;
     choice.tokens += 1;
@@ -91,6 +99,7 @@ export class RequestTrace {
     this.mark("reply");
     if (error === undefined) this.#end = { state: "complete" };
     else this.#end = { state: error.code === "cancelled" ? "cancelled" : "failed", error };
+    this.#history.ended(this.#plan?.promptTokens ?? 0, this.#end.state === "failed");
     if (this.#model !== undefined && this.#plan !== undefined)
       this.#metrics.closed(this.#model, this.#plan, this.#ends.get("reply") ?? 0, error);
   }
@@ -163,12 +172,13 @@ export class TraceLog {
 
   constructor(
     private readonly metrics: ServingMetrics,
+    private readonly history: History,
     private readonly kept = KEPT,
   ) {}
 
   /** A client may use an id twice; the later request then has it. */
   begin(about: RequestTrace["about"]): RequestTrace {
-    const trace = new RequestTrace(about, this.metrics);
+    const trace = new RequestTrace(about, this.metrics, this.history);
     this.#running.set(about.id, trace);
     return trace;
   }
