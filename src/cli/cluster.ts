@@ -42,6 +42,7 @@ const State = v.looseObject({
       }),
     ),
   ),
+  away: v.optional(v.array(v.object({ id: v.string(), name: v.string() }))),
   join_requests: v.optional(
     v.array(v.object({ name: v.string(), from: v.string(), waiting_seconds: v.number() })),
   ),
@@ -186,6 +187,7 @@ function describe(state: v.InferOutput<typeof State>): string {
       `  ${node.name}  ${node.id.slice(0, 8)}  caravan ${node.version}  ${reach}${memory}${link}  ${node.addresses[0] ?? ""}`,
     );
   }
+  for (const { id, name } of state.away ?? []) lines.push(`  ${name}  ${id.slice(0, 8)}  a member, not here`);
   for (const { name, from, waiting_seconds } of requests)
     lines.push(`  ${name} at ${from} asks to join, since ${waiting_seconds} s: caravan cluster accept CODE`);
   for (const { address, name, reason } of strangers)

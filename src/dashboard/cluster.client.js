@@ -6,7 +6,7 @@ import { askApi, element, gigabytes, messageOf, row, svg } from "/requests.js";
 /** @typedef {{ id: string, name: string, reachable: boolean, chip?: string, memory?: { total: number, available: number }, models?: { model: string, bytes: number, total: number }[], round_trip_us?: number, bandwidth?: number }} Node */
 /** @typedef {{ from: string, to: string, kind: string, round_trip_us: number, bandwidth: number }} Link */
 /** @typedef {{ id: string, model: string, owner: string, phase: string, progress: number, reason: string, tensor: number, pipeline: number, context: number, outstanding_tokens: number, ranks: { node: string, rank: number, bytes: number }[] }} Instance */
-/** @typedef {{ cluster: { name: string } | string | null, self?: { id: string, name: string }, nodes?: Node[], links?: Link[], instances?: Instance[], join_requests?: { name: string, from: string, waiting_seconds: number }[], problems?: unknown[] }} State */
+/** @typedef {{ cluster: { name: string } | string | null, self?: { id: string, name: string }, nodes?: Node[], away?: { id: string, name: string }[], conflict?: string, links?: Link[], instances?: Instance[], join_requests?: { name: string, from: string, waiting_seconds: number }[], problems?: unknown[] }} State */
 /** @typedef {{ recommended: boolean, tensor: number, pipeline: number, context: number, tokens_per_second: number | null, warnings: string[], ranks: { node: string, node_id: string, bytes: { total: number, usable: number } }[] }} Placement */
 
 const view = element("cluster", HTMLElement);
@@ -20,6 +20,9 @@ const predictions = new Map();
 /** Measured tokens/s by model, from the last requests. @type {Map<string, number>} */
 const measured = new Map();
 
+/** Id of the node whose removal waits for the second press. @type {string | undefined} */
+let removing;
+
 /** @param {State} state */
 function show(state) {
   const nodes = state.nodes ?? [];
@@ -30,7 +33,9 @@ function show(state) {
       : `Cluster ${name}: ${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}, ${nodes.filter(({ reachable }) => reachable).length} reachable.`;
   picture.toggleAttribute("hidden", nodes.length === 0);
   draw(nodes, state.links ?? [], state.self?.id);
-  body("nodes").replaceChildren(...nodes.map(nodeRow));
+  const away = (state.away ?? []).map((node) => ({ ...node, reachable: false }));
+  body("nodes").replaceChildren(...[...nodes, ...away].map((node) => nodeRow(node, state.self?.id)));
+  if (state.conflict !== undefined) say(`Other nodes do not want this one: ${state.conflict}.`);
   const waiting = state.join_requests ?? [];
   element("joining", HTMLDivElement).hidden = waiting.length === 0;
   element("join-requests", HTMLUListElement).replaceChildren(
@@ -58,8 +63,34 @@ function item(text) {
   return li;
 }
 
-/** @param {Node} node */
-function nodeRow(node) {
+/** Takes a node out of the cluster, after a second press. @param {Node} node */
+function removeButton(node) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = removing === node.id ? "Press again to remove" : "Remove";
+  button.setAttribute("aria-label", `${button.textContent} ${node.name}`);
+  button.addEventListener("click", () => {
+    if (removing !== node.id) {
+      removing = node.id;
+      button.textContent = "Press again to remove";
+      button.setAttribute("aria-label", `${button.textContent} ${node.name}`);
+      return;
+    }
+    removing = undefined;
+    button.disabled = true;
+    askApi("/cluster/remove", { method: "POST", body: JSON.stringify({ node: node.id }) }).then(
+      ({ removed, away }) =>
+        say(
+          `${removed} is removed.${away.length === 0 ? "" : ` Told when they are back: ${away.join(", ")}.`}`,
+        ),
+      (thrown) => say(messageOf(thrown)),
+    );
+  });
+  return button;
+}
+
+/** @param {Node} node @param {string | undefined} self */
+function nodeRow(node, self) {
   const { memory } = node;
   const used = memory === undefined ? 0 : memory.total - memory.available;
   const meter = document.createElement("meter");
@@ -77,6 +108,7 @@ function nodeRow(node) {
     node.round_trip_us === undefined ? "" : `${node.round_trip_us.toFixed(0)} µs`,
     node.bandwidth === undefined ? "" : `${(node.bandwidth / 1e9).toFixed(2)} GB/s`,
     (node.models ?? []).map(({ model }) => model).join(", "),
+    node.id === self ? "" : removeButton(node),
   ]);
 }
 

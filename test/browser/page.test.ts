@@ -56,6 +56,7 @@ function scriptedCluster() {
         { from: NODE_IDS[1], to: NODE_IDS[2], kind: "tcp", round_trip_us: 140, bandwidth: 1e9 },
       ],
       instances,
+      away: [{ id: "9".repeat(64), name: "studio-9" }],
       join_requests: [{ name: "<b>mini</b>", from: "192.0.2.7", waiting_seconds: 4 }],
     }),
     watch: (onChange) => {
@@ -98,7 +99,10 @@ function scriptedCluster() {
       changed();
       return true;
     },
-    removeNode: async (name) => ({ name, told: [], away: [] }),
+    removeNode: async (node) => {
+      calls.push({ remove: node });
+      return { name: "studio-3", told: [], away: ["studio-9"] };
+    },
     cleanParts: async () => 0,
     mayPass: () => false,
     pass: async () => undefined,
@@ -247,7 +251,7 @@ describe.skipIf(program === undefined)("the page", () => {
     const { service, calls } = scriptedCluster();
     const { page } = await open(sayScript("Hi."), {}, {}, service);
     await page.click("#to-cluster");
-    await page.waitForSelector("#nodes tbody tr:nth-of-type(3)");
+    await page.waitForSelector("#nodes tbody tr:nth-of-type(4)");
     expect(await page.textContent("#cluster-state")).toBe("Cluster home: 3 nodes, 2 reachable.");
     expect(await page.locator("#picture circle.node").count()).toBe(3);
     expect(await page.locator("#picture line").count()).toBe(2);
@@ -256,6 +260,12 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.fill("#code", "7K2QF-M9XPT");
     await page.keyboard.press("Enter");
     await page.waitForSelector("#cluster-notice:has-text('mini is let in')");
+    expect(await page.textContent("#nodes tbody tr:nth-of-type(4)")).toContain("studio-9 (not reachable)");
+    // Not this node itself, and not by one press.
+    expect(await page.locator("#nodes tbody button").count()).toBe(3);
+    await page.click("button[aria-label='Remove studio-3']");
+    await page.click("button[aria-label='Press again to remove studio-3']");
+    await page.waitForSelector("#cluster-notice:has-text('Told when they are back: studio-9')");
     await page.click("#place button[type=submit]");
     await page.waitForSelector("#placements tbody tr");
     expect(await page.textContent("#plan-reason")).toBe("Two nodes are faster than one.");
@@ -267,6 +277,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.waitForSelector("#instances:has-text('None.')");
     expect(calls).toEqual([
       { code: "7K2QF-M9XPT" },
+      { remove: NODE_IDS[2] },
       { model: "test/scripted", asked: {} },
       {
         create: "test/scripted",

@@ -75,6 +75,8 @@ export interface ClusterView {
   self: NodeView;
   /** Nodes that this one can talk to right now. */
   reachable: NodeView[];
+  /** Members that were met and are not to be reached. */
+  away: { id: NodeId; name: string }[];
   links: Link[];
   joinRequests: JoinRequest[];
   /** Heard on the network, but no members. */
@@ -168,6 +170,9 @@ export class ClusterNode {
         incarnation: peer.incarnation,
         addresses: mesh?.addressesOf(peer.id) ?? [],
       })),
+      away: (this.#cluster?.nodes ?? [])
+        .filter(({ id: other }) => mesh?.linkTo(other) === undefined)
+        .map(({ id: other, name }) => ({ id: other, name })),
       links: this.links(),
       joinRequests: this.#joins?.list() ?? [],
       strangers: [...(mesh?.strangers ?? [])],

@@ -36,6 +36,7 @@ export function stateJson(view: ClusterView, infos: readonly NodeInfo[]): Record
         ...(link === undefined ? {} : { round_trip_us: link.latencyUs, bandwidth: link.bandwidth }),
       };
     }),
+    away: view.away.filter(({ id }) => !nodes.has(id)),
     join_requests: view.joinRequests.map(({ name, from, waitingSeconds }) => ({
       name,
       from,
