@@ -63,6 +63,7 @@ typedef struct {
     size_t max_tokens, max_logits;
     size_t max_heads, max_kv_heads, max_ff; /* widest layer; max_ff: widest of MLP, expert, shared expert */
     uint32_t kv_type;
+    uint32_t act_type; /* CV_BF16 or CV_F16: the model's type, which activations on a GPU have beside a cache of 8 bits */
     bool rope_interleaved, exact;
     float norm_eps, qk_norm_eps, attn_scale, floor_scale;
     const float *inv_freq; /* [head_dim/2] */

@@ -161,6 +161,8 @@ static int read_layers(cv_model *m, const uint8_t *plan, const cv_plan *p, cv_er
         l.index = records[i].index;
         l.code = read_layer(&l, &records[i], &m->layers[i]);
     }
+    const cv_weight *norm = cv_weights_matrix(m->weights, CV_T_ATTN_NORM, 0);
+    m->shape.act_type = norm && norm->format == CV_FORMAT_F16 ? CV_F16 : CV_BF16;
     return l.code;
 }
 

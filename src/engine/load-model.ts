@@ -36,7 +36,7 @@ const CPU_LEVELS = [1, 2, 3, 4, 5, 16, 17, 18];
 /** The graph has one batched attention kernel that reads both kinds of pages. */
 const BACKENDS: Record<Device, BackendCapabilities> = {
   cpu: { name: "cpu", batchedKinds: ["full", "chunked", "quantized"] },
-  metal: { name: "metal", batchedKinds: ["full", "chunked"] },
+  metal: { name: "metal", batchedKinds: ["full", "chunked", "quantized"] },
 };
 
 export interface LoadedEngine {

@@ -73,10 +73,9 @@ export function fallbacks(device: MetalDevice): string[] {
 }
 
 /** Shapes that the kernels have (native/backend/metal/metal.c: check_shape); undefined when the model runs. */
-export function metalLacks(config: ModelConfig, kvType: KvType): string | undefined {
+export function metalLacks(config: ModelConfig): string | undefined {
   if (![16, 32, 64, 128].includes(config.headDim))
     return `the Metal kernels have no heads of ${config.headDim} elements`;
-  if (kvType === "q8") return "the Metal kernels have no 8-bit cache";
   if (config.experts > MOST_EXPERTS || config.expertsPerToken > MOST_CHOSEN)
     return `the Metal kernels choose at most ${MOST_CHOSEN} of ${MOST_EXPERTS} experts, not ${config.expertsPerToken} of ${config.experts}`;
   if (config.hiddenSize % 16 !== 0 || config.intermediateSize % 16 !== 0 || config.expertSize % 16 !== 0)
@@ -110,7 +109,7 @@ export function chooseDevice(
   if (asked === "cpu") return cpu("the CPU, as asked");
   const metal = find();
   const type = kvType("reason" in metal || metal.bfloat);
-  const lacks = "reason" in metal ? metal.reason : metalLacks(config, type);
+  const lacks = "reason" in metal ? metal.reason : metalLacks(config);
   if (!("reason" in metal) && lacks === undefined) {
     const limit = `${metal.name}, whose GPU may use ${(metal.workingSet / 1e9).toFixed(1)} GB`;
     return { device: "metal", reason: [limit, ...fallbacks(metal)].join("; "), kvType: type, metal };

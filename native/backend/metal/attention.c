@@ -10,12 +10,14 @@ static cv_attention_params attention_of(const cv_metal *m, uint32_t flags, size_
                                  .interleaved = s->rope_interleaved, .scale = 1.0f / sqrtf((float)s->head_dim), .qk_norm_eps = s->qk_norm_eps};
 }
 
+/* What the cache is, for kernels that write or read it. */
+static uint32_t cache_flag(const cv_metal *m) { return m->base.shape->kv_type == CV_Q8 ? CV_LAYER_CACHE8 : 0; }
+
 int cv_metal_op_rope_store(cv_backend *b, uint32_t flags, size_t n_heads, size_t n_kv_heads, void *q, void *k, void *v, const cv_kv_layer *kv) {
-    enum { SIMDGROUPS = 4 };
     cv_metal *m = self(b);
     cv_metal_constants c = no_constants();
     cv_attention_params params = attention_of(m, flags, n_heads, n_kv_heads, kv);
-    c.layer = flags & (CV_LAYER_ROPE | CV_LAYER_QK_NORM | CV_LAYER_TEMPERATURE);
+    c.layer = (flags & (CV_LAYER_ROPE | CV_LAYER_QK_NORM | CV_LAYER_TEMPERATURE)) | cache_flag(m);
     use(m, &c, "rope_store", 0);
     bind_rows(m, 0, q);
     bind_rows(m, 1, k);
@@ -27,7 +29,7 @@ int cv_metal_op_rope_store(cv_backend *b, uint32_t flags, size_t n_heads, size_t
     bind_rows(m, 7, m->step.cosines);
     bind_rows(m, 8, m->step.sines);
     cv_metal_bytes(m->d, 9, &params, sizeof params);
-    dispatch(m, cut(n_heads + 2 * n_kv_heads, SIMDGROUPS), m->batch->n_tokens, 1, SIMDGROUPS * 32, 0);
+    dispatch(m, cut(n_heads + 2 * n_kv_heads, CV_STORE_SIMDGROUPS), m->batch->n_tokens, 1, CV_STORE_SIMDGROUPS * 32, 0);
     return cv_metal_failed(m->d);
 }
 
@@ -36,6 +38,7 @@ static void attend_few(cv_metal *m, cv_attention_params *params, const void *q, 
     cv_metal_constants c = no_constants();
     size_t n = m->batch->n_tokens;
     params->n_splits = (uint32_t)m->step.n_parts[params->pool];
+    c.layer = cache_flag(m);
     use(m, &c, "attention_decode", s->head_dim);
     bind_rows(m, 0, q);
     bind_rows(m, 1, kv->k);
@@ -64,6 +67,7 @@ int cv_metal_op_attention(cv_backend *b, uint32_t flags, size_t n_heads, size_t 
         return cv_metal_failed(m->d);
     }
     cv_metal_constants c = no_constants();
+    c.layer = cache_flag(m);
     use(m, &c, "attention_prefill", b->shape->head_dim);
     bind_rows(m, 0, q);
     bind_rows(m, 1, kv->k);

@@ -481,6 +481,13 @@ int cv_metal_device_open(cv_metal_device **out, cv_err err) {
     return CV_OK;
 }
 
+bool cv_metal_has_bfloat(const cv_metal_device *d) {
+    enum { FIRST_MACOS = 14 };
+    char macos[32] = "";
+    cv_objc_setting(&d->objc, "kern.osproductversion", macos, sizeof macos);
+    return !*macos || atoi(macos) >= FIRST_MACOS;
+}
+
 void cv_metal_device_close(cv_metal_device *d) {
     if (!d) return;
     void *pool = d->objc.pool_push();

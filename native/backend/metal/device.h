@@ -24,6 +24,9 @@ typedef struct {
 int cv_metal_device_open(cv_metal_device **out, cv_err err);
 void cv_metal_device_close(cv_metal_device *d);
 
+/* Whether kernels may use bfloat16 (macOS 14). */
+bool cv_metal_has_bfloat(const cv_metal_device *d);
+
 /* Memory that host and GPU share, zeroed. */
 int cv_metal_alloc(cv_metal_device *d, size_t bytes, void **out, cv_err err);
 void cv_metal_free(cv_metal_device *d, void *p);

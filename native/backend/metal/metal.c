@@ -2,7 +2,8 @@
  *
  * A step of at most CV_FEW tokens goes through matrix-vector kernels, which read each weight once for all rows and fuse norms,
  * experts and sums: 7 dispatches a layer, 8 where a long context is split. Longer steps go through tiles with simdgroup
- * matrices. The residual stream and logits are float32; everything between is of the cache's type (float32 with `exact`).
+ * matrices. The residual stream and logits are float32; everything between is of the cache's type (float32 with `exact`; beside an
+ * 8-bit cache the 16-bit type of the model).
  *
  * Nothing is allocated in a step once every weight has been used: scratch and tables are fixed, but for the step's page
  * table, which grows by doubling.
@@ -25,8 +26,9 @@ static void metal_close(cv_backend *b) {
 static int check_shape(const cv_shape *s, cv_err err) {
     if (s->head_dim != 16 && s->head_dim != 32 && s->head_dim != 64 && s->head_dim != 128)
         return cv_fail(err, CV_E_UNSUPPORTED, "head_dim %zu: the Metal kernels have 16, 32, 64 and 128", s->head_dim);
-    if (s->kv_type == CV_Q8) return cv_fail(err, CV_E_UNSUPPORTED, "the Metal kernels have no 8-bit cache: use 16 bits");
-    if (s->exact && s->kv_type != CV_F32) return cv_fail(err, CV_E_UNSUPPORTED, "exact computing on Metal needs a float32 cache");
+    if (s->kv_type == CV_Q8 && s->head_dim % 32) return cv_fail(err, CV_E_UNSUPPORTED, "an 8-bit cache needs heads that 32 divides, not %zu", s->head_dim);
+    if (s->exact && s->kv_type != CV_F32 && s->kv_type != CV_Q8) return cv_fail(err, CV_E_UNSUPPORTED, "exact computing on Metal needs a float32 or an 8-bit cache");
+    if (most(s->max_tokens, s->max_logits) > UINT32_MAX / most(s->hidden, 1)) return cv_fail(err, CV_E_UNSUPPORTED, "steps of %zu tokens of %zu elements: the Metal kernels count elements of rows with 32 bits", s->max_tokens, s->hidden);
     if (s->n_experts > CV_MOST_EXPERTS || s->experts_per_token > CV_MOST_CHOSEN)
         return cv_fail(err, CV_E_UNSUPPORTED, "%zu experts of which %zu are chosen: the Metal kernels have at most %d and %d", s->n_experts, s->experts_per_token, CV_MOST_EXPERTS, CV_MOST_CHOSEN);
     return CV_OK;
@@ -60,6 +62,14 @@ static int open_scratch(cv_metal *m, cv_err err) {
     return cv_metal_grow_pages(m, CV_METAL_FIRST_PAGES) ? cv_fail(err, CV_E_MEMORY, "no memory for page tables") : CV_OK;
 }
 
+/* The type of activations: the cache's; where that has 8 bits, the model's, as far as this GPU has it. */
+static void choose_type(cv_metal *m) {
+    const cv_shape *s = m->base.shape;
+    uint32_t type = s->kv_type != CV_Q8 ? s->kv_type : s->exact ? CV_F32 : s->act_type == CV_F16 || !cv_metal_has_bfloat(m->d) ? CV_F16 : CV_BF16;
+    m->type = type == CV_F32 ? "f32" : type == CV_F16 ? "f16" : "bf16";
+    m->element = cv_kv_element_bytes(type);
+}
+
 int cv_backend_metal_open(const cv_shape *shape, const cv_memory *shared, size_t n_shared, cv_backend **out, char *text, size_t text_size) {
     static const cv_backend_ops ops = {
         .name = "metal", .close = metal_close, .alloc = metal_alloc, .free = metal_free, .begin = cv_metal_op_begin, .finish = cv_metal_op_finish, .sync = cv_metal_op_sync, .embed = cv_metal_op_embed, .norm_qkv = cv_metal_op_norm_qkv,
@@ -71,10 +81,9 @@ int cv_backend_metal_open(const cv_shape *shape, const cv_memory *shared, size_t
     if (code) return code;
     cv_metal *m = calloc(1, sizeof *m);
     if (!m) return cv_fail(err, CV_E_MEMORY, "no memory for the Metal backend");
-    m->type = shape->kv_type == CV_F32 ? "f32" : shape->kv_type == CV_F16 ? "f16" : "bf16";
-    m->element = cv_kv_element_bytes(shape->kv_type);
     m->base = (cv_backend){.ops = &ops, .shape = shape, .act_bytes = sizeof(float)};
     code = cv_metal_device_open(&m->d, err);
+    if (!code) choose_type(m);
     if (!code) code = cv_metal_share_all(m->d, shared, n_shared, err);
     if (!code) code = open_scratch(m, err);
     if (!code) cv_metal_make_resident(m->d);

@@ -1,13 +1,13 @@
 /* attention_test.c — rotation, cache writes and attention of the Metal backend against the reference: head dims, groups, page
- * sizes, chunks, ragged batches, contexts that are split. Argument: how many rounds. */
+ * sizes, chunks, ragged batches, contexts that are split, caches of 8 bits. Argument: how many rounds. */
 #include "ops.h"
 
 enum { MOST_TOKENS = 96, MOST_PAGES = 512 };
 
 typedef struct {
     size_t head_dim, n_kv, group, page_tokens, chunk;
-    uint32_t type, flags;
-    bool interleaved;
+    uint32_t type, flags; /* type: of activations, and of the cache unless it has 8 bits */
+    bool interleaved, q8;
     size_t n_seqs;
     size_t before[3], now[3]; /* by sequence: tokens in the cache, tokens of the compared step */
 } attention_case;
@@ -16,6 +16,7 @@ typedef struct {
     op_world w;
     const attention_case *a;
     cv_kv_layer cpu_kv, gpu_kv;
+    size_t cache_bytes;
     uint32_t page_lists[3][MOST_PAGES];
     float *q, *k, *v, *out_cpu;     /* reference's */
     void *gq, *gk, *gv, *out_gpu;   /* Metal's, typed */
@@ -25,7 +26,8 @@ static size_t pages_of(const attention_case *a, size_t tokens) { return (tokens 
 
 /* Caches of all pages for both, and a shuffled page list for each sequence. */
 static void open_bench(bench *b, op_context *c, const attention_case *a) {
-    size_t pages = 0, head = a->page_tokens * a->head_dim, page = 2 * a->n_kv * head;
+    uint32_t kv_type = a->q8 ? CV_Q8 : a->type, cpu_type = a->q8 ? CV_Q8 : CV_F32;
+    size_t pages = 0, head = a->page_tokens * cv_kv_token_elements(kv_type, a->head_dim), page = 2 * a->n_kv * head;
     uint32_t order[MOST_PAGES];
     memset(b, 0, sizeof *b);
     b->a = a;
@@ -42,17 +44,19 @@ static void open_bench(bench *b, op_context *c, const attention_case *a) {
         memcpy(b->page_lists[i], order + at, n * sizeof *order);
         at += n;
     }
-    size_t element = cv_kv_element_bytes(a->type);
-    char *cpu = op_pages(pages * page * sizeof(float)), *gpu = op_pages(pages * page * element);
-    b->cpu_kv = (cv_kv_layer){cpu, cpu + page / 2 * sizeof(float), page, head};
+    size_t element = cv_kv_element_bytes(kv_type), cpu_element = cv_kv_element_bytes(cpu_type);
+    char *cpu = op_pages(pages * page * cpu_element), *gpu = op_pages(pages * page * element);
+    b->cache_bytes = pages * page * element;
+    b->cpu_kv = (cv_kv_layer){cpu, cpu + page / 2 * cpu_element, page, head};
     b->gpu_kv = (cv_kv_layer){gpu, gpu + page / 2 * element, page, head};
     size_t heads = a->n_kv * a->group;
     cv_shape s = {.hidden = 64, .head_dim = a->head_dim, .vocab = 16, .page_tokens = a->page_tokens, .chunk = a->chunk, .max_tokens = MOST_TOKENS, .max_logits = 1, .max_heads = heads, .max_kv_heads = a->n_kv,
-                  .max_ff = 64, .kv_type = a->type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 16, .rope_interleaved = a->interleaved, .exact = a->type == CV_F32};
+                  .max_ff = 64, .kv_type = kv_type, .act_type = a->type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 16, .rope_interleaved = a->interleaved, .exact = a->type == CV_F32};
     const cv_memory shared = {gpu, pages * page * element};
     op_open(&b->w, c, &s, &shared, 1);
     if (!b->w.gpu) return;
-    b->w.exact.kv_type = CV_F32;
+    b->w.exact.kv_type = cpu_type;
+    b->w.type = a->type;
     size_t q = MOST_TOKENS * heads * a->head_dim * sizeof(float);
     b->q = op_alloc(b->w.cpu, q);
     b->k = op_alloc(b->w.cpu, q);
@@ -94,6 +98,27 @@ static int store(bench *b, size_t n) {
     return b->w.cpu->ops->rope_store(b->w.cpu, a->flags, heads, a->n_kv, b->q, b->k, b->v, &b->cpu_kv) | b->w.gpu->ops->rope_store(b->w.gpu, a->flags, heads, a->n_kv, b->gq, b->gk, b->gv, &b->gpu_kv);
 }
 
+/* Both caches of 8 bits have the same scales and codes, but for a code in a thousand that rounding in the last place moves by one. Both
+ * get Metal's then: attention is compared over the same cache. */
+static void compare_codes(bench *b) {
+    const attention_case *a = b->a;
+    size_t token = cv_kv_token_elements(CV_Q8, a->head_dim), moved = 0, n = 0;
+    char *cpu = b->cpu_kv.k;
+    const char *gpu = b->gpu_kv.k;
+    double worst = 0;
+    for (size_t at = 0; at < b->cache_bytes; at += token) {
+        const float *x = (const float *)(const void *)(cpu + at + a->head_dim), *y = (const float *)(const void *)(gpu + at + a->head_dim);
+        for (size_t i = 0; i < a->head_dim / 32; i++) worst = fmax(worst, fabs((double)x[i] - y[i]) / (fabs((double)x[i]) + 1e-30));
+        for (size_t i = 0; i < a->head_dim; i++, n++) {
+            int by = abs((int)(int8_t)cpu[at + i] - (int)(int8_t)gpu[at + i]);
+            cv_check(&b->w.c->checks, by <= 1, "code %zu: %d, should be %d", at + i, gpu[at + i], cpu[at + i]);
+            moved += by > 0;
+        }
+    }
+    cv_check(&b->w.c->checks, worst <= 1e-6 && moved <= n / 1000, "scales differ by %g of them, %zu of %zu codes by one", worst, moved, n);
+    memcpy(cpu, gpu, b->cache_bytes);
+}
+
 /* Fills the cache in steps, then compares rotated queries and attention of the last step. */
 static void run_case(op_context *c, const attention_case *a) {
     bench b;
@@ -114,6 +139,10 @@ static void run_case(op_context *c, const attention_case *a) {
     size_t total = b.w.gpu ? make_batch(&b, filled, a->now) : 0;
     if (total && !c->checks.broken && op_begin(&b.w)) {
         int code = store(&b, total);
+        if (a->q8 && op_finish(&b.w, code)) {
+            compare_codes(&b);
+            code = !op_begin(&b.w);
+        }
         if (!code) code = b.w.cpu->ops->attention(b.w.cpu, a->flags, heads, a->n_kv, b.q, &b.cpu_kv, b.out_cpu) | b.w.gpu->ops->attention(b.w.gpu, a->flags, heads, a->n_kv, b.gq, &b.gpu_kv, b.out_gpu);
         if (op_finish(&b.w, code)) {
             double bound = op_bound(a->type);
@@ -129,19 +158,20 @@ int main(int argc, char **argv) {
     op_context c = {.random = 88172645463325252ull};
     static const uint32_t types[] = {CV_F32, CV_F16, CV_BF16};
     static const size_t dims[] = {16, 32, 64, 128}, groups[] = {1, 3, 4, 5, 8, 10}, pages[] = {16, 32, 64, 128};
-    char name[160];
+    enum { CASES = 24 + 18 }; /* the last ones with a cache of 8 bits */
+    char name[176];
     for (int round = 0; round < rounds; round++)
-        for (size_t i = 0; i < 24; i++) {
+        for (size_t i = 0; i < CASES; i++) {
             size_t chunk = i % 3 == 2 ? 128 : 0, long_one = i % 8 == 3 ? 700 + op_below(&c, 400) : op_below(&c, 90);
-            attention_case a = {.head_dim = dims[i % 4], .n_kv = 1 + op_below(&c, 2), .group = groups[op_below(&c, 6)], .page_tokens = pages[op_below(&c, 4)], .chunk = chunk, .type = types[i / 4 % 3],
-                                .flags = (chunk ? CV_LAYER_CHUNKED : 0) | (i & 1 ? CV_LAYER_ROPE : 0) | (i & 2 ? CV_LAYER_QK_NORM : 0) | (i & 4 ? CV_LAYER_TEMPERATURE : 0), .interleaved = op_below(&c, 2),
+            attention_case a = {.head_dim = dims[i < 24 ? i % 4 : 1 + i % 3], .n_kv = 1 + op_below(&c, 2), .group = groups[op_below(&c, 6)], .page_tokens = pages[op_below(&c, 4)], .chunk = chunk, .type = types[i < 24 ? i / 4 % 3 : i / 3 % 3],
+                                .flags = (chunk ? CV_LAYER_CHUNKED : 0) | (i & 1 ? CV_LAYER_ROPE : 0) | (i & 2 ? CV_LAYER_QK_NORM : 0) | (i & 4 ? CV_LAYER_TEMPERATURE : 0), .interleaved = op_below(&c, 2), .q8 = i >= 24,
                                 .n_seqs = 1 + op_below(&c, 3)};
-            bool few = op_below(&c, 2);
+            bool few = i % 8 == 3 ? i & 8 : op_below(&c, 2); /* long contexts: some split, some in tiles */
             for (size_t s = 0; s < a.n_seqs; s++) {
                 a.before[s] = s ? op_below(&c, 40) : long_one;
                 a.now[s] = few ? 1 + op_below(&c, 3) : 12 + op_below(&c, 20);
             }
-            snprintf(name, sizeof name, "%s, head dim %zu, %zu x %zu heads, pages of %zu, chunk %zu, flags %u, %zu sequences, %zu + %zu tokens in the first", op_type(a.type), a.head_dim, a.n_kv, a.group, a.page_tokens, chunk, a.flags, a.n_seqs, a.before[0],
+            snprintf(name, sizeof name, "%s%s, head dim %zu, %zu x %zu heads, pages of %zu, chunk %zu, flags %u, %zu sequences, %zu + %zu tokens in the first", op_type(a.type), a.q8 ? ", 8-bit cache" : "", a.head_dim, a.n_kv, a.group, a.page_tokens, chunk, a.flags, a.n_seqs, a.before[0],
                      a.now[0]);
             cv_case(&c.checks, name);
             run_case(&c, &a);

@@ -94,6 +94,27 @@ for (const name of models) {
   );
 }
 
+for (const name of ["scout-4bit", "maverick-4bit", "llama-4bit", "llama4text-bf16"])
+  withFake(
+    `with a cache of 8 bits the logits of ${name} are the CPU's with such a cache, but for codes that rounding moves by one`,
+    async () => {
+      const { folder, tokens } = await golden(name);
+      const options = { modelDir: folder, tokens, kvBits: 8 } as const;
+      const cpu = await runLogits({ ...options, compute: "exact" });
+      for (const steps of [
+        { prefill: 56, piece: 40 },
+        { prefill: 40, piece: 7 },
+      ]) {
+        const gpu = await runLogits({ ...options, ...steps, compute: "exact", device: "metal" });
+        expect(middleDifference(gpu.data, cpu.data, tokens.length)).toBeLessThan(2e-3);
+      }
+      const exact = await runLogits({ modelDir: folder, tokens, compute: "exact" });
+      const fast = await runLogits({ ...options, compute: "fast", device: "metal", prefill: 40 });
+      expect(middleDifference(fast.data, exact.data, tokens.length)).toBeLessThan(0.06);
+    },
+    120_000,
+  );
+
 interface CommandBuffer {
   failed: boolean;
   dispatches: number;
@@ -172,6 +193,22 @@ withFake(
     }
   },
   60_000,
+);
+
+withFake(
+  "caravan logits --device metal --kv-bits 8: near the reference's logits, in as few dispatches, checked for races and bounds",
+  async () => {
+    const { folder, tokens, wanted } = await golden("llama-4bit");
+    const options = ["--compute", "exact", "--kv-bits", "8", "--prefill", "60", "--piece", "30"];
+    const { code, stderr, out, log } = await command(tokens, folder, options, { FAKEMETAL_CHECKED: "1" });
+    expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
+    const { data } = await readNpy(out);
+    const near = wanted ?? (await runLogits({ modelDir: folder, tokens, compute: "exact" })).data;
+    expect(middleDifference(data, near, tokens.length)).toBeLessThan(0.02);
+    const layers = log.at(-1)?.kernels.filter(({ name }) => name.startsWith("rope_store")).length ?? 0;
+    expect(log.at(-1)?.dispatches).toBe(6 * layers + 2);
+  },
+  120_000,
 );
 
 withFake(

@@ -7,6 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { TextService } from "../../../src/chat/text-service.ts";
 import { runLogits } from "../../../src/engine/logits.ts";
+import { chooseDevice } from "../../../src/engine/metal-device.ts";
 import {
   type EngineStatus,
   type GenerateEvent,
@@ -14,6 +15,7 @@ import {
   GREEDY,
 } from "../../../src/engine/protocol.ts";
 import { RunnerClient, type RunnerClientOptions } from "../../../src/engine/runner-client.ts";
+import { readModelConfig } from "../../../src/model/config.ts";
 import { TINY_VOCAB, writeTinyLlama4 } from "../../tools/tiny-llama4.ts";
 
 const ROOT = join(import.meta.dir, "../../..");
@@ -97,12 +99,12 @@ withFake(
     const gpu = await statusOf({ device: "auto" });
     expect(gpu.device).toBe("metal");
     expect(gpu.device_reason).toMatch(/^Fake Metal on a CPU, whose GPU may use [\d.]+ GB$/);
-    const wide = join(ROOT, "test/golden/data/scout-4bit"); // an 8-bit cache needs heads that 32 divides
-    const cpu = await statusOf({ device: "auto", kvBits: 8, modelDir: wide });
+    const config = { ...readModelConfig(join(ROOT, "test/golden/data/scout-4bit")), headDim: 48 };
+    const wanted = { config, kvType: () => "bf16" as const };
+    const cpu = chooseDevice("auto", wanted);
     expect(cpu.device).toBe("cpu");
-    expect(cpu.device_reason).toBe("the CPU, because the Metal kernels have no 8-bit cache");
-    const refused = client({ device: "metal", kvBits: 8, modelDir: wide });
-    await expect(refused.ready()).rejects.toThrow("the Metal kernels have no 8-bit cache");
+    expect(cpu.reason).toBe("the CPU, because the Metal kernels have no heads of 48 elements");
+    expect(() => chooseDevice("metal", wanted)).toThrow("the Metal kernels have no heads of 48 elements");
   },
   60_000,
 );

@@ -1,6 +1,23 @@
 // attention.metal — attention over paged keys and values. A query sees `keys` keys of its sequence from the first page of its
 // list on: the host starts the list at the chunk's first page in chunked layers.
 
+// E values of a token's key or value from element `first` on.
+template <typename T, uint D, uint E>
+METAL_FUNC void load_cached(device const uchar* token, uint first, thread float (&v)[E]) {
+  if (!cache8()) {
+    for (uint i = 0; i < E; i++) v[i] = float(((device const T*)token)[first + i]);
+    return;
+  }
+  const float scale = ((device const float*)(token + D))[first / 32];
+  device const char* codes = (device const char*)token + first;
+  if (E == 4) {
+    const char4 c = *(device const char4*)codes;
+    for (uint i = 0; i < E; i++) v[i] = float(c[i]) * scale;
+  } else {
+    for (uint i = 0; i < E; i++) v[i] = float(codes[i]) * scale;
+  }
+}
+
 // ---- decoding: one query a token, keys split over threadgroups and simdgroups ----
 
 // Keys of one part: a multiple of CV_ATTN_SPLIT_KEYS that depends on the query's own number of keys, not on the batch.
@@ -13,7 +30,7 @@ METAL_FUNC uint keys_of_part(uint keys) {
 // of every query head of the group, so a key and a value are read once for all of them. With one part the result goes to
 // `out`, else its sum, maximum and weight go to `parts` for attention_join.
 template <typename T, uint D>
-kernel void attention_decode(device const T* q [[buffer(0)]], device const T* cache_k [[buffer(1)]], device const T* cache_v [[buffer(2)]], device T* out [[buffer(3)]], device float* parts [[buffer(4)]],
+kernel void attention_decode(device const T* q [[buffer(0)]], device const uchar* cache_k [[buffer(1)]], device const uchar* cache_v [[buffer(2)]], device T* out [[buffer(3)]], device float* parts [[buffer(4)]],
                              device const cv_token* tokens [[buffer(5)]], device const uint* pages [[buffer(6)]], constant cv_attention_params& p [[buffer(7)]], uint3 group [[threadgroup_position_in_grid]],
                              uint thread_index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint E = (D + 31) / 32, G = CV_ATTN_GROUP, S = CV_ATTN_SIMDGROUPS;
@@ -36,11 +53,12 @@ kernel void attention_decode(device const T* q [[buffer(0)]], device const T* ca
     }
   }
   for (uint t = from + simdgroup; t < to; t += S) {
-    const ulong at = ulong(list[t / p.page_tokens]) * p.page_stride + kv_head * p.head_stride + ulong(t % p.page_tokens) * D + lane * E;
+    const ulong at = cache_bytes<T>(ulong(list[t / p.page_tokens]) * p.page_stride + kv_head * p.head_stride + ulong(t % p.page_tokens) * cache_token(D));
     float kv[E], vv[E];
-    for (uint i = 0; i < E; i++) {
-      kv[i] = on ? float(cache_k[at + i]) : 0.0f;
-      vv[i] = on ? float(cache_v[at + i]) : 0.0f;
+    for (uint i = 0; i < E; i++) kv[i] = vv[i] = 0.0f;
+    if (on) {
+      load_cached<T, D, E>(cache_k + at, lane * E, kv);
+      load_cached<T, D, E>(cache_v + at, lane * E, vv);
     }
     for (uint g = 0; g < G; g++) {
       if (g >= heads) break;
@@ -110,7 +128,7 @@ kernel void attention_join(device const float* parts [[buffer(0)]], device T* ou
 // last key; the diagonal is masked. Scores and weights pass through threadgroup memory, and sums are rescaled by a product with
 // a diagonal matrix, so nothing depends on which lane holds which element of a simdgroup matrix.
 template <typename T, uint D>
-kernel void attention_prefill(device const T* q [[buffer(0)]], device const T* cache_k [[buffer(1)]], device const T* cache_v [[buffer(2)]], device T* out [[buffer(3)]], device const cv_tile* tiles [[buffer(4)]],
+kernel void attention_prefill(device const T* q [[buffer(0)]], device const uchar* cache_k [[buffer(1)]], device const uchar* cache_v [[buffer(2)]], device T* out [[buffer(3)]], device const cv_tile* tiles [[buffer(4)]],
                               device const cv_token* tokens [[buffer(5)]], device const uint* pages [[buffer(6)]], constant cv_attention_params& p [[buffer(7)]], uint2 group [[threadgroup_position_in_grid]],
                               uint thread_index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint KEYS = 16, S = 4, STRIDE = D + 8, ROW = KEYS + 4;
@@ -137,9 +155,10 @@ kernel void attention_prefill(device const T* q [[buffer(0)]], device const T* c
   const uint visible = my_first + row < n ? keys_before + my_first + row + 1 : 0;
   float top = -FLT_MAX, weight = 0.0f;
   for (uint key = 0; key < all_keys; key += KEYS) {
-    const ulong at = ulong(list[key / p.page_tokens]) * p.page_stride + kv_head * p.head_stride + ulong(key % p.page_tokens) * D;
+    const ulong at = cache_bytes<T>(ulong(list[key / p.page_tokens]) * p.page_stride + kv_head * p.head_stride + ulong(key % p.page_tokens) * cache_token(D));
+    const ulong token_bytes = cache_bytes<T>(cache_token(D));
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint i = thread_index; i < KEYS * D; i += S * 32) ks[i / D * STRIDE + i % D] = key + i / D < all_keys ? cache_k[at + i] : T(0.0f);
+    for (uint i = thread_index; i < KEYS * D; i += S * 32) ks[i / D * STRIDE + i % D] = key + i / D < all_keys ? T(cache_value<T>(cache_k + at + i / D * token_bytes, D, i % D)) : T(0.0f);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     simdgroup_matrix<float, 8, 8> s[2];
     for (uint j = 0; j < 2; j++) s[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
@@ -153,7 +172,7 @@ kernel void attention_prefill(device const T* q [[buffer(0)]], device const T* c
     }
     for (uint j = 0; j < 2; j++) simdgroup_store(s[j], my_scores + 8 * j, ROW);
     threadgroup_barrier(mem_flags::mem_threadgroup); // keys are read, scores are there
-    for (uint i = thread_index; i < KEYS * D; i += S * 32) kv[i / D * STRIDE + i % D] = key + i / D < all_keys ? float(cache_v[at + i]) : 0.0f;
+    for (uint i = thread_index; i < KEYS * D; i += S * 32) kv[i / D * STRIDE + i % D] = key + i / D < all_keys ? cache_value<T>(cache_v + at + i / D * token_bytes, D, i % D) : 0.0f;
     float v[4], m = top;
     for (uint i = 0; i < 4; i++) {
       v[i] = my_scores[row * ROW + column + i] * p.scale;

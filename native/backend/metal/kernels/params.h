@@ -22,8 +22,9 @@ enum {
     CV_FC_ROWS = 21,         /* bool: input row i is row_index[i] */
     CV_FC_SWIGLU = 22,       /* bool: matmul of gate and up, joined */
     CV_FC_EXPERTS = 23,      /* 0: one matrix; 1: rows sorted by expert, gathered from tokens; 2: sorted rows */
-    CV_FC_LAYER = 24         /* CV_LAYER_* flags of caravan.h */
+    CV_FC_LAYER = 24         /* CV_LAYER_* flags of caravan.h, and CV_LAYER_CACHE8 */
 };
+enum { CV_LAYER_CACHE8 = 256 }; /* the cache has 8 bits (CV_Q8) */
 enum { CV_OUT_TYPED = 0, CV_OUT_FLOAT = 1, CV_OUT_ADD = 2 };
 
 enum {
@@ -35,6 +36,8 @@ enum {
     CV_ATTN_SPLITS = 64,        /* most parts that one query's keys are split into */
     CV_ATTN_SPLIT_KEYS = 256,   /* least keys of a part; parts have a multiple of it */
     CV_ATTN_SIMDGROUPS = 4,
+    CV_STORE_SIMDGROUPS = 4,    /* of a threadgroup that writes the cache */
+    CV_MOST_HEAD_DIM = 128,
     CV_ATTN_GROUP = 8,          /* most query heads that share a threadgroup of decode attention */
     CV_MOST_CHOSEN = 8,         /* experts a token */
     CV_MOST_EXPERTS = 1024,

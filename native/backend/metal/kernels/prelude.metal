@@ -233,6 +233,17 @@ METAL_FUNC void gate_and_up(Format gate_format, Format up_format, constant cv_ma
   dot_lines<float, BOTH, B, true>(line, gate.cols, x, at, norm, lane, sums, squares);
 }
 
+// A head of a token in the cache: D elements of the kernel's type T, or (CV_LAYER_CACHE8) D int8 codes and then a float32 scale for
+// each 32 of them. Strides of pages and heads count elements, which are bytes there.
+METAL_FUNC bool cache8() { return (LAYER & CV_LAYER_CACHE8) != 0; }
+METAL_FUNC uint cache_token(uint d) { return cache8() ? d + d / 8 : d; }
+template <typename T>
+METAL_FUNC ulong cache_bytes(ulong elements) { return cache8() ? elements : elements * sizeof(T); }
+template <typename T>
+METAL_FUNC float cache_value(device const uchar* token, uint d, uint i) {
+  return cache8() ? float(((device const char*)token)[i]) * ((device const float*)(token + d))[i / 32] : float(((device const T*)token)[i]);
+}
+
 METAL_FUNC float silu(float x) { return x / (1.0f + exp(-x)); }
 
 // The expert of rank `rank` among the largest router logits (the lower number wins a tie), the same in all lanes of a simdgroup.
