@@ -25,9 +25,13 @@ void cv_adjust_logits(const uint8_t *step, const cv_step_row *r, const uint32_t 
     const cv_step_bias *bias = table(step, r->bias_offset);
     for (size_t i = 0; i < r->n_bias; i++)
         if (bias[i].token - first < n) x[bias[i].token - first] += bias[i].bias;
-    if (mask) {
-        for (size_t i = 0; i < n; i++)
-            if (!(mask[(first + i) >> 5] >> ((first + i) & 31) & 1)) x[i] = -INFINITY;
+    for (size_t i = 0, run; mask && i < n; i += run) { /* a word of the mask at a time: most are all or nothing */
+        size_t shift = (first + i) & 31;
+        uint32_t bits = mask[(first + i) >> 5] >> shift;
+        run = 32 - shift < n - i ? 32 - shift : n - i;
+        if (bits == UINT32_MAX >> shift) continue;
+        for (size_t k = 0; k < run; k++)
+            if (!(bits >> k & 1)) x[i + k] = -INFINITY;
     }
     const cv_step_history *h = table(step, r->history_offset);
     for (size_t i = 0; i < r->n_history; i++) {

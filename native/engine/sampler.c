@@ -20,15 +20,40 @@ void cv_sampler_close(cv_sampler_scratch *s) {
     *s = (cv_sampler_scratch){0};
 }
 
-static uint32_t sample(const uint8_t *step, const cv_step_row *r, const float *x, size_t vocab, float top, uint64_t position, cv_sampler_scratch *s) {
+/* Of the 32 tokens from `first` on, those that may be drawn. */
+static uint32_t word_of(const uint32_t *mask, size_t first, size_t vocab) {
+    uint32_t bits = mask[first >> 5];
+    return vocab - first < 32 ? bits & ((1u << (vocab - first)) - 1) : bits;
+}
+
+/* The most probable of the tokens that may be drawn, the first of several; vocab: there is none. *broken: one of them is not a number. */
+static size_t best_of(const float *x, const uint32_t *mask, size_t vocab, bool *broken) {
+    size_t best = vocab;
+    for (size_t first = 0; first < vocab; first += 32)
+        for (uint32_t bits = word_of(mask, first, vocab); bits; bits &= bits - 1) {
+            size_t i = first + (size_t)__builtin_ctz(bits);
+            if (best == vocab || x[i] > x[best]) best = i;
+            *broken |= x[i] != x[i];
+        }
+    return best;
+}
+
+static void add_candidate(cv_candidates *c, size_t i, float d) {
+    if (!(d > CV_LEAST_EXPONENT)) return;
+    c->id[c->n] = (uint32_t)i;
+    c->weight[c->n++] = expf(d);
+}
+
+static uint32_t sample(const uint8_t *step, const cv_step_row *r, const float *x, const uint32_t *mask, size_t vocab, float top, uint64_t position, cv_sampler_scratch *s) {
     cv_candidates c = {s->weights, s->ids, 0};
     float inverse = 1.0f / r->temperature;
-    for (size_t i = 0; i < vocab; i++) {
-        float d = (x[i] - top) * inverse;
-        if (!(d > CV_LEAST_EXPONENT)) continue;
-        c.id[c.n] = (uint32_t)i;
-        c.weight[c.n++] = expf(d);
-    }
+    if (!mask)
+        for (size_t i = 0; i < vocab; i++) add_candidate(&c, i, (x[i] - top) * inverse);
+    for (size_t first = 0; mask && first < vocab; first += 32)
+        for (uint32_t bits = word_of(mask, first, vocab); bits; bits &= bits - 1) {
+            size_t i = first + (size_t)__builtin_ctz(bits);
+            add_candidate(&c, i, (x[i] - top) * inverse);
+        }
     uint64_t stream = cv_random_stream(r, position);
     if (r->top_k && r->top_k < c.n) cv_keep_best(&c, r->top_k, INFINITY);
     if (r->top_p < 1) cv_keep_best(&c, SIZE_MAX, (double)r->top_p * cv_total_weight(&c));
@@ -40,21 +65,23 @@ static uint32_t sample(const uint8_t *step, const cv_step_row *r, const float *x
 uint32_t cv_sample(const void *base, const cv_step_row *r, const uint32_t *mask, const float *logits, size_t vocab, uint64_t position, cv_sampler_scratch *s, cv_result_row *out, cv_result_top *top) {
     const uint8_t *step = base;
     const float *x = logits;
-    if (r->n_bias || mask || r->n_history) {
+    /* A mask alone says which logits to look at; they need not be copied. */
+    bool looks = mask && !r->n_bias && !r->n_history && !r->n_top_logprobs && !(r->flags & CV_ROW_LOGPROB), broken = false;
+    if (!looks && (r->n_bias || mask || r->n_history)) {
         memcpy(s->logits, logits, vocab * sizeof(float));
         cv_adjust_logits(step, r, mask, 0, vocab, s->logits);
         x = s->logits;
     }
-    size_t best = 0;
-    bool broken = x[0] != x[0];
-    for (size_t i = 1; i < vocab; i++) {
+    if (!looks) mask = NULL;
+    size_t best = mask ? best_of(x, mask, vocab, &broken) : 0;
+    for (size_t i = 0; !mask && i < vocab; i++) {
         if (x[i] > x[best]) best = i;
         broken |= x[i] != x[i];
     }
     if (broken) return CV_ROW_NOT_A_NUMBER;
-    if (!isfinite(x[best])) return CV_ROW_NO_CHOICE;
+    if (best == vocab || !isfinite(x[best])) return CV_ROW_NO_CHOICE;
     /* The inverse of a denormal temperature is infinite, and 0 * infinity no weight: such a temperature is greedy. */
-    out->token = r->temperature >= FLT_MIN ? sample(step, r, x, vocab, x[best], position, s) : (uint32_t)best;
+    out->token = r->temperature >= FLT_MIN ? sample(step, r, x, mask, vocab, x[best], position, s) : (uint32_t)best;
     out->n_top = 0;
     out->logprob = 0;
     if (r->n_top_logprobs || (r->flags & CV_ROW_LOGPROB)) {
