@@ -7,6 +7,7 @@ import { asCaravanError } from "../errors.ts";
 import { rdmaDeviceLines } from "./binding.ts";
 import { childEnvironment } from "./child-environment.ts";
 import { ownCommand } from "./child-process.ts";
+import { within } from "./patience.ts";
 
 /** A healthy library answers within milliseconds; the rest is for a busy machine's start of a process. */
 const LIST_LIMIT_MS = 20_000;
@@ -53,24 +54,18 @@ export async function listRdmaDevices({
   command = ownCommand("rdma"),
   limitMs = LIST_LIMIT_MS,
 }: ListOptions = {}): Promise<RdmaSurvey> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
   try {
     const child = Bun.spawn([...command], { env: childEnvironment(), stdin: "ignore", stderr: "pipe" });
-    const late = new Promise<RdmaSurvey>((resolve) => {
-      timer = setTimeout(() => {
-        // What hangs in the kernel does not die of it; nobody waits for that.
-        child.kill("SIGKILL");
-        child.unref();
-        resolve({
-          reason: `the RDMA library has not answered for ${limitMs / 1000} s (a port may be wedged: restart the machine)`,
-        });
-      }, limitMs);
-    });
-    return await Promise.race([late, answerOf(child)]);
+    const found = await within(answerOf(child), limitMs);
+    if (found !== undefined) return found;
+    // What hangs in the kernel does not die of it; nobody waits for that.
+    child.kill("SIGKILL");
+    child.unref();
+    return {
+      reason: `the RDMA library has not answered for ${limitMs / 1000} s (a port may be wedged: restart the machine)`,
+    };
   } catch (thrown) {
     return { reason: `RDMA devices cannot be listed: ${asCaravanError(thrown).message}` };
-  } finally {
-    clearTimeout(timer);
   }
 }
 

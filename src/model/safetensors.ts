@@ -19,6 +19,8 @@ export {
   type Dtype,
   isAligned,
   isDtype,
+  MAX_HEADER_BYTES,
+  parseSafetensorsHeader,
   readSafetensorsHeader,
   type SafetensorsHeader,
   type TensorInfo,
@@ -61,7 +63,8 @@ export async function openCheckpoint(dir: string): Promise<Checkpoint> {
     throw unreadable(dir, cause);
   }
   if (names.includes(INDEX_FILE)) return openIndexed(dir, join(dir, INDEX_FILE));
-  if (names.includes(SINGLE_FILE)) return merge(dir, [await readSafetensorsHeader(join(dir, SINGLE_FILE))]);
+  if (names.includes(SINGLE_FILE))
+    return mergeHeaders(dir, [await readSafetensorsHeader(join(dir, SINGLE_FILE))]);
   return openShards(dir, names);
 }
 
@@ -84,7 +87,7 @@ async function openIndexed(dir: string, indexPath: string): Promise<Checkpoint> 
       );
     }
   }
-  return merge(dir, headers);
+  return mergeHeaders(dir, headers);
 }
 
 async function readIndex(path: string): Promise<Record<string, string>> {
@@ -94,6 +97,11 @@ async function readIndex(path: string): Promise<Record<string, string>> {
   } catch (cause) {
     throw unreadable(path, cause);
   }
+  return parseIndex(text, path);
+}
+
+/** File of each tensor. Throws bad_file. path: for messages. */
+export function parseIndex(text: string, path: string): Record<string, string> {
   let json: unknown;
   try {
     json = JSON.parse(text);
@@ -129,10 +137,11 @@ async function openShards(dir: string, names: string[]): Promise<Checkpoint> {
     const five = (n: number) => String(n).padStart(5, "0");
     headers.push(await readSafetensorsHeader(join(dir, `model-${five(k)}-of-${five(count)}.safetensors`)));
   }
-  return merge(dir, headers);
+  return mergeHeaders(dir, headers);
 }
 
-function merge(dir: string, files: SafetensorsHeader[]): Checkpoint {
+/** One table of the tensors of all files. Throws bad_file where a tensor is in two. */
+export function mergeHeaders(dir: string, files: SafetensorsHeader[]): Checkpoint {
   const tensors = new Map<string, CheckpointTensor>();
   let sizeBytes = 0;
   for (const header of files) {

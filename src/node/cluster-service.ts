@@ -151,15 +151,15 @@ export class NodeCluster implements ClusterService {
   }
 
   plan(model: string, asked: PlacementRequest): Promise<unknown> {
-    return this.#clusterDriver().plan(model, asked);
+    return this.#clusterDriver().desk.plan(model, asked);
   }
 
   createInstance(model: string, asked: PlacementRequest): Promise<string> {
-    return this.#clusterDriver().create(model, asked);
+    return this.#clusterDriver().desk.create(model, asked);
   }
 
   stopInstance(id: string): Promise<boolean> {
-    return this.#clusterDriver().stop(id);
+    return this.#clusterDriver().desk.stop(id);
   }
 
   cleanParts(model: string | undefined): Promise<number> {

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import * as v from "valibot";
 import { NodeListSchema, nodesOf } from "../../src/cluster/node-list.ts";
 import { planPlacements } from "../../src/cluster/placement.ts";
-import { planText } from "../../src/cluster/plan-report.ts";
+import { planReport, planText } from "../../src/cluster/plan-report.ts";
 import { llama4Profile } from "../tools/published-clusters.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
 
@@ -103,7 +103,7 @@ test("the table for four Macs by chip names every node's bytes, the reason and w
     kvType: "bf16",
     threads: 8,
   });
-  const text = planText("scout", found, nodes);
+  const text = planText(planReport("scout", "", found, nodes));
   expect(text).toMatch(/note: hand-over between GPU and network was not measured on a, b, c, d/);
   expect(text).toMatch(/a +0 +0–48 +100 % +60\.\d GB/);
 });

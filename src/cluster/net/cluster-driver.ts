@@ -12,16 +12,15 @@ import { ClusterLogic } from "../cluster-logic.ts";
 import { ProfilePlacer } from "../instance-placer.ts";
 import { BEAT_MS, type Member } from "../membership.ts";
 import { MemoryLedger } from "../memory-ledger.ts";
-import { planPlacements } from "../placement.ts";
-import { planJson } from "../plan-report.ts";
 import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { RankOrder } from "../rank-host.ts";
 import type { RunningRequest } from "../requests.ts";
-import type { Link, ModelPresence, NodeId, NodeInfo, NodeSpeed, PlacementRequest } from "../types.ts";
+import type { Link, ModelPresence, NodeId, NodeInfo, NodeSpeed } from "../types.ts";
 import type { Channel } from "./channel.ts";
 import type { ClusterWork } from "./cluster-node.ts";
 import { FileVerdicts } from "./file-verdicts.ts";
 import type { Peer, Purpose } from "./hello.ts";
+import { InstanceDesk } from "./instance-desk.ts";
 import type { Link as PeerLink } from "./link.ts";
 import type { Mesh } from "./mesh.ts";
 import { serveModelFiles } from "./model-files.ts";
@@ -30,7 +29,7 @@ import { ModelTermsCache } from "./model-source.ts";
 import { machineInfo } from "./node-info.ts";
 import { ProcessRanks } from "./rank-runner.ts";
 import { type OtherNode, RdmaLinks } from "./rdma-links.ts";
-import { ExchangeSchema, InstanceCallSchema, PlacementCallSchema } from "./wire.ts";
+import { ExchangeSchema } from "./wire.ts";
 
 /** The slow parts of this node's record (memory, models, links) are read anew this often. */
 const REFRESH_MS = 2000;
@@ -80,6 +79,8 @@ export class ClusterDriver implements ClusterWork {
   readonly #terms: ModelTermsCache;
   readonly #open = new Map<string, OpenInstance>();
   readonly #verdicts: FileVerdicts;
+  /** Plans and instances that somebody asks for. */
+  readonly desk: InstanceDesk;
   /** Parts of models that were fetched for ranks. */
   readonly parts: ModelParts;
   /** Ends the answer of a request that this node passed on. */
@@ -107,6 +108,14 @@ export class ClusterDriver implements ClusterWork {
       options.run,
       () => this.#logic?.turn(),
     );
+    this.desk = new InstanceDesk({
+      id: options.id,
+      logic: () => this.#cluster(),
+      model: options.model,
+      terms: this.#terms,
+      holders: (model) => this.#holdersOf(model),
+      ask: (node, method, params) => this.#ask(node, method, params),
+    });
     this.#rdma = new RdmaLinks({
       id: options.id,
       wanted: options.rdma,
@@ -182,48 +191,6 @@ export class ClusterDriver implements ClusterWork {
   nameOf(id: NodeId): string {
     const member = this.members().find(({ record }) => record.info.id === id);
     return member?.record.info.name ?? `node ${id.slice(0, 8)}`;
-  }
-
-  /** Every placement of the model on the nodes in view, as GET /cluster/plan shows it. Rejects with model_not_found or
-   * out_of_memory. */
-  async plan(model: string, asked: PlacementRequest): Promise<unknown> {
-    const logic = this.#cluster();
-    const holder = this.#elsewhere(model);
-    if (holder !== undefined) return await this.#ask(holder, "plan", { model, asked });
-    const { name } = this.#options.model(model);
-    const { profile, kvType, threads } = await this.#terms.terms(name);
-    const members = logic.members.filter(({ direct }) => direct);
-    const nodes = members.map(({ record }) => record.info);
-    const links = members.flatMap(({ record }) => record.links.filter(({ bandwidth }) => bandwidth > 0));
-    return planJson(name, planPlacements(profile, nodes, links, { asked, kvType, threads }), nodes);
-  }
-
-  /** Asks for a new instance, owned by this node, or by one that has the model, until its placement says otherwise; its id.
-   * Rejects with model_not_found. */
-  async create(model: string, asked: PlacementRequest): Promise<string> {
-    const logic = this.#cluster();
-    const holder = this.#elsewhere(model);
-    if (holder !== undefined)
-      return v.parse(v.string(), await this.#ask(holder, "instance.create", { model, asked }));
-    const { name } = this.#options.model(model);
-    const id = crypto.randomUUID();
-    logic.instances.create(id, name, asked);
-    logic.turn();
-    return id;
-  }
-
-  /** Ends an instance, whoever owns it. False: nobody here knows it. */
-  async stop(id: string): Promise<boolean> {
-    const logic = this.#cluster();
-    if (logic.instances.stop(id)) {
-      logic.turn();
-      return true;
-    }
-    const owner = logic.members.find(({ record }) =>
-      record.info.instances.some(({ spec }) => spec.id === id),
-    );
-    if (owner === undefined || owner.self) return false;
-    return (await this.#ask(owner.record.info.id, "instance.stop", { id })) === true;
   }
 
   /** Chooses an instance for a request and counts it; `fail` is called when it cannot be answered any more. Throws model_loading,
@@ -303,23 +270,7 @@ export class ClusterDriver implements ClusterWork {
   }
 
   onCall(_from: NodeId, method: string, params: unknown): Promise<unknown> | undefined {
-    switch (method) {
-      case "instance.stop": {
-        const { id } = v.parse(InstanceCallSchema, params);
-        const stopped = this.#logic?.instances.stop(id) ?? false;
-        this.#logic?.turn();
-        return Promise.resolve(stopped);
-      }
-      case "instance.create":
-      case "plan": {
-        const { model, asked } = v.parse(PlacementCallSchema, params);
-        // Only a node that has the model is asked; without it the answer is that it is not there.
-        this.#options.model(model);
-        return method === "plan" ? this.plan(model, asked) : this.create(model, asked);
-      }
-      default:
-        return undefined;
-    }
+    return this.#logic === undefined ? undefined : this.desk.onCall(method, params);
   }
 
   onChannel(channel: Channel, peer: Peer, purpose: Purpose): boolean {
@@ -422,17 +373,6 @@ export class ClusterDriver implements ClusterWork {
         (rank) => rank.instance === instance && rank.epoch === epoch && rank.phase === "fetching",
       ),
     );
-  }
-
-  /** A node that has a model which this one has not; undefined: it is here, or nowhere. */
-  #elsewhere(model: string): NodeId | undefined {
-    try {
-      this.#options.model(model);
-      return undefined;
-    } catch (thrown) {
-      if (asCaravanError(thrown).code !== "model_not_found") throw thrown;
-      return this.#holdersOf(model)[0];
-    }
   }
 
   #ask(node: NodeId, method: string, params: object): Promise<unknown> {

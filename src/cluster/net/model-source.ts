@@ -4,13 +4,18 @@
 import { availableParallelism } from "node:os";
 import { asCaravanError } from "../../errors.ts";
 import { readModelConfig } from "../../model/config.ts";
-import { makeLoadPlan } from "../../model/load-plan.ts";
+import { readHubModel } from "../../model/download/hub-headers.ts";
+import { type LoadPlan, makeLoadPlan } from "../../model/load-plan.ts";
 import { openCheckpoint } from "../../model/safetensors.ts";
 import type { InstalledModel } from "../../model/store.ts";
 import type { RunOptions } from "../../node/open-model.ts";
 import type { ModelSource, ModelTerms } from "../instance-placer.ts";
 import { profileModel } from "../model-profile.ts";
 
+/** Headers from the hub are read anew after so long: a branch moves. */
+const HUB_MS = 600_000;
+/** Models of the hub that are kept in mind. */
+const MOST_HUB = 32;
 /** A refusal is looked at again: the model may have been downloaded meanwhile. */
 const REFUSED_MS = 5000;
 
@@ -19,8 +24,19 @@ type Entry =
   | { kind: "pending" }
   | { kind: "refused"; reason: string; atMs: number };
 
+/** Of a model that is read from the hub. */
+export interface HubTerms {
+  terms: ModelTerms;
+  /** org/name */
+  id: string;
+  readBytes: number;
+  totalBytes: number;
+}
+
 export class ModelTermsCache {
   readonly #entries = new Map<string, Entry>();
+  /** Of models that are nowhere in the cluster. */
+  readonly #hub = new Map<string, { terms: Promise<HubTerms>; atMs: number }>();
 
   constructor(
     private readonly model: (name: string) => InstalledModel,
@@ -49,12 +65,7 @@ export class ModelTermsCache {
     if (known?.kind === "known") return known.terms;
     try {
       const { path } = this.model(name);
-      const plan = makeLoadPlan(readModelConfig(path), await openCheckpoint(path));
-      const terms: ModelTerms = {
-        profile: profileModel(plan),
-        kvType: this.run.kvBits === 8 ? "q8" : plan.config.dtype === "bfloat16" ? "bf16" : "f16",
-        threads: this.run.threads ?? availableParallelism(),
-      };
+      const terms = this.#termsOf(makeLoadPlan(readModelConfig(path), await openCheckpoint(path)));
       this.#entries.set(name, { kind: "known", terms });
       return terms;
     } catch (thrown) {
@@ -62,5 +73,28 @@ export class ModelTermsCache {
       this.#entries.set(name, { kind: "refused", reason: error.message, atMs: performance.now() });
       throw error;
     }
+  }
+  /** For planning before a download: from the headers of the hub's files. Rejects as readHubModel does. */
+  hubTerms(name: string): Promise<HubTerms> {
+    const now = performance.now();
+    const known = this.#hub.get(name);
+    if (known !== undefined && now - known.atMs < HUB_MS) return known.terms;
+    const terms = readHubModel(name).then(({ config, checkpoint, id, readBytes, totalBytes }) => ({
+      ...{ id, readBytes, totalBytes },
+      terms: this.#termsOf(makeLoadPlan(config, checkpoint)),
+    }));
+    this.#hub.delete(name);
+    this.#hub.set(name, { terms, atMs: now });
+    if (this.#hub.size > MOST_HUB) this.#hub.delete(this.#hub.keys().next().value ?? name);
+    terms.catch(() => this.#hub.delete(name));
+    return terms;
+  }
+
+  #termsOf(plan: LoadPlan): ModelTerms {
+    return {
+      profile: profileModel(plan),
+      kvType: this.run.kvBits === 8 ? "q8" : plan.config.dtype === "bfloat16" ? "bf16" : "f16",
+      threads: this.run.threads ?? availableParallelism(),
+    };
   }
 }

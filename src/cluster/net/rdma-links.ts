@@ -13,7 +13,7 @@ import { answerTrials, leadTrials, type TrialChannel, type TrialResult } from ".
 
 /** Devices are listed anew so often: cables come and go. Where the system has no library for them, or it hangs, more rarely. */
 const LIST_MS = 30_000;
-const NO_LIBRARY_MS = 600_000;
+const NO_LIBRARY_MS = 120_000;
 /** A pair of nodes that no cable connects is tried again after this, doubled each time: nothing says when a cable was moved. */
 const AGAIN_MS = 60_000;
 const MOST_AGAIN_MS = 1_800_000;

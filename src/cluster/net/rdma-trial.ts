@@ -13,6 +13,7 @@
 import { randomBytes } from "node:crypto";
 import * as v from "valibot";
 import { queuePairs } from "../../engine/local-ranks.ts";
+import { within } from "../../engine/patience.ts";
 import { RankProcess } from "../../engine/rank-process.ts";
 import {
   addressBytes,
@@ -214,19 +215,14 @@ async function end(rank: RankProcess): Promise<void> {
 
 /** The value in time, or why not. */
 async function settle<T>(promise: Promise<T>): Promise<{ value: T } | { reason: string }> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const late = new Promise<{ reason: string }>((resolve) => {
-    timer = setTimeout(
-      () => resolve({ reason: `no answer within ${TRY_LIMIT_MS / 1000} s: a port may be wedged` }),
+  try {
+    const value = await within(
+      promise.then((value) => ({ value })),
       TRY_LIMIT_MS,
     );
-  });
-  try {
-    return await Promise.race([promise.then((value) => ({ value })), late]);
+    return value ?? { reason: `no answer within ${TRY_LIMIT_MS / 1000} s: a port may be wedged` };
   } catch (thrown) {
     return { reason: asCaravanError(thrown).message };
-  } finally {
-    clearTimeout(timer);
   }
 }
 

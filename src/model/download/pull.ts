@@ -118,7 +118,8 @@ export async function pullModel(model: string | Card, options: PullOptions = {})
   }
 }
 
-function hubIdOf(model: string | Card, env: Environment): { id: string; named: string | undefined } {
+/** The repository that a card, its name or a hub id names. Throws model_not_found or unsupported_model. */
+export function hubIdOf(model: string | Card, env: Environment): { id: string; named: string | undefined } {
   if (typeof model === "string") {
     const { id, revision } = hubName(model);
     if (id !== undefined) {
