@@ -290,6 +290,28 @@ static void test_stalled(cv_checks *c, const tiny_model *m, const uint32_t *toke
     cv_end_case(c);
 }
 
+/* Longer than any silence that would be an alarm (2 s): the rank's monitor goes on beside what it computes. */
+#define SLOW_MS 3000
+
+static void test_slow(cv_checks *c, const tiny_model *m, const uint32_t *tokens, uint32_t tensor, uint32_t stages, uint32_t transport) {
+    char name[160], err[256] = "";
+    snprintf(name, sizeof name, "rank 1 of tensor %u, pipeline %u takes %d s over %s while it lives: no false alarm", tensor, stages, SLOW_MS / 1000, transport_name(transport));
+    cv_case(c, name);
+    tr_ranks r = {.stalled = 1, .slow_ms = SLOW_MS};
+    int code = tr_start(&r, m, tensor, stages, transport, NULL, err);
+    if (cv_check(c, !code, "%d %s", code, err)) {
+        tm_row row = {.first = 0, .tokens = tokens, .n = 4, .seq = 0, .flags = CV_ROW_SAMPLE};
+        double start = now_s();
+        code = run(r.engine, tm_step(step, &row, 1, NULL, 0), err);
+        double seconds = now_s() - start;
+        cv_check(c, !code, "%d %s", code, err);
+        cv_check(c, seconds > SLOW_MS / 1000.0 - 1, "it was not slow: %.2f s", seconds);
+    }
+    cv_check(c, tr_end(&r), "a rank does not end");
+    tr_forget(&r);
+    cv_end_case(c);
+}
+
 static void test_abort(cv_checks *c, const tiny_model *m, const uint32_t *tokens, uint32_t tensor, uint32_t stages, uint32_t transport) {
     char name[128], err[256] = "";
     snprintf(name, sizeof name, "rank 0 is told to stop among steps of tensor %u, pipeline %u over %s: all of them end, and all ranks", tensor, stages, transport_name(transport));
@@ -434,6 +456,7 @@ int main(void) {
         test_struck(&c, &m, tokens, 2, 2, 2, SIGSTOP, transport);
         test_stalled(&c, &m, tokens, 2, 1, 1, transport);
         test_stalled(&c, &m, tokens, 1, 2, 1, transport);
+        test_slow(&c, &m, tokens, 2, 1, transport);
         test_abort(&c, &m, tokens, 2, 1, transport);
         test_abort(&c, &m, tokens, 1, 2, transport);
     }

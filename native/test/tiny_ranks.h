@@ -114,6 +114,7 @@ typedef struct {
 
 typedef struct {
     uint32_t stalled; /* set before tr_start: this rank connects, but computes nothing; 0 = none */
+    uint32_t slow_ms; /* set before tr_start: that rank takes so long to begin to compute, and then does; 0 = never */
     bool bare;        /* set before tr_start: rank 0 has a group, but no engine */
     uint32_t n, transport;
     tr_board *board;
@@ -155,7 +156,8 @@ static inline int tr_follow(tr_ranks *r, uint32_t rank, const uint8_t *plan, siz
     cv_engine *e = NULL;
     char *err = r->board->text[rank];
     int code = tr_join(r, rank, &group, err);
-    if (!code && rank == r->stalled) { /* until the others have given up */
+    if (!code && rank == r->stalled && r->slow_ms) usleep(r->slow_ms * 1000);
+    else if (!code && rank == r->stalled) { /* until the others have given up */
         cv_group_stats_record stats = {0};
         for (int ms = 0; !stats.failed && ms < TR_WAIT_MS; ms++) {
             usleep(1000);
@@ -188,9 +190,9 @@ static inline uint8_t *tr_altered_plan(const tiny_model *m, uint32_t tensor_size
     return plan;
 }
 
-/* Starts all ranks of a grid; the caller is rank 0, *r zero but for `stalled` and `bare`. Before it no thread may run here (processes are forked). alter: NULL, or for every rank. */
+/* Starts all ranks of a grid; the caller is rank 0, *r zero but for `stalled`, `slow_ms` and `bare`. Before it no thread may run here (processes are forked). alter: NULL, or for every rank. */
 static inline int tr_start(tr_ranks *r, const tiny_model *m, uint32_t tensor_size, uint32_t n_stages, uint32_t transport, tr_alter alter, char *err) {
-    *r = (tr_ranks){.stalled = r->stalled, .bare = r->bare, .n = tensor_size * n_stages, .transport = transport};
+    *r = (tr_ranks){.stalled = r->stalled, .slow_ms = r->slow_ms, .bare = r->bare, .n = tensor_size * n_stages, .transport = transport};
     r->board = mmap(NULL, sizeof *r->board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (r->board == MAP_FAILED) return CV_E_MEMORY;
     fflush(stdout);
