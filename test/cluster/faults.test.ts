@@ -2,7 +2,7 @@
 // seconds, and the cluster heals by itself. Three nodes on loopback, real processes; the hosts of hosts.test.ts add networks.
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { ClusterLab, libraryHere, loopbackHosts, signalProcess } from "./cluster-lab.ts";
+import { ClusterLab, eventually, libraryHere, loopbackHosts, signalProcess } from "./cluster-lab.ts";
 
 /** The design's limit for an affected request. */
 const LIMIT_MS = 3000;
@@ -86,4 +86,47 @@ describe.skipIf(!libraryHere)("in the middle of an answer", () => {
       SLOW_MS,
     );
   }
+
+  test(
+    "other instances go on: a stream on a node that has no part in it does not notice",
+    async () => {
+      const { instance, owner, other, third } = await parts();
+      const thirdId = await third.id();
+      // One more of the same model, on the third node alone; requests go to the one with the least to do.
+      const alone = await lab.place(third, { tensor: 1, pipeline: 1, nodes: [thirdId], context: 262_144 });
+      expect(alone.ranks.map(({ node }) => node)).toEqual([thirdId]);
+      const first = await owner.longStream("tiny");
+      const second = await owner.longStream("tiny");
+      const broken = performance.now();
+      other.kill("SIGKILL");
+      const ended = await Promise.race([first.ended, second.ended]);
+      expect(ended.atMs - broken).toBeLessThan(LIMIT_MS);
+      const [goesOn] = [first, second].filter(({ over }) => !over);
+      if (goesOn === undefined) throw new Error("both streams ended");
+      const before = goesOn.bytes;
+      await lab.ready(third, instance.id, instance.epoch);
+      await eventually("the other stream goes on", 5000, () => goesOn.bytes > before);
+      expect(goesOn.over).toBe(false);
+      goesOn.cancel();
+    },
+    SLOW_MS,
+  );
+
+  test(
+    "while nothing runs, a killed rank is noticed within 2 s: the instance is not called ready any more",
+    async () => {
+      const { instance, other, third } = await parts();
+      const [pid] = other.children("rank");
+      if (pid === undefined) throw new Error("no rank");
+      const broken = performance.now();
+      signalProcess(pid, "SIGKILL");
+      await eventually("the instance is not ready in its epoch", 2000, async () => {
+        const now = (await third.state()).instances.find(({ id }) => id === instance.id);
+        return now === undefined || now.phase !== "ready" || now.epoch > instance.epoch;
+      });
+      console.log(`  noticed idle after ${Math.round(performance.now() - broken)} ms`);
+      await lab.ready(third, instance.id, instance.epoch);
+    },
+    SLOW_MS,
+  );
 });
