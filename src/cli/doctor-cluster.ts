@@ -1,9 +1,11 @@
 // What doctor looks at for a cluster: the node's key, the cluster's file, its port, multicast, and every node that can be
-// heard, with the reason where one does not belong here. It changes nothing and joins nothing.
+// heard, with the reason where one does not belong here (the members themselves: doctor-nodes.ts). It changes nothing and joins nothing.
 
+import { networkInterfaces } from "node:os";
 import { type ClusterCredentials, loadCluster } from "../cluster/net/cluster-file.ts";
+import { splitAddress } from "../cluster/net/dial.ts";
 import { Discovery } from "../cluster/net/discovery.ts";
-import { clusterFolder, loadIdentity, newIdentity } from "../cluster/net/identity.ts";
+import { clusterFolder, type Identity, loadIdentity, newIdentity } from "../cluster/net/identity.ts";
 import { listen } from "../cluster/net/listener.ts";
 import { CARAVAN_PROTOCOL } from "../cluster/protocol-version.ts";
 import { asCaravanError } from "../errors.ts";
@@ -12,6 +14,7 @@ import { runningNodes } from "../node/running-nodes.ts";
 import { resolvePaths } from "../paths.ts";
 import { loadSettings, type Settings } from "../settings.ts";
 import { VERSION } from "../version.ts";
+import { type CalledNode, nodeChecks } from "./doctor-nodes.ts";
 
 export interface Check {
   name: string;
@@ -28,13 +31,13 @@ const QUIET = createLogger({ level: "silent" });
 export async function clusterChecks(): Promise<Check[]> {
   const folder = clusterFolder(resolvePaths().data);
   let cluster: ClusterCredentials | undefined;
-  let id: string;
+  let identity: Identity;
   try {
     cluster = loadCluster(folder);
     if (cluster === undefined) {
       return [{ name: "cluster", ok: true, detail: "none; `caravan cluster create` makes one" }];
     }
-    ({ id } = loadIdentity(folder));
+    identity = loadIdentity(folder);
   } catch (thrown) {
     const error = asCaravanError(thrown);
     return [
@@ -47,8 +50,10 @@ export async function clusterChecks(): Promise<Check[]> {
     ];
   }
   const { settings } = loadSettings();
+  const { id } = identity;
+  const heard: CalledNode[] = [];
   const running = (await runningNodes()).length > 0;
-  return [
+  const checks: Check[] = [
     {
       name: "cluster",
       ok: true,
@@ -59,8 +64,36 @@ export async function clusterChecks(): Promise<Check[]> {
       : await portCheck(settings),
     ...(settings.discovery_port === 0
       ? [{ name: "beacons", ok: true, detail: "turned off (discovery_port = 0)" }]
-      : await beaconChecks(cluster, id, settings.discovery_port)),
+      : await beaconChecks(cluster, id, settings.discovery_port, heard)),
   ];
+  const node = { name: "doctor", version: VERSION, incarnation: 0, port: 0 };
+  return [...checks, ...(await nodeChecks(toCall(cluster, heard, settings), identity, cluster, node))];
+}
+
+/** Every node once: where it is heard now, else where it was met last; and the addresses that a person named. */
+function toCall(
+  { nodes }: ClusterCredentials,
+  heard: readonly CalledNode[],
+  { peers, cluster_port: port }: Settings,
+): CalledNode[] {
+  const met = nodes.flatMap(({ id, name, addresses: [address] }) =>
+    address === undefined || heard.some((each) => each.id === id) ? [] : [{ id, name, address }],
+  );
+  const known = [...heard, ...met];
+  const named = peers.filter(
+    (address) => known.every((each) => each.address !== address) && !isOwn(address, port),
+  );
+  return [
+    ...known,
+    ...named.map((address) => ({ name: "the node named by --peer", address, id: undefined })),
+  ];
+}
+
+/** A list of peers may name every node, this one too. */
+function isOwn(address: string, ownPort: number): boolean {
+  const { host, port } = splitAddress(address);
+  const own = Object.values(networkInterfaces()).flatMap((each) => each ?? []);
+  return port === ownPort && (host === "localhost" || own.some((each) => each.address === host));
 }
 
 async function portCheck(settings: Settings): Promise<Check> {
@@ -91,9 +124,13 @@ async function portCheck(settings: Settings): Promise<Check> {
 }
 
 /** Listens for everybody, and for a beacon of its own that nobody answers: it is signed with a random secret. */
-async function beaconChecks(cluster: ClusterCredentials, id: string, port: number): Promise<Check[]> {
+async function beaconChecks(
+  cluster: ClusterCredentials,
+  id: string,
+  port: number,
+  members: CalledNode[],
+): Promise<Check[]> {
   const probe = newIdentity().id;
-  const members = new Map<string, string>();
   const strangers = new Map<string, string>();
   let echo = false;
   const sender = new Discovery({
@@ -117,7 +154,9 @@ async function beaconChecks(cluster: ClusterCredentials, id: string, port: numbe
         );
       else if (heard.beacon.id === probe) echo = true;
       else if (heard.kind === "member") {
-        if (heard.beacon.id !== id) members.set(heard.beacon.id, `${heard.beacon.name} at ${address}`);
+        const { id: other, name } = heard.beacon;
+        if (other !== id && members.every((each) => each.id !== other))
+          members.push({ id: other, name, address });
       } else
         strangers.set(
           heard.beacon.id,
@@ -146,7 +185,10 @@ async function beaconChecks(cluster: ClusterCredentials, id: string, port: numbe
     {
       name: "cluster nodes",
       ok: true,
-      detail: members.size === 0 ? "no other is heard" : [...members.values()].join("; "),
+      detail:
+        members.length === 0
+          ? "no other is heard"
+          : members.map(({ name, address }) => `${name} at ${address}`).join("; "),
     },
   ];
   for (const reason of strangers.values())

@@ -1,8 +1,8 @@
 // caravan doctor: what this machine has, and what stands in the way, each with the command that mends it.
 
-import { accessSync, constants, existsSync, statfsSync } from "node:fs";
+import { accessSync, constants, existsSync, statfsSync, statSync } from "node:fs";
 import { arch, cpus, platform, release } from "node:os";
-import { dirname } from "node:path";
+import { dirname, join } from "node:path";
 import { bestCpu } from "../engine/binding.ts";
 import { fallbacks, findMetal } from "../engine/metal-device.ts";
 import { passed, runSelftest, selftestPage } from "../engine/selftest.ts";
@@ -15,6 +15,7 @@ import { loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import type { Command } from "./command.ts";
 import { type Check, clusterChecks } from "./doctor-cluster.ts";
+import { ownClockCheck } from "./doctor-nodes.ts";
 import { quarantineCommand } from "./mac-start.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
 
@@ -50,20 +51,27 @@ function runChecks(): Check[] {
       const { name } = bestCpu();
       return {
         ok: name !== "scalar",
+        fix: "There are no fast kernels for this processor: it works, slowly. x86-64 needs AVX2, ARM needs ARMv8.",
         detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${name}`,
       };
     }),
+    attempt("clock", () => ownClockCheck(Date.now(), statSync(process.execPath).mtimeMs)),
     ...quarantineCheck(),
     ...gpuCheck(),
     attempt("memory", () => {
       const { available, total } = availableMemory();
-      return { ok: available > 1e9, detail: `${formatBytes(available)} of ${formatBytes(total)} available` };
+      return {
+        ok: available > 1e9,
+        detail: `${formatBytes(available)} of ${formatBytes(total)} available`,
+        fix: "Close other programs, or unload models: `caravan stop`. In a container, raise its memory limit.",
+      };
     }),
     attempt("settings", () => {
       const { settings, warnings } = loadSettings();
       return {
         ok: warnings.length === 0,
         detail: [`host ${settings.host}, port ${settings.port}`, ...warnings].join("; "),
+        fix: `Change ${join(paths.config, "caravan.toml")} or the variable; \`caravan config\` shows where each setting is from.`,
       };
     }),
     attempt("models folder", () => {
@@ -76,7 +84,11 @@ function runChecks(): Check[] {
     attempt("cards", () => {
       const { cards } = openStore();
       const bad = [...cards.bad.values()].map((error) => error.toText());
-      return { ok: bad.length === 0, detail: [`${cards.cards.length} cards`, ...bad].join("; ") };
+      return {
+        ok: bad.length === 0,
+        detail: [`${cards.cards.length} cards`, ...bad].join("; "),
+        fix: `Mend or delete the card in ${paths.cards}.`,
+      };
     }),
     attempt("models", () => {
       const { models, partial } = scanStore(openStore(loadSettings().settings.models_dir));

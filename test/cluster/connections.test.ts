@@ -102,6 +102,7 @@ describe("members", () => {
       version: "1.0",
       incarnation: 1,
       port: 0,
+      clockAheadMs: expect.any(Number),
       proved: secretName(HOME.secret),
       secretsDiffer: false,
     });
@@ -301,6 +302,7 @@ describe("strangers", () => {
           cluster: fc.string(),
           name: fc.string(),
           incarnation: fc.integer(),
+          at: fc.double(),
           latest: fc.string(),
           proofs: fc.array(fc.record({ secret: fc.string(), proof: fc.string() })),
         })

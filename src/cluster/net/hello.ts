@@ -32,6 +32,8 @@ export interface Peer {
   incarnation: number;
   /** Where its control plane listens, at the address that it calls from; 0 = nowhere. */
   port: number;
+  /** How far its clock is ahead of this one's, give or take the way of a message. Said to people; nothing depends on it. */
+  clockAheadMs: number;
   /** Name of the secret that both proved; "" when it asks to join. */
   proved: string;
   /** One of the two has another secret: they have to compare what they know of the cluster (mesh.ts). */
@@ -61,6 +63,8 @@ const Hello = v.object({
   name: NameSchema,
   incarnation: v.pipe(v.number(), v.safeInteger(), v.minValue(0)),
   port: v.pipe(v.number(), v.integer(), v.minValue(0), v.maxValue(65535)),
+  /** Milliseconds since 1970 by the speaker's clock. */
+  at: v.pipe(v.number(), v.finite()),
   /** Name of the speaker's latest secret; "" when it asks to join. */
   latest: v.union([secretId, v.literal("")]),
   /** The caller's: one for each of its secrets, the latest first. The callee's: one, for the secret that both have. */
@@ -105,6 +109,7 @@ function words(settings: HelloSettings, purpose: Purpose, proofs: v.InferOutput<
     name,
     incarnation,
     port,
+    at: Date.now(),
     latest: purpose === "join" || settings.cluster === undefined ? "" : secretName(settings.cluster.secret),
     proofs,
   };
@@ -174,7 +179,8 @@ export async function callerHello(
       channel.trust();
     }
     const { name, version, incarnation, port } = peer;
-    return { id, name, version, incarnation, port, proved, secretsDiffer };
+    const clockAheadMs = peer.at - Date.now();
+    return { id, name, version, incarnation, port, clockAheadMs, proved, secretsDiffer };
   } catch (thrown) {
     channel.close();
     throw thrown;
@@ -225,7 +231,11 @@ export async function calleeHello(
     const id = peerIdOf(channel.socket);
     const hello = read(value, settings, id);
     const { name, version, incarnation, port } = hello;
-    const peer: Peer = { id, name, version, incarnation, port, proved: "", secretsDiffer: false };
+    const clockAheadMs = hello.at - Date.now();
+    const peer: Peer = {
+      ...{ id, name, version, incarnation, port, clockAheadMs },
+      ...{ proved: "", secretsDiffer: false },
+    };
     const { cluster } = settings;
     if (cluster === undefined) throw new CaravanError("permission_denied", "this node is in no cluster");
     if (isRemoved(cluster, id)) throw new CaravanError("permission_denied", REMOVED);
