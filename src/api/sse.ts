@@ -106,7 +106,7 @@ export async function eventStream(options: EventStreamOptions): Promise<Response
           controller.close();
         }
       },
-      cancel: () => giveUp(),
+      cancel: () => giveUp(new CaravanError("cancelled", "The client closed the connection.")),
     },
     new ByteLengthQueuingStrategy({ highWaterMark: BUFFER_BYTES }),
   );

@@ -17,21 +17,34 @@ const placeModel = element("place-model", HTMLSelectElement);
 
 /** Predicted tokens/s of what was placed from this page, by instance. @type {Map<string, number>} */
 const predictions = new Map();
+/** @type {State | undefined} */
+let latest;
+/** Memory of this machine. @type {{ total: number, available: number } | undefined} */
+let machine;
 /** Measured tokens/s by model, from the last requests. @type {Map<string, number>} */
 const measured = new Map();
 
 /** Id of the node whose removal waits for the second press. @type {string | undefined} */
 let removing;
 
+/** What this machine says of itself where there is no cluster. @param {State} state @returns {Node[]} */
+function alone({ self }) {
+  if (self === undefined) return [];
+  return [{ ...self, reachable: true, ...(machine === undefined ? {} : { memory: machine }) }];
+}
+
 /** @param {State} state */
 function show(state) {
-  const nodes = state.nodes ?? [];
+  latest = state;
+  const clustered = state.cluster !== null && state.cluster !== undefined;
+  const nodes = clustered ? (state.nodes ?? []) : alone(state);
+  element("several", HTMLDivElement).hidden = !clustered;
   const name = typeof state.cluster === "string" ? state.cluster : state.cluster?.name;
   element("cluster-state", HTMLParagraphElement).textContent =
     name === undefined
       ? "This machine is in no cluster. `caravan cluster create NAME` makes one; `caravan join` on another machine asks to be let in."
       : `Cluster ${name}: ${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}, ${nodes.filter(({ reachable }) => reachable).length} reachable.`;
-  picture.toggleAttribute("hidden", nodes.length === 0);
+  picture.toggleAttribute("hidden", !clustered);
   draw(nodes, state.links ?? [], state.self?.id);
   const away = (state.away ?? []).map((node) => ({ ...node, reachable: false }));
   body("nodes").replaceChildren(...[...nodes, ...away].map((node) => nodeRow(node, state.self?.id)));
@@ -321,7 +334,11 @@ async function follow() {
 
 addEventListener("figures", (event) => {
   if (!(event instanceof CustomEvent)) return;
-  for (const [model, speed] of event.detail) measured.set(model, speed);
+  const { speeds, memory } = event.detail;
+  for (const [model, speed] of speeds) measured.set(model, speed);
+  machine = memory.total > 0 ? memory : undefined;
+  // In a cluster the node's own events say it.
+  if (latest !== undefined && (latest.cluster === null || speeds.size > 0)) show(latest);
 });
 new MutationObserver(() => void follow()).observe(view, { attributes: true, attributeFilter: ["hidden"] });
 void follow();

@@ -14,6 +14,11 @@ const progress = element("pull-progress", HTMLProgressElement);
 const startButton = element("pull-start", HTMLButtonElement);
 const stopButton = element("pull-stop", HTMLButtonElement);
 
+/** Bytes of memory, and measured tokens/s, by model. @type {Map<string, number>} */
+let memory = new Map();
+/** @type {Map<string, number>} */
+const speeds = new Map();
+
 /** @type {AbortController | undefined} */
 let pulling;
 
@@ -22,13 +27,27 @@ function modelItem(model) {
   const li = document.createElement("li");
   const loaded = model.state === "ready" || model.state === "loading";
   const what = model.state === "failed" ? `failed: ${model.error ?? "unknown reason"}` : model.state;
-  li.append(`${model.id}: ${what} `);
+  const name = document.createElement("span");
+  name.textContent = `${model.id}: ${what}`;
+  li.append(name);
+  const bytes = memory.get(model.id);
+  const speed = speeds.get(model.id);
+  const facts = [
+    bytes === undefined ? "" : `${gigabytes(bytes)} of memory`,
+    speed === undefined ? "" : `measured ${speed.toFixed(1)} tokens/s`,
+  ].filter((text) => text !== "");
+  if (facts.length > 0) {
+    const told = document.createElement("span");
+    told.className = "faint";
+    told.textContent = facts.join(", ");
+    li.append(told);
+  }
   if (model.state === "loading") {
     const bar = document.createElement("progress");
     bar.max = 1;
     bar.value = model.progress ?? 0;
     bar.setAttribute("aria-label", `Loading ${model.id}`);
-    li.append(bar, ` ${Math.floor((model.progress ?? 0) * 100)} % `);
+    li.append(bar, `${Math.floor((model.progress ?? 0) * 100)} %`);
   }
   const button = document.createElement("button");
   button.type = "button";
@@ -56,7 +75,10 @@ async function look() {
   try {
     const { data } = await askApi("/v1/models");
     const said = JSON.stringify(
-      data.map((/** @type {Model} */ each) => [each.id, each.state, each.progress, each.error]),
+      data.map((/** @type {Model} */ each) => [
+        ...[each.id, each.state, each.progress, each.error],
+        ...[memory.get(each.id), speeds.get(each.id)?.toFixed(1)],
+      ]),
     );
     if (said === shown) return;
     shown = said;
@@ -109,6 +131,11 @@ element("pull", HTMLFormElement).addEventListener("submit", async (event) => {
 });
 stopButton.addEventListener("click", () => pulling?.abort());
 
+addEventListener("figures", (event) => {
+  if (!(event instanceof CustomEvent)) return;
+  for (const [model, speed] of event.detail.speeds) speeds.set(model, speed);
+  memory = event.detail.memory.models;
+});
 new MutationObserver(() => void look()).observe(view, { attributes: true, attributeFilter: ["hidden"] });
 void look();
 setInterval(() => {

@@ -1,7 +1,8 @@
 // The page's program: a chat with the node's own API. Text from models and people is only ever put in as text.
 // @ts-check
 
-import { element, failure, HEADERS, linesOf } from "/requests.js";
+import { element, failure, HEADERS, linesOf, messageOf } from "/requests.js";
+import { Turn } from "/turn.js";
 
 /** @typedef {{ role: "system" | "user" | "assistant", content: string }} Message */
 
@@ -19,6 +20,10 @@ const clear = element("clear", HTMLButtonElement);
 const key = element("key", HTMLInputElement);
 
 const LOOK_AGAIN_MS = 3000;
+/** While an answer is waited for. */
+const WATCH_MS = 700;
+/** Lines of the prompt's box before it scrolls. */
+const MOST_LINES = 8;
 
 /** @type {Message[]} */
 let conversation = [];
@@ -35,7 +40,7 @@ async function login() {
     key.value = "";
     key.placeholder = "accepted";
   } catch (error) {
-    state.textContent = error instanceof Error ? error.message : String(error);
+    state.textContent = messageOf(error);
     return;
   }
   await lookAtModels();
@@ -58,9 +63,11 @@ async function lookAtModels() {
     state.textContent =
       chosen === undefined ? "No model is here yet: run `caravan pull MODEL`." : describe(chosen);
     send.disabled = chosen === undefined || running !== undefined;
+    return chosen;
   } catch (thrown) {
-    state.textContent = thrown instanceof Error ? thrown.message : String(thrown);
+    state.textContent = messageOf(thrown);
   }
+  return undefined;
 }
 
 /** @param {{ state: string, progress?: number, context_length?: number, policy?: { mode: string, reason: string }, error?: string }} info */
@@ -73,23 +80,10 @@ function describe(info) {
   return `ready${context}${info.policy === undefined ? "" : `, ${info.policy.mode}`}`;
 }
 
-/** @param {"user" | "assistant"} role @param {string} text */
-function addTurn(role, text) {
-  if (conversation.length <= 1) log.querySelector(".welcome")?.remove();
-  const turn = document.createElement("article");
-  turn.className = `turn ${role}`;
-  const who = document.createElement("span");
-  who.className = "who";
-  who.textContent = role === "user" ? "You" : model.value;
-  const body = document.createElement("p");
-  body.className = "text";
-  body.textContent = text;
-  const stats = document.createElement("p");
-  stats.className = "stats";
-  turn.append(who, body, stats);
-  log.append(turn);
-  log.scrollTop = log.scrollHeight;
-  return { turn, body, stats };
+/** @param {"user" | "assistant"} role @param {string} text @param {string} [name] */
+function addTurn(role, text, name = model.value) {
+  log.querySelector(".welcome")?.remove();
+  return new Turn(log, role, role === "user" ? "You" : name, text);
 }
 
 /** Options of the settings form that are filled in. */
@@ -108,10 +102,25 @@ function sampling() {
   return options;
 }
 
-/** `data:` objects of a stream. @param {ReadableStream<BufferSource>} body */
+/** `data:` objects of a stream, and how much of the prompt is computed, which comes as comments.
+ * @param {ReadableStream<BufferSource>} body */
 async function* events(body) {
-  for await (const line of linesOf(body))
-    if (line.startsWith("data: {")) yield JSON.parse(line.slice("data: ".length));
+  for await (const line of linesOf(body)) {
+    if (line.startsWith("data: {")) yield { data: JSON.parse(line.slice("data: ".length)) };
+    const prefill = /^: prefill (\d+)\/(\d+)/.exec(line);
+    if (prefill !== null) yield { read: Number(prefill[1]), of: Number(prefill[2]) };
+  }
+}
+
+/** Says that the model loads, as long as nothing has come. @param {Turn} turn @param {() => boolean} silent */
+async function watchLoading(turn, silent) {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, WATCH_MS));
+    if (!silent()) return;
+    const info = await lookAtModels();
+    if (!silent()) return;
+    if (info?.state === "loading") turn.working(`loading ${info.id}`, info.progress ?? 0);
+  }
 }
 
 /** Sends the conversation and shows the answer as it comes. */
@@ -119,10 +128,13 @@ async function answer() {
   const abort = new AbortController();
   running = abort;
   toggle();
-  const { turn, body, stats } = addTurn("assistant", "");
+  const turn = addTurn("assistant", "");
   const started = performance.now();
   let firstMs = 0;
-  let text = "";
+  let pieces = 0;
+  let heard = false;
+  turn.working("waiting");
+  void watchLoading(turn, () => !heard && running === abort);
   try {
     const system = element("system", HTMLTextAreaElement).value.trim();
     const messages = system === "" ? conversation : [{ role: "system", content: system }, ...conversation];
@@ -139,39 +151,75 @@ async function answer() {
       }),
     });
     if (!reply.ok || reply.body === null) throw await failure(reply);
-    for await (const event of events(reply.body)) {
+    let stats = "";
+    for await (const { data: event, read, of } of events(reply.body)) {
+      heard = true;
+      if (event === undefined) {
+        turn.working(
+          `reading the prompt, ${read?.toLocaleString("en")} of ${of?.toLocaleString("en")} tokens`,
+          of ? (read ?? 0) / of : 0,
+        );
+        continue;
+      }
       if (event.error) throw new Error(event.error.message);
       const delta = event.choices?.[0]?.delta?.content ?? "";
       if (delta !== "") {
         if (firstMs === 0) firstMs = performance.now() - started;
-        const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-        text += delta;
-        body.textContent = text;
-        if (atEnd) log.scrollTop = log.scrollHeight;
+        pieces += 1;
+        turn.add(delta);
+        turn.speed(pieces, performance.now() - started - firstMs);
       }
-      if (event.usage) {
-        const seconds = (performance.now() - started - firstMs) / 1000;
-        const { prompt_tokens: asked, completion_tokens: made } = event.usage;
-        const speed = made > 1 && seconds > 0 ? `, ${((made - 1) / seconds).toFixed(1)} tokens/s` : "";
-        stats.textContent = `${asked} tokens read, first after ${(firstMs / 1000).toFixed(2)} s; ${made} tokens written${speed}`;
-      }
+      if (event.usage) stats = statistics(event.usage, firstMs, performance.now() - started - firstMs);
     }
-    conversation.push({ role: "assistant", content: text });
+    turn.end(stats);
+    conversation.push({ role: "assistant", content: turn.text });
   } catch (thrown) {
     if (abort.signal.aborted) {
-      stats.textContent = "stopped";
-      conversation.push({ role: "assistant", content: text });
-    } else {
-      turn.classList.add("failed");
-      stats.textContent = "Regenerate tries again.";
-      body.textContent = `${text}${text === "" ? "" : "\n"}${thrown instanceof Error ? thrown.message : thrown}`;
-    }
+      turn.end("stopped");
+      conversation.push({ role: "assistant", content: turn.text });
+    } else turn.fail(messageOf(thrown), "Regenerate tries again.");
   } finally {
     running = undefined;
+    keep();
     toggle();
     void lookAtModels();
     promptBox.focus();
   }
+}
+
+/** @param {{ prompt_tokens: number, completion_tokens: number, prompt_tokens_details?: { cached_tokens: number } }} usage
+ * @param {number} firstMs @param {number} writingMs */
+function statistics(usage, firstMs, writingMs) {
+  const { prompt_tokens: asked, completion_tokens: made } = usage;
+  const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
+  const known = cached > 0 ? ` (${cached} cached)` : "";
+  const speed = made > 1 && writingMs > 0 ? `, ${(((made - 1) * 1000) / writingMs).toFixed(1)} tokens/s` : "";
+  return `${asked} tokens read${known}, first after ${(firstMs / 1000).toFixed(2)} s; ${made} tokens written${speed}`;
+}
+
+/** Keeps the conversation for a reload of this tab. */
+function keep() {
+  try {
+    sessionStorage.setItem("conversation", JSON.stringify(conversation));
+  } catch {
+    // Too large for the browser's storage: then a reload begins anew.
+  }
+}
+
+/** What an earlier load of this tab kept. */
+function restore() {
+  try {
+    /** @type {unknown} */
+    const kept = JSON.parse(sessionStorage.getItem("conversation") ?? "[]");
+    if (!Array.isArray(kept)) return;
+    conversation = kept.filter(
+      (each) => (each?.role === "user" || each?.role === "assistant") && typeof each.content === "string",
+    );
+  } catch {
+    return; // nothing that can be read: a new conversation
+  }
+  const name = sessionStorage.getItem("model") ?? "model";
+  for (const { role, content } of conversation) if (role !== "system") addTurn(role, content, name).end("");
 }
 
 function toggle() {
@@ -182,13 +230,20 @@ function toggle() {
   clear.disabled = busy || conversation.length === 0;
 }
 
+/** The box grows with what is written into it. */
+function fit() {
+  promptBox.rows = Math.min(MOST_LINES, Math.max(2, promptBox.value.split("\n").length));
+}
+
 ask.addEventListener("submit", (event) => {
   event.preventDefault();
   const text = promptBox.value.trim();
   if (text === "" || running !== undefined || model.value === "") return;
   promptBox.value = "";
+  fit();
   conversation.push({ role: "user", content: text });
   addTurn("user", text);
+  keep();
   void answer();
 });
 promptBox.addEventListener("keydown", (event) => {
@@ -196,6 +251,7 @@ promptBox.addEventListener("keydown", (event) => {
   event.preventDefault();
   ask.requestSubmit();
 });
+promptBox.addEventListener("input", fit);
 stopButton.addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
@@ -208,6 +264,7 @@ again.addEventListener("click", () => {
 });
 clear.addEventListener("click", () => {
   conversation = [];
+  keep();
   log.replaceChildren();
   welcome();
   toggle();
@@ -248,7 +305,9 @@ function showView() {
 
 addEventListener("hashchange", showView);
 showView();
-welcome();
+restore();
+if (conversation.length === 0) welcome();
+toggle();
 void lookAtModels();
 setInterval(() => {
   if (document.visibilityState === "visible" && running === undefined) void lookAtModels();

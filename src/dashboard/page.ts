@@ -3,11 +3,13 @@
 
 import clusterProgram from "./cluster.client.js" with { type: "text" };
 import figuresProgram from "./figures.client.js" with { type: "text" };
+import markdownProgram from "./markdown.client.js" with { type: "text" };
 import modelsProgram from "./models.client.js" with { type: "text" };
 import pageProgram from "./page.client.js" with { type: "text" };
 import pageStyle from "./page.css" with { type: "text" };
 import pageHtml from "./page.html" with { type: "text" };
 import requestsProgram from "./requests.client.js" with { type: "text" };
+import turnProgram from "./turn.client.js" with { type: "text" };
 
 const SECURITY_HEADERS = {
   "content-security-policy":
@@ -23,9 +25,11 @@ export const PAGE_FILES: Record<string, () => Response> = {
   "/page.css": () => file(String(pageStyle), "text/css"),
   "/page.js": () => file(String(pageProgram), "text/javascript"),
   "/cluster.js": () => file(String(clusterProgram), "text/javascript"),
+  "/markdown.js": () => file(String(markdownProgram), "text/javascript"),
   "/models.js": () => file(String(modelsProgram), "text/javascript"),
   "/figures.js": () => file(String(figuresProgram), "text/javascript"),
   "/requests.js": () => file(String(requestsProgram), "text/javascript"),
+  "/turn.js": () => file(String(turnProgram), "text/javascript"),
 };
 
 function file(text: string, type: string): Response {

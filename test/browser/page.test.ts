@@ -221,6 +221,66 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(await page.title()).toBe("caravan");
   }, 30_000);
 
+  test("shows Markdown as elements, with code to copy, and keeps the conversation over a reload", async () => {
+    const answer = [
+      "# Title\n\nSome **strong** and *soft* `code` & <b>no tag</b>.",
+      "```python\ndef f(x):\n    return x < 1 # **not strong**\n```",
+      "1. one\n   - inner `a*b*c`\n2. two\n\n3. three",
+      "| a | b |\n|---|:-:|\n| 1 | [x](https://example.test/p) |",
+      "> quoted\n\n[bad](javascript:alert) ![pic](https://example.test/i.png)",
+    ].join("\n\n");
+    const { page } = await open(sayScript(answer));
+    await page.waitForSelector("#send:not([disabled])");
+    await say(page, "Show off");
+    await page.waitForSelector(".turn.assistant .stats:not(:empty)");
+    const text = page.locator(".turn.assistant .text");
+    const check = async (): Promise<void> => {
+      expect(await text.locator("h3").textContent()).toBe("Title");
+      expect(await text.locator("p strong").allTextContents()).toEqual(["strong"]);
+      expect(await text.locator("p").first().textContent()).toBe(
+        "Some strong and soft code & <b>no tag</b>.",
+      );
+      expect(await text.locator("pre code").textContent()).toBe(
+        "def f(x):\n    return x < 1 # **not strong**",
+      );
+      expect(await text.locator(".code-head span").textContent()).toBe("python");
+      expect(await text.locator("ol > li").count()).toBe(3);
+      expect(await text.locator("ol ul li").textContent()).toBe("inner a*b*c");
+      expect(await text.locator("td").allTextContents()).toEqual(["1", "x"]);
+      expect(await text.locator("blockquote").textContent()).toBe("quoted");
+      expect(await text.locator("a").count()).toBe(2);
+      expect(await text.locator("img").count()).toBe(0);
+    };
+    await check();
+    await page.reload();
+    await page.waitForSelector("#send:not([disabled])");
+    await check();
+    expect(await page.textContent(".turn.user .text")).toBe("Show off");
+    expect(await page.isEnabled("#again")).toBe(true);
+    expect(complaints).toEqual([]);
+  }, 30_000);
+
+  test("says how much of the prompt is read before the answer begins", async () => {
+    let go: () => void = () => {};
+    const held = new Promise<void>((resolve) => {
+      go = resolve;
+    });
+    const { page } = await open({
+      ...sayScript("Done."),
+      progressSteps: 2,
+      gate: (position) => (position === 1 ? held : undefined),
+    });
+    await page.waitForSelector("#send:not([disabled])");
+    await say(page, "A long story");
+    await page.waitForSelector(".turn.assistant .work:has-text('reading the prompt')");
+    const share = Number(await page.getAttribute(".turn.assistant .work progress", "value"));
+    expect(share).toBeGreaterThan(0.3);
+    expect(share).toBeLessThan(0.7);
+    go();
+    await page.waitForSelector(".turn.assistant .stats:not(:empty)");
+    expect(await page.isVisible(".turn.assistant .work")).toBe(false);
+  }, 30_000);
+
   test("asks for the key and works with it", async () => {
     const { page } = await open(sayScript("Open."), { apiKeys: ["sesame"] });
     await page.waitForSelector("#state:has-text('Settings')");
@@ -306,6 +366,8 @@ describe.skipIf(program === undefined)("the page", () => {
     const { page } = await open(sayScript("Hi."), {}, {}, undefined, library);
     await page.click("#to-cluster");
     await page.waitForSelector("#models li:has-text('test/scripted: ready')");
+    // Without a cluster the page shows this machine and hides what is between machines.
+    expect(await page.isVisible("#several")).toBe(false);
     await page.fill("#pull-name", "org/slow");
     await page.keyboard.press("Enter");
     await page.waitForSelector("#pull-state:has-text('2.0 GB of 8.0 GB')");
@@ -332,6 +394,13 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(await page.textContent("#requests tbody tr")).toContain("test/scripted");
     await page.waitForSelector("#plots figure:nth-of-type(4)");
     expect(await page.textContent("#plots figcaption")).toContain("Tokens a second");
+    expect(await page.textContent("#totals")).toContain("Last hour: 1 request,");
+    expect(await page.getAttribute("#requests .phases", "aria-label")).not.toBeNull();
+    // A page that is opened later sees what was.
+    await page.reload();
+    await page.waitForSelector("#plots .line");
+    await page.check("#spans input[value='360']");
+    await page.waitForSelector("#plots svg[aria-label*='the last 60 minutes']");
     expect(complaints).toEqual([]);
   }, 30_000);
 

@@ -211,5 +211,5 @@ test("a stream tells once how it ended", async () => {
     })(),
   );
   await left.body?.cancel();
-  expect(ends).toEqual([undefined, "engine_failed", undefined]);
+  expect(ends).toEqual([undefined, "engine_failed", "cancelled"]);
 });
