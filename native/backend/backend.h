@@ -82,6 +82,13 @@ static inline size_t cv_kv_element_bytes(uint32_t kv_type) { return kv_type == C
 /* Elements that one token of one head takes in the cache. */
 static inline size_t cv_kv_token_elements(uint32_t kv_type, size_t head_dim) { return kv_type == CV_Q8 ? head_dim + head_dim / 32 * sizeof(float) : head_dim; }
 
+/* Work of the host in the middle of a step (a sum over ranks): makes of x [n] what the step goes on with. CV_OK, or an error that ends the step. */
+typedef struct {
+    int (*run)(void *context, const void *part, float *x, size_t n);
+    void *context;
+    const void *part;
+} cv_host_work;
+
 typedef struct cv_backend cv_backend;
 
 typedef struct {
@@ -94,12 +101,15 @@ typedef struct {
 
     /* Starts a step: uploads its tables, prepares cos/sin for its positions. The batch stays valid until finish(). */
     int (*begin)(cv_backend *b, const cv_batch *batch);
-    /* Ends a step: everything recorded has been computed when it returns. */
+    /* Ends a step: everything recorded has been computed when it returns. CV_E_AGAIN, only of a step with joins: the host's work came too late
+     * for the device, which has gone on without it. The first b->joined joins are done and x of the last one is right; the same batch must be
+     * begun again and recorded from behind it, and then it does not happen again. */
     int (*finish)(cv_backend *b, char *err, size_t err_size);
 
-    /* Everything recorded so far has been computed when it returns, and recording goes on: between this and the next operation the
-     * caller may read and write device memory (sums over ranks). NULL: operations are computed when they return. */
-    int (*sync)(cv_backend *b);
+    /* x [n], memory of alloc, becomes what `work` makes of it, when everything recorded before is computed and before what follows. Done when
+     * finish returns, or earlier; x may be copied for it. What work points to stays valid until then. NULL: operations are computed when they
+     * return, and the caller does the work itself. */
+    int (*join)(cv_backend *b, const cv_host_work *work, float *x, size_t n);
 
     /* h[t] = table[token t] */
     int (*embed)(cv_backend *b, const cv_weight *table, void *h);
@@ -138,6 +148,7 @@ struct cv_backend {
     const cv_backend_ops *ops;
     const cv_shape *shape;
     size_t act_bytes;
+    size_t joined;        /* joins of the step that finish has ended with CV_E_AGAIN, that are done */
     size_t scratch_bytes; /* reserved by the backend itself when it was opened, beside what alloc() has handed out */
 };
 

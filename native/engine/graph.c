@@ -49,64 +49,62 @@ typedef struct {
 /* Whether this rank adds to h (or, among tensor ranks, replaces it by its part of the sum). */
 static bool adds(const run_state *r) { return r->place->tensor_rank == 0; }
 
-/* Before the host touches h. */
-static int settle(const run_state *r) { return r->b->ops->sync ? r->b->ops->sync(r->b) : CV_OK; }
-
-/* What a rank without a part of a block adds: nothing, but the bias that tensor rank 0 holds. */
-static int add_nothing(const run_state *r, const float *bias) {
-    float *h = r->a->h;
-    int code = settle(r);
-    if (code) return code;
-    if (!adds(r)) memset(h, 0, r->n_tokens * r->hidden * sizeof *h);
-    else if (bias)
-        for (size_t t = 0; t < r->n_tokens; t++)
-            for (size_t i = 0; i < r->hidden; i++) h[t * r->hidden + i] += bias[i];
-    return CV_OK;
+/* h = Σ over the ranks, where there are several. */
+static int sum(void *state, const void *part, float *h, size_t n) {
+    (void)part;
+    const run_state *r = state;
+    return cv_place_splits(r->place) ? cv_place_reduce(r->place, h, n) : CV_OK;
 }
 
-/* The sum over the ranks, where there are several. */
-static int join(const run_state *r) {
-    if (!cv_place_splits(r->place)) return CV_OK;
-    int code = settle(r);
-    return code ? code : cv_place_reduce(r->place, r->a->h, r->n_tokens * r->hidden);
+/* The same on a rank without a part of the block: it adds nothing, but the bias [hidden] (or NULL) that tensor rank 0 holds. */
+static int sum_without(void *state, const void *bias, float *h, size_t n) {
+    const run_state *r = state;
+    const float *each = bias;
+    if (!adds(r)) memset(h, 0, n * sizeof *h);
+    for (size_t i = 0; adds(r) && each && i < n; i++) h[i] += each[i % r->hidden];
+    return sum(state, NULL, h, n);
 }
 
-static int attention_block(const run_state *r, const cv_layer *l) {
+static int join(run_state *r, int (*run)(void *, const void *, float *, size_t), const float *bias) {
+    cv_backend *b = r->b;
+    const cv_host_work work = {run, r, bias};
+    size_t n = r->n_tokens * r->hidden;
+    return b->ops->join ? b->ops->join(b, &work, r->a->h, n) : run(r, bias, r->a->h, n);
+}
+
+/* The end of a block that this rank has a part of: where there are several ranks, one join for each block, and none else. */
+static int join_parts(run_state *r) { return cv_place_splits(r->place) ? join(r, sum, NULL) : CV_OK; }
+
+static int attention_block(run_state *r, const cv_layer *l) {
     cv_backend *b = r->b;
     cv_activations *a = r->a;
     const cv_backend_ops *o = b->ops;
-    if (!cv_layer_attends(l)) {
-        int code = add_nothing(r, l->o_bias);
-        return code ? code : join(r);
-    }
+    if (!cv_layer_attends(l)) return join(r, sum_without, l->o_bias);
     const cv_weight *const w[3] = {l->q, l->k, l->v};
     const float *const bias[3] = {l->q_bias, l->k_bias, l->v_bias};
     int code = o->norm_qkv(b, a->h, l->attn_norm, w, bias, a->q, a->k, a->v);
     if (!code) code = o->rope_store(b, l->flags, l->n_heads, l->n_kv_heads, a->q, a->k, a->v, &l->kv);
     if (!code) code = o->attention(b, l->flags, l->n_heads, l->n_kv_heads, a->q, &l->kv, a->attended);
     if (!code) code = o->linear(b, a->attended, l->o, l->o_bias, adds(r), a->h);
-    return code ? code : join(r);
+    return code ? code : join_parts(r);
 }
 
-static int feed_forward(const run_state *r, const cv_layer *l) {
+static int feed_forward(run_state *r, const cv_layer *l) {
     cv_backend *b = r->b;
     cv_activations *a = r->a;
     const cv_backend_ops *o = b->ops;
     int code;
-    if (!cv_layer_feeds(l)) {
-        code = add_nothing(r, l->down_bias);
-        return code ? code : join(r);
-    }
+    if (!cv_layer_feeds(l)) return join(r, sum_without, l->down_bias);
     if (l->flags & CV_LAYER_MOE) {
         code = o->norm_route(b, a->h, l->ffn_norm, l->router);
         if (!code) code = o->moe_up(b, a->h, l->ffn_norm, &l->moe);
         if (!code) code = o->moe_down(b, &l->moe, adds(r), a->h);
-        return code ? code : join(r);
+        return code ? code : join_parts(r);
     }
     void *act = NULL;
     code = o->norm_mlp(b, a->h, l->ffn_norm, l->gate, l->up, l->down, l->gate_bias, l->up_bias, &act);
     if (!code) code = o->linear(b, act, l->down, l->down_bias, adds(r), a->h);
-    return code ? code : join(r);
+    return code ? code : join_parts(r);
 }
 
 static uint64_t now_ns(void) {
@@ -115,24 +113,34 @@ static uint64_t now_ns(void) {
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 
+/* Everything behind the first `joined` blocks. */
+static int record(run_state *r, const cv_model *m, size_t joined, const uint32_t *rows, size_t n_rows, const atomic_bool *stop) {
+    cv_backend *b = r->b;
+    int code = cv_place_first(r->place) && !joined ? b->ops->embed(b, m->embed, r->a->h) : CV_OK;
+    for (size_t block = joined; !code && block < 2 * m->n_layers; block++) {
+        if (atomic_load_explicit(stop, memory_order_relaxed)) code = CV_E_ABORTED;
+        else code = block % 2 ? feed_forward(r, &m->layers[block / 2]) : attention_block(r, &m->layers[block / 2]);
+    }
+    return !code && n_rows && m->head ? b->ops->head(b, r->a->h, rows, n_rows, m->final_norm, m->head, r->a->logits) : code;
+}
+
 int cv_graph_run(const cv_model *m, cv_backend *b, cv_activations *a, cv_place *place, const cv_batch *batch, const uint32_t *rows, size_t n_rows, const atomic_bool *stop, uint64_t *kernel_ns, cv_err err) {
     const cv_backend_ops *o = b->ops;
-    const run_state r = {b, a, place, batch->n_tokens, m->shape.hidden};
+    run_state r = {b, a, place, batch->n_tokens, m->shape.hidden};
     char text[256] = "";
     uint64_t start = now_ns();
-    int code = o->begin(b, batch);
-    if (code) return cv_fail(err, code, "the %s backend refused a step of %zu tokens", o->name, batch->n_tokens);
-    if (cv_place_first(place)) code = o->embed(b, m->embed, a->h);
-    for (size_t i = 0; !code && i < m->n_layers; i++) {
-        if (atomic_load_explicit(stop, memory_order_relaxed)) code = CV_E_ABORTED;
-        if (!code) code = attention_block(&r, &m->layers[i]);
-        if (!code) code = feed_forward(&r, &m->layers[i]);
-    }
-    if (!code && n_rows && m->head) code = o->head(b, a->h, rows, n_rows, m->final_norm, m->head, a->logits);
-    int finished = o->finish(b, text, sizeof text);
+    size_t joined = 0;
+    int code, finished;
+    do {
+        code = o->begin(b, batch);
+        if (code) return cv_fail(err, code, "the %s backend refused a step of %zu tokens", o->name, batch->n_tokens);
+        code = record(&r, m, joined, rows, n_rows, stop);
+        finished = o->finish(b, text, sizeof text);
+        joined += b->joined;
+    } while (!code && finished == CV_E_AGAIN && b->joined);
+    if (!code) code = finished;
     *kernel_ns += now_ns() - start;
     if (code == CV_E_GROUP || (code == CV_E_ABORTED && place->group && !atomic_load(stop))) return cv_place_failed(place, code, err);
     if (code == CV_E_ABORTED) return cv_fail(err, code, "the engine was told to stop");
-    if (!code) code = finished;
     return code ? cv_fail(err, code, "the %s backend failed: %s", o->name, text[0] ? text : "operation refused") : CV_OK;
 }

@@ -72,6 +72,7 @@ program() { # program NAME ARGUMENTS…
 checked() { FAKEMETAL_CHECKED=1 program "$@"; }
 counted() { FAKEMETAL_CHECKED=1 FAKEMETAL_LINES=1 program "$@"; }
 fast() { FAKEMETAL_FAST_MATH=1 program "$@"; }
+races() { CARAVAN_METAL_LIBRARY=$out/tsan/libfakemetal.so TSAN_OPTIONS=halt_on_error=1:exitcode=66 program tsan/hand_over_test; }
 
 macos() { # the backend's C files, for the system that it is for
   local file
@@ -81,6 +82,9 @@ macos() { # the backend's C files, for the system that it is for
 }
 
 check "the fake runtime reports mistakes and behaves like a GPU" program fake_test
+check "GPU and host hand over in every way, late, failing and stopped" program hand_over_test
+check "they hand over without races (ThreadSanitizer)" races
+check "the kernel that hands over stays in bounds and has no races" checked hand_over_test
 check "products, experts and logits equal the reference, $rounds rounds" program products_test "$rounds"
 check "attention equals the reference, $rounds rounds" program attention_test "$rounds"
 check "products, experts and logits have no races and stay in bounds" checked products_test 1

@@ -45,13 +45,23 @@ void cv_metal_bind(cv_metal_device *d, unsigned index, const void *p, size_t byt
 void cv_metal_bytes(cv_metal_device *d, unsigned index, const void *p, size_t bytes);
 /* work: multiply-adds. When much has been gathered the command buffer is committed and another begun: none runs for long. */
 void cv_metal_dispatch(cv_metal_device *d, const size_t groups[3], size_t threads, double work);
-/* Waits for everything that has been recorded; recording goes on. */
-int cv_metal_sync(cv_metal_device *d);
-/* Waits for all commands. CV_E_STEP with the reason of the first failure. */
-int cv_metal_finish(cv_metal_device *d, cv_err err);
+/* Work of the host between what has been recorded and what follows, on x [n] of memory from cv_metal_alloc. With up to `most` numbers it is
+ * recorded, where the GPU can wait for the host, and done in finish; else it is done at once. work's pointers stay valid until finish. */
+int cv_metal_join(cv_metal_device *d, const cv_host_work *work, float *x, size_t n, size_t most);
+/* Waits for all commands. CV_E_STEP with the reason of the first failure. CV_E_AGAIN: the host came later to a join than the GPU waits;
+ * the first *joined are done, x of the last of them has the host's numbers, and the step must be recorded again from behind it, once. */
+int cv_metal_finish(cv_metal_device *d, size_t *joined, cv_err err);
 /* Whether something has failed since begin. */
 int cv_metal_failed(const cv_metal_device *d);
 /* Records a failure of the caller's own. */
 void cv_metal_refuse(cv_metal_device *d, int code, const char *text);
+
+/* How a step hands over to the host and back. WAIT and LOOK: a command buffer ends there, the host waits for it or looks at an event that it
+ * signals, and the next one is committed when the host is done; the GPU waits for nobody. EVENT and SPIN: within a command buffer the GPU waits
+ * for an event that the host signals, or a kernel looks at a word that the host writes; both for a bounded time. */
+typedef enum { CV_METAL_WAIT, CV_METAL_LOOK, CV_METAL_EVENT, CV_METAL_SPIN, CV_METAL_WAYS } cv_metal_way;
+const char *cv_metal_way_name(cv_metal_way way);
+/* Measures them for n numbers: ns[way], 0 where one is not possible. Returns the one that steps take. */
+cv_metal_way cv_metal_measure_ways(cv_metal_device *d, size_t n, uint64_t ns[CV_METAL_WAYS]);
 
 #endif

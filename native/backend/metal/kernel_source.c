@@ -12,7 +12,7 @@ typedef struct {
 } family;
 
 static const family families[CV_METAL_FAMILIES] = {
-    {"matvec", matvec_text}, {"matmul", matmul_text}, {"experts", experts_text}, {"attention", attention_text}, {"head", head_text},
+    {"matvec", matvec_text}, {"matmul", matmul_text}, {"experts", experts_text}, {"attention", attention_text}, {"head", head_text}, {"hand_over", handover_text},
     {"", rows_text}, /* embed, rms_norm, rope_store */
 };
 

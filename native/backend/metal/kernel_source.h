@@ -2,7 +2,7 @@
 #ifndef CV_METAL_KERNEL_SOURCE_H
 #define CV_METAL_KERNEL_SOURCE_H
 
-enum { CV_METAL_FAMILIES = 6 };
+enum { CV_METAL_FAMILIES = 7 };
 
 /* A family's whole source (params.h, prelude.metal, its file), for the caller to free; NULL without memory. */
 char *cv_metal_source(int family);

@@ -72,7 +72,7 @@ static void choose_type(cv_metal *m) {
 
 int cv_backend_metal_open(const cv_shape *shape, const cv_memory *shared, size_t n_shared, cv_backend **out, char *text, size_t text_size) {
     static const cv_backend_ops ops = {
-        .name = "metal", .close = metal_close, .alloc = metal_alloc, .free = metal_free, .begin = cv_metal_op_begin, .finish = cv_metal_op_finish, .sync = cv_metal_op_sync, .embed = cv_metal_op_embed, .norm_qkv = cv_metal_op_norm_qkv,
+        .name = "metal", .close = metal_close, .alloc = metal_alloc, .free = metal_free, .begin = cv_metal_op_begin, .finish = cv_metal_op_finish, .join = cv_metal_op_join, .embed = cv_metal_op_embed, .norm_qkv = cv_metal_op_norm_qkv,
         .rope_store = cv_metal_op_rope_store, .attention = cv_metal_op_attention, .linear = cv_metal_op_linear, .norm_mlp = cv_metal_op_norm_mlp, .norm_route = cv_metal_op_norm_route, .moe_up = cv_metal_op_moe_up,
         .moe_down = cv_metal_op_moe_down, .head = cv_metal_op_head,
     };

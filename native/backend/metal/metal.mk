@@ -2,7 +2,7 @@
 # Mac that runs them, so any machine can build the library.
 
 METAL_KERNEL_DIR := native/backend/metal/kernels
-METAL_FAMILIES := matvec matmul experts rows attention head
+METAL_FAMILIES := matvec matmul experts rows attention head handover
 METAL_TEXT := build/gen/metal_kernels.h
 
 NATIVE_SRC += $(wildcard native/backend/metal/*.c)

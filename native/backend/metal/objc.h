@@ -47,7 +47,9 @@ typedef struct {
     X(end_encoding, "endEncoding")                                                                                                         \
     X(new_event, "newSharedEvent")                                                                                                         \
     X(signal, "encodeSignalEvent:value:")                                                                                                  \
+    X(wait_event, "encodeWaitForEvent:value:")                                                                                             \
     X(signaled, "signaledValue")                                                                                                           \
+    X(set_signaled, "setSignaledValue:")                                                                                                           \
     X(commit, "commit")                                                                                                                    \
     X(wait, "waitUntilCompleted")                                                                                                          \
     X(status, "status")                                                                                                                    \

@@ -115,7 +115,7 @@ int cv_metal_grow_pages(cv_metal *m, size_t n);
 
 int cv_metal_op_begin(cv_backend *b, const cv_batch *batch);
 int cv_metal_op_finish(cv_backend *b, char *err, size_t err_size);
-int cv_metal_op_sync(cv_backend *b);
+int cv_metal_op_join(cv_backend *b, const cv_host_work *work, float *x, size_t n);
 int cv_metal_op_embed(cv_backend *b, const cv_weight *table, void *h);
 int cv_metal_op_norm_qkv(cv_backend *b, const void *h, const float *norm, const cv_weight *const w[3], const float *const bias[3], void *q, void *k, void *v);
 int cv_metal_op_rope_store(cv_backend *b, uint32_t flags, size_t n_heads, size_t n_kv_heads, void *q, void *k, void *v, const cv_kv_layer *kv);

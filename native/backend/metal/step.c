@@ -79,7 +79,8 @@ int cv_metal_op_begin(cv_backend *b, const cv_batch *batch) {
 int cv_metal_op_finish(cv_backend *b, char *err, size_t err_size) {
     cv_metal *m = self(b);
     m->batch = NULL;
-    return cv_metal_finish(m->d, (cv_err){err, err_size});
+    return cv_metal_finish(m->d, &b->joined, (cv_err){err, err_size});
 }
 
-int cv_metal_op_sync(cv_backend *b) { return cv_metal_sync(self(b)->d); }
+/* Of long steps the GPU's time is long beside a hand-over's, and it need not wait for the host: only few tokens' numbers are taken along. */
+int cv_metal_op_join(cv_backend *b, const cv_host_work *work, float *x, size_t n) { return cv_metal_join(self(b)->d, work, x, n, CV_FEW * b->shape->hidden); }

@@ -72,7 +72,7 @@ function run(command: readonly string[]): { code: number; out: string; err: stri
 function preprocessed(source: KernelSource): { text?: string; problems: string[] } {
   const prelude = source.prelude === undefined ? [] : ["-include", source.prelude];
   const defines = (source.defines ?? []).map((define) => `-D${define}`);
-  const metal = ["-D__METAL__=1", "-D__METAL_VERSION__=310", "-D__HAVE_BFLOAT__=1"];
+  const metal = ["-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1"];
   const { code, out, err } = run([
     ...clang(),
     ...LANGUAGE,

@@ -139,6 +139,22 @@ enum { MOST_LOOKS = 20 * 1000 * 1000 };
 static const volatile void* watched;
 static unsigned looks;
 
+static unsigned fences; // of a thread, without another one's turn
+
+API void msl_fence(msl_site site) {
+  static const gpu_thread* thread;
+  static unsigned group;
+  fences = thread == R.current && group == R.group ? fences + 1 : 0;
+  thread = R.current;
+  group = R.group;
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  if (fences <= MOST_LOOKS) return;
+  msl_report("%s:%u:%u: SPIN: thread %u of group %u has passed a fence %u times: does it wait for another threadgroup?", site.file, site.line, site.column, R.current->at.thread_index, R.group - 1, fences);
+  fences = 0;
+  R.fatal = true;
+  msl_stop_if_fatal();
+}
+
 API void msl_atomic_access(const volatile void* p, unsigned n, msl_site site) {
   looks = p == watched ? looks + 1 : 0;
   watched = p;

@@ -34,6 +34,7 @@ API uint64_t fakemetal_count(const char *what) {
     const struct { const char *name; const uint64_t *value; } all[] = {
         {"allocations", &fake_count.allocations}, {"allocated_bytes", &fake_count.allocated_bytes}, {"libraries", &fake_count.libraries}, {"pipelines", &fake_count.pipelines},
         {"command_buffers", &fake_count.command_buffers}, {"dispatches", &fake_count.dispatches}, {"threadgroups", &fake_count.threadgroups}, {"waits", &fake_count.waits},
+        {"event_waits", &fake_count.event_waits},
     };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         if (!strcmp(all[i].name, what)) return __atomic_load_n(all[i].value, __ATOMIC_SEQ_CST);
@@ -203,6 +204,7 @@ static bool run_command(command *c, char *report) {
     case DISPATCH: return run_dispatch(c, report);
     case SIGNAL: fake_event_set(c->event, c->value); return true;
     case WAIT:
+        __atomic_add_fetch(&fake_count.event_waits, 1, __ATOMIC_SEQ_CST);
         if (wait_for_event(c->event, c->value)) return true;
         snprintf(report, REPORT, "Caused GPU Timeout Error: an event has not reached %llu", (unsigned long long)c->value);
         return false;
@@ -220,12 +222,15 @@ static void write_log(const object *command_buffer, bool failed) {
     FILE *f = path ? fopen(path, "a") : NULL;
     if (!f) return;
     const command_list *list = command_buffer->extra;
-    fprintf(f, "{\"failed\":%s,\"dispatches\":%d,\"allocations\":%llu,\"pipelines\":%llu,\"command_buffers\":%llu,\"waits\":%llu,\"kernels\":[", failed ? "true" : "false", list->n, (unsigned long long)fake_count.allocations,
-            (unsigned long long)fake_count.pipelines, (unsigned long long)fake_count.command_buffers, (unsigned long long)fake_count.waits);
+    bool first = true;
+    fprintf(f, "{\"failed\":%s,\"dispatches\":%d,\"allocations\":%llu,\"pipelines\":%llu,\"command_buffers\":%llu,\"waits\":%llu,\"event_waits\":%llu,\"kernels\":[", failed ? "true" : "false", list->n, (unsigned long long)fake_count.allocations,
+            (unsigned long long)fake_count.pipelines, (unsigned long long)fake_count.command_buffers, (unsigned long long)fake_count.waits,
+            (unsigned long long)fake_count.event_waits);
     for (int i = 0; i < list->n; i++) {
         const command *c = &list->all[i];
         if (c->kind != DISPATCH) continue;
-        fprintf(f, "%s{\"name\":\"%s\",\"threadgroups\":%u,\"read\":[", i ? "," : "", (const char *)c->pipeline->first->memory, c->groups[0] * c->groups[1] * c->groups[2]);
+        fprintf(f, "%s{\"name\":\"%s\",\"threadgroups\":%u,\"read\":[", first ? "" : ",", (const char *)c->pipeline->first->memory, c->groups[0] * c->groups[1] * c->groups[2]);
+        first = false;
         write_numbers(f, c->bytes_read);
         fputs("]}", f);
     }
@@ -256,7 +261,7 @@ static void run_command_buffer(object *o) {
     list->n = 0;
     pthread_mutex_lock(&lock);
     if (!ok) o->second = fake_error(report);
-    o->state = ok ? COMPLETED : FAILED;
+    __atomic_store_n(&o->state, ok ? COMPLETED : FAILED, __ATOMIC_SEQ_CST);
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
 }
@@ -295,7 +300,7 @@ void fake_commit(object *command_buffer) {
     fake_retain(command_buffer);
     pthread_mutex_lock(&lock);
     if (q->tail - q->head == 4096) fake_misuse("4096 command buffers wait in a queue");
-    command_buffer->state = COMMITTED;
+    __atomic_store_n(&command_buffer->state, COMMITTED, __ATOMIC_SEQ_CST);
     q->waiting[q->tail++ % 4096] = command_buffer;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);

@@ -88,7 +88,7 @@ static object *device_queue(object *o, SEL s) {
     fake_queue_open(q);
     return q;
 }
-static object *device_event(object *o, SEL s) { UNUSED(o), UNUSED(s); return fake_new("MTLSharedEvent"); }
+static object *device_event(object *o, SEL s) { UNUSED(o), UNUSED(s); return getenv("FAKEMETAL_NO_EVENTS") ? NULL : fake_new("MTLSharedEvent"); }
 
 static object *new_buffer(void *memory, size_t n, void *allocation) {
     object *b = fake_new("MTLBuffer");
@@ -135,7 +135,8 @@ static char *edited(const char *source) {
 /* Compiles with $MSLC (the words of a command) into the folder $MSL_CACHE, by hash of the source. */
 static object *device_library(object *o, SEL s, object *source, object *options, object **e) {
     UNUSED(o), UNUSED(s), UNUSED(options);
-    const char *before = atoi(macos_version()) < 14 ? "#undef __HAVE_BFLOAT__\n" : "";
+    int version = atoi(macos_version());
+    const char *before = version < 14 ? "#undef __HAVE_BFLOAT__\n#undef __METAL_VERSION__\n#define __METAL_VERSION__ 300\n" : version < 15 ? "#undef __METAL_VERSION__\n#define __METAL_VERSION__ 310\n" : "";
     const char *compiler = getenv("MSLC"), *folder = getenv("MSL_CACHE");
     if (!compiler || !folder) fake_misuse("MSLC (the compiler) and MSL_CACHE (a folder) must be set");
     bool checked = getenv("FAKEMETAL_CHECKED"), fast = getenv("FAKEMETAL_FAST_MATH");
@@ -226,7 +227,11 @@ static NSUInteger pipeline_width(object *o, SEL s) { UNUSED(o), UNUSED(s); retur
 static void *buffer_contents(object *o, SEL s) { UNUSED(s); return o->memory; }
 static NSUInteger buffer_length(object *o, SEL s) { UNUSED(s); return o->size; }
 static uint64_t event_value(object *o, SEL s) { UNUSED(s); return fake_event_value(o); }
-static void event_set_value(object *o, SEL s, uint64_t v) { UNUSED(s); fake_event_set(o, v); }
+static void event_set_value(object *o, SEL s, uint64_t v) {
+    UNUSED(s);
+    if (v < fake_event_value(o)) fake_misuse("setSignaledValue: to %llu, the event has reached %llu", (unsigned long long)v, (unsigned long long)fake_event_value(o));
+    fake_event_set(o, v);
+}
 
 static object *device_residency(object *o, SEL s, object *descriptor, object **e) {
     UNUSED(o), UNUSED(s), UNUSED(e);
@@ -270,7 +275,7 @@ static object *queue_command_buffer(object *o, SEL s) {
 }
 static void need_open(const object *command_buffer, const char *doing) {
     if (command_buffer->size) fake_misuse("%s while an encoder is open", doing);
-    if (command_buffer->state != NOT_ENQUEUED) fake_misuse("%s after commit", doing);
+    if (__atomic_load_n(&command_buffer->state, __ATOMIC_SEQ_CST) != NOT_ENQUEUED) fake_misuse("%s after commit", doing);
 }
 static object *command_buffer_encoder(object *o, SEL s) {
     UNUSED(s);
@@ -304,7 +309,7 @@ static void command_buffer_commit(object *o, SEL s) {
 }
 static void command_buffer_wait(object *o, SEL s) {
     UNUSED(s);
-    if (o->state < COMMITTED) fake_misuse("waitUntilCompleted before commit");
+    if (__atomic_load_n(&o->state, __ATOMIC_SEQ_CST) < COMMITTED) fake_misuse("waitUntilCompleted before commit");
     fake_wait(o);
 }
 static NSUInteger command_buffer_status(object *o, SEL s) { UNUSED(s); return (NSUInteger)__atomic_load_n(&o->state, __ATOMIC_SEQ_CST); }

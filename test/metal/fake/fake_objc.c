@@ -44,14 +44,14 @@ object *fake_new(const char *class_name) {
 }
 
 void fake_check_alive(const object *o, const char *doing) {
-    if (o && o->references <= 0) fake_misuse("%s a freed %s", doing, o->isa->name);
+    if (o && __atomic_load_n(&o->references, __ATOMIC_RELAXED) <= 0) fake_misuse("%s a freed %s", doing, o->isa->name);
 }
 
 object *fake_retain(object *o) {
     if (!o) return o;
     pthread_mutex_lock(&lock);
     fake_check_alive(o, "retain of");
-    o->references++;
+    __atomic_add_fetch(&o->references, 1, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&lock);
     return o;
 }
@@ -60,7 +60,7 @@ void fake_release(object *o) {
     if (!o) return;
     pthread_mutex_lock(&lock);
     fake_check_alive(o, "release of");
-    bool last = --o->references == 0;
+    bool last = __atomic_sub_fetch(&o->references, 1, __ATOMIC_RELAXED) == 0;
     if (last) o->isa->live--;
     pthread_mutex_unlock(&lock);
     if (last) fake_dispose(o);
@@ -133,7 +133,7 @@ static long method_of_nil(void) { return 0; }
 __attribute__((used)) HIDDEN void *fake_lookup(object *self, SEL s) {
     if (!self) return (void *)method_of_nil;
     fake_class *c = self->isa;
-    if (!c->meta && self->references <= 0) fake_misuse("message %s to a freed %s", s, c->name);
+    if (!c->meta && __atomic_load_n(&self->references, __ATOMIC_RELAXED) <= 0) fake_misuse("message %s to a freed %s", s, c->name);
     for (const fake_method *m = fake_methods; m->class_name && !fake_lacks(s); m++) {
         bool meta = *m->class_name == '+';
         if (meta == c->meta && !strcmp(m->class_name + meta, c->name) && !strcmp(m->selector, s)) return m->function;

@@ -1,7 +1,6 @@
 /* fake_test.c — the fake runtime itself: host mistakes end the process with a message; command buffers run by themselves from
  * commit on, wait for events, share words with the host, and fail as a GPU fails. */
 #include <dlfcn.h>
-#include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -308,57 +307,13 @@ static void long_steps_are_cut(cv_checks *c, rig *r) {
         cv_metal_bytes(d, 4, &params, sizeof params);
         cv_metal_dispatch(d, groups, 32, 1e11);
     }
-    code = cv_metal_finish(d, err);
+    size_t joined;
+    code = cv_metal_finish(d, &joined, err);
     cv_check(c, !code, "%s", text);
     uint64_t buffers = count("command_buffers") - before;
     cv_check(c, buffers >= 5 && buffers <= 6 && count("waits") - waits == 1, "%llu command buffers, %llu waits", (unsigned long long)buffers, (unsigned long long)(count("waits") - waits));
     cv_metal_device_close(d);
 }
-
-/* The host's hand-overs in a step, in both ways: values are there, the host waits or looks, and a GPU that fails ends it soon. */
-static void hand_overs(cv_checks *c, rig *r, const char *way, bool fails) {
-    enum { HIDDEN = 64, ROUNDS = 3 };
-    char text[512] = "";
-    cv_err err = {text, sizeof text};
-    cv_metal_device *d;
-    void *memory = NULL;
-    uint64_t (*count)(const char *) = NULL;
-    for (size_t i = 0; i < 4 && !count; i++)
-        if (r->o.libraries[i]) *(void **)&count = dlsym(r->o.libraries[i], "fakemetal_count");
-    setenv("CARAVAN_METAL_HAND_OVER", way, 1);
-    int code = cv_metal_device_open(&d, err);
-    if (!code) code = cv_metal_alloc(d, 4096, &memory, err);
-    if (!cv_check(c, !code && count, "%s", text)) return;
-    float *h = memory, *norm = h + 256, *out = h + 512;
-    for (int i = 0; i < HIDDEN; i++) norm[i] = 1;
-    cv_metal_constants none;
-    memset(&none, 0, sizeof none);
-    const cv_norm_params params = {.n = 1, .hidden = HIDDEN, .eps = 0};
-    const size_t groups[3] = {1, 1, 1};
-    uint64_t waits = 0;
-    code = cv_metal_begin(d);
-    for (int round = 0; round < ROUNDS && !code; round++) {
-        for (int i = 0; i < HIDDEN; i++) h[i] = round % 2 ? -3 : 5; /* the host's between two parts of the step */
-        cv_metal_use(d, "rms_norm_f32", &none);
-        for (unsigned b = 0; b < 4; b++) cv_metal_bind(d, b, h + 256 * b, 1);
-        cv_metal_bytes(d, 4, &params, sizeof params);
-        cv_metal_dispatch(d, groups, 32, 0);
-        if (fails && round == 1) setenv("FAKEMETAL_WORKING_SET", "1", 1);
-        code = cv_metal_sync(d);
-        if (round == 0) waits = count("waits");
-        if (!code) cv_check(c, fabsf(out[HIDDEN - 1] - (round % 2 ? -1.0f : 1.0f)) < 1e-5f, "round %d: %g", round, (double)out[HIDDEN - 1]);
-    }
-    waits = count("waits") - waits;
-    unsetenv("FAKEMETAL_WORKING_SET");
-    int finished = cv_metal_finish(d, err);
-    if (fails) cv_check(c, code && finished && strstr(text, "Insufficient Memory"), "%d %d: %s", code, finished, text);
-    else cv_check(c, !code && !finished && waits == (strcmp(way, "wait") ? 0 : ROUNDS - 1), "%d %d: %s; %llu waits", code, finished, text, (unsigned long long)waits);
-    cv_metal_device_close(d);
-    unsetenv("CARAVAN_METAL_HAND_OVER");
-}
-static void hands_over_by_event(cv_checks *c, rig *r) { hand_overs(c, r, "event", false); }
-static void hands_over_by_waiting(cv_checks *c, rig *r) { hand_overs(c, r, "wait", false); }
-static void failure_ends_looking(cv_checks *c, rig *r) { hand_overs(c, r, "event", true); }
 
 static void unmapped(cv_checks *c, rig *r) {
     void *p = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -387,9 +342,6 @@ static const struct {
     {"commands that exceed the working set fail", working_set},
     {"commands on memory that was not made resident fail where that is asked for", residency},
     {"a long step is several command buffers, and the host waits once", long_steps_are_cut},
-    {"a step hands over to the host by an event, without waiting", hands_over_by_event},
-    {"a step hands over to the host by waiting", hands_over_by_waiting},
-    {"the host stops looking at an event when the GPU has failed", failure_ends_looking},
     {"memory that was unmapped under a buffer is an error", unmapped},
 };
 

@@ -1,4 +1,4 @@
-// metal_shim.h — the compute part of Metal Shading Language 3.1 for clang on Linux, force-included before a kernel file.
+// metal_shim.h — the compute part of Metal Shading Language 3.2 for clang on Linux, force-included before a kernel file.
 //
 // Address spaces are clang's OpenCL attributes: they are part of the type, so mixing them is an error as in Metal, but they
 // all lower to ordinary memory, so the same object code runs on the CPU and can be instrumented. What Metal's standard
@@ -9,7 +9,7 @@
 #pragma once
 #pragma clang system_header
 #define __METAL__ 1
-#define __METAL_VERSION__ 310
+#define __METAL_VERSION__ 320
 #define __HAVE_BFLOAT__ 1
 #define device __attribute__((opencl_global))
 #define threadgroup __attribute__((opencl_local))
@@ -17,6 +17,7 @@
 #define thread
 #define kernel
 #define METAL_FUNC inline
+#define coherent(scope) // memory is coherent on a CPU
 #define MSL_INLINE inline __attribute__((always_inline, artificial, nodebug))
 // Bodies of simdgroup operations run on the executor's behalf, outside any GPU thread.
 #define MSL_EXECUTOR_SIDE __attribute__((no_sanitize("thread"), noinline))

@@ -1,8 +1,11 @@
-// shim_atomics.h — atomics, relaxed only as in Metal. They are real: a word may be shared with another CPU thread, which is
+// shim_atomics.h — atomics, relaxed only as in Metal, and fences. They are real: a word may be shared with another CPU thread, which is
 // how a host and a kernel hand something over. (An array of atomics in threadgroup memory is not modelled: declare words and cast.)
 
 namespace metal {
-enum memory_order { memory_order_relaxed };
+enum memory_order { memory_order_relaxed, memory_order_seq_cst };
+enum thread_scope { thread_scope_thread, thread_scope_threadgroup, thread_scope_device, thread_scope_simdgroup };
+// Metal 3.2. A fence in a loop is how a thread waits for the host: endless loops are counted there.
+MSL_INLINE void atomic_thread_fence(mem_flags, memory_order, thread_scope, MSL_SITE) { msl_fence(site); }
 template <class T> struct atomic { static_assert(is_same_v<T, int> || is_same_v<T, uint> || is_same_v<T, float> || is_same_v<T, bool>, "atomic type"); T value; };
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;

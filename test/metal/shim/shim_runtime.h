@@ -24,6 +24,7 @@ unsigned msl_active_mask();
 // Checks that all lanes gave the same arguments.
 void msl_same_in_all_lanes(const char* what, msl_site site, const void* p, size_t a, size_t b);
 void msl_atomic_access(const volatile void* p, unsigned size, msl_site site);
+void msl_fence(msl_site site);
 void msl_register_constant(int index, const char* name, void* p, unsigned size);
 bool msl_constant_defined(const void* p);
 void msl_register_kernel(const char* name, const char* arguments, void (*fn)(const msl_position*), unsigned written_mask);

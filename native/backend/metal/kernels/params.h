@@ -42,8 +42,14 @@ enum {
     CV_MOST_CHOSEN = 8,         /* experts a token */
     CV_MOST_EXPERTS = 1024,
     CV_SORT_THREADS = 256,
-    CV_TOP_MOST = 64
+    CV_TOP_MOST = 64,
+    CV_HAND_OVER_THREADS = 256
 };
+
+/* Words that host and GPU share while the host adds over ranks. Hand-overs have numbers that count up, past 0, for ever; they are compared
+ * by their difference. ARRIVED: the last one that the GPU has come to; RELEASED: the last one that the host has let go on; GAVE_UP: the one for
+ * which the host came too late, 0: none. */
+enum { CV_WORD_ARRIVED = 0, CV_WORD_RELEASED = 1, CV_WORD_GAVE_UP = 2, CV_HAND_OVER_WORDS = 64 };
 
 /* A weight matrix (or a stack of experts). has_global: the third buffer holds float32 [experts] (NVFP4), else biases. */
 typedef struct {
@@ -114,5 +120,10 @@ typedef struct {
 typedef struct {
     cv_u32 n, top;
 } cv_head_params;
+
+/* n numbers; patience: how often the GPU looks for the host. */
+typedef struct {
+    cv_u32 n, number, patience, reserved;
+} cv_hand_over_params;
 
 #endif
