@@ -13,6 +13,7 @@ import { askNode, type RunningNode, runningNodes } from "../node/running-nodes.t
 import { resolvePaths } from "../paths.ts";
 import { loadSettings } from "../settings.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
+import { LedgerSchema, ledgerLines } from "./ledger-text.ts";
 import { formatBytes } from "./progress.ts";
 
 const ACCEPT_LIMIT_MS = 15_000;
@@ -39,6 +40,19 @@ const State = v.looseObject({
         memory: v.optional(v.object({ total: v.number(), available: v.number() })),
         round_trip_us: v.optional(v.number()),
         bandwidth: v.optional(v.number()),
+        ledger: v.optional(LedgerSchema),
+      }),
+    ),
+  ),
+  links: v.optional(
+    v.array(
+      v.looseObject({
+        from: v.string(),
+        to: v.string(),
+        kind: v.string(),
+        round_trip_us: v.number(),
+        bandwidth: v.number(),
+        devices: v.optional(v.tuple([v.string(), v.string()])),
       }),
     ),
   ),
@@ -186,6 +200,12 @@ function describe(state: v.InferOutput<typeof State>): string {
     lines.push(
       `  ${node.name}  ${node.id.slice(0, 8)}  caravan ${node.version}  ${reach}${memory}${link}  ${node.addresses[0] ?? ""}`,
     );
+    for (const { from, to, kind, round_trip_us, bandwidth, devices } of state.links ?? [])
+      if (kind === "rdma" && from === state.self?.id && to === node.id)
+        lines.push(
+          `    RDMA: ${devices?.join(" – ") ?? ""}, ${round_trip_us.toFixed(1)} µs, ${formatBytes(bandwidth)}/s`,
+        );
+    if (node.ledger !== undefined) lines.push(...ledgerLines(node.ledger).map((line) => `    ${line}`));
   }
   for (const { id, name } of state.away ?? []) lines.push(`  ${name}  ${id.slice(0, 8)}  a member, not here`);
   for (const { name, from, waiting_seconds } of requests)

@@ -73,9 +73,9 @@ export interface PlacementPlan {
 
 export const MOST_NODES = 16;
 /** Contexts that most conversations fit into. */
-const DEFAULT_CONTEXT = 8192;
+export const DEFAULT_CONTEXT = 8192;
 /** Tokens of a step at most, and rows of logits beside the streams' (engine/load-model.ts). */
-const STEP_TOKENS = 512;
+export const STEP_TOKENS = 512;
 const PROMPT_LOGITS = 8;
 /** Cache position that speeds are predicted at. */
 const PREDICTED_POSITION = 512;

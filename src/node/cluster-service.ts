@@ -85,11 +85,11 @@ export class NodeCluster implements ClusterService {
     if (this.#node === undefined) return { cluster: null };
     const members = this.#driver?.members() ?? [];
     const conflict = this.#driver?.conflict ?? this.#node.mesh?.conflict;
-    const ledger = this.#driver?.ledger;
     return {
       ...stateJson(
         this.#node.view(),
         members.map(({ record }) => record.info),
+        this.#driver?.ledgers() ?? new Map(),
       ),
       links: members.flatMap(({ record }) =>
         record.links.map(({ from, to, kind, latencyUs, bandwidth, devices }) => ({
@@ -124,9 +124,6 @@ export class NodeCluster implements ClusterService {
           })),
         })),
       ),
-      ...(ledger === undefined
-        ? {}
-        : { ledger: { planned: ledger.planned, reserved: ledger.reserved, free: ledger.free } }),
       parts: (this.#driver?.parts.list() ?? []).map(({ model, bytes, inUse, idleHours }) => ({
         model,
         bytes,

@@ -9,7 +9,8 @@ import { availableMemory } from "../../model/machine-memory.ts";
 import type { InstalledModel } from "../../model/store.ts";
 import type { OpenModel, RunOptions } from "../../node/open-model.ts";
 import { ClusterLogic } from "../cluster-logic.ts";
-import { ProfilePlacer } from "../instance-placer.ts";
+import { type ModelTerms, ProfilePlacer } from "../instance-placer.ts";
+import { ledgersOf, type NodeLedger } from "../ledger-view.ts";
 import { BEAT_MS, type Member } from "../membership.ts";
 import { MemoryLedger } from "../memory-ledger.ts";
 import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
@@ -37,6 +38,8 @@ const REFRESH_MS = 2000;
 const REFRESH_BEATS = Math.round(REFRESH_MS / BEAT_MS);
 /** How much of a request's work counts where only the number of requests is known. */
 const TOKENS_A_REQUEST = 512;
+/** Models that every node's ledger tells of. */
+const MOST_LEDGER_MODELS = 32;
 /** Reading a large model's headers takes a moment. */
 const ASK_LIMIT_MS = 20_000;
 
@@ -178,9 +181,14 @@ export class ClusterDriver implements ClusterWork {
     return [...this.#open.values()];
   }
 
-  /** What memory is promised to, for people. */
-  get ledger(): MemoryLedger {
-    return this.#ledger;
+  /** Every node's memory, for people; with models of this node whose headers are read by then. */
+  ledgers(): Map<NodeId, NodeLedger> {
+    const models = new Map<string, ModelTerms>();
+    for (const { model } of this.#options.models().slice(0, MOST_LEDGER_MODELS)) {
+      const found = this.#terms.source(model);
+      if (found.kind === "known") models.set(model, found.terms);
+    }
+    return ledgersOf(this.members(), models);
   }
 
   /** Process ids of ranks > 0. */

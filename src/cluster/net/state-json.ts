@@ -1,10 +1,15 @@
 // GET /cluster/state: what this node sees of its cluster, in the API's spelling.
 
-import type { NodeInfo } from "../types.ts";
+import type { NodeLedger } from "../ledger-view.ts";
+import type { NodeId, NodeInfo } from "../types.ts";
 import type { ClusterView, NodeView } from "./cluster-node.ts";
 
-/** infos: what nodes, this one among them, have said of themselves last. */
-export function stateJson(view: ClusterView, infos: readonly NodeInfo[]): Record<string, unknown> {
+/** infos: what nodes, this one among them, have said of themselves last. ledgers: their memory. */
+export function stateJson(
+  view: ClusterView,
+  infos: readonly NodeInfo[],
+  ledgers: ReadonlyMap<NodeId, NodeLedger> = new Map(),
+): Record<string, unknown> {
   const nodes = new Map<string, NodeView & { reachable: boolean }>();
   if (view.cluster !== null) nodes.set(view.self.id, { ...view.self, reachable: true });
   for (const node of view.reachable) nodes.set(node.id, { ...node, reachable: true });
@@ -33,6 +38,7 @@ export function stateJson(view: ClusterView, infos: readonly NodeInfo[]): Record
               rdma: info.rdma,
               models: info.models,
             }),
+        ...(ledgers.has(node.id) ? { ledger: ledgers.get(node.id) } : {}),
         ...(link === undefined ? {} : { round_trip_us: link.latencyUs, bandwidth: link.bandwidth }),
       };
     }),
