@@ -7,6 +7,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "memory.h"
+
 enum { MOST_LAYERS = 4096, MOST_TENSORS = 1 << 20, MOST_FILES = 65536 };
 
 static bool inside(uint64_t total, uint64_t offset, uint64_t count, uint64_t size) {
@@ -182,6 +184,7 @@ static int reserve_pool(cv_model *m, bool chunked, size_t n_pages, cv_err err) {
     void *p = mmap(NULL, pool->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return cv_fail(err, CV_E_MEMORY, "cannot reserve %zu bytes for the cache: %s", pool->bytes, strerror(errno));
     pool->memory = p;
+    cv_want_huge_pages(p, pool->bytes);
     size_t at = 0;
     for (size_t i = 0; i < m->n_layers; i++) {
         cv_layer *l = &m->layers[i];

@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "memory.h"
+
 #include "../backend/cpu/number_formats.h"
 
 typedef struct {
@@ -100,11 +102,13 @@ static int check_view(const cv_weights *w, const cv_plan_source *s, uint64_t out
     return CV_OK;
 }
 
-static int map_file(file *f, cv_err err) {
+static int map_file(file *f, const atomic_bool *stop, cv_err err) {
     if (f->map) return CV_OK;
     void *p = mmap(NULL, (size_t)f->size, PROT_READ, MAP_PRIVATE, f->fd, 0);
     if (p == MAP_FAILED) return cv_fail(err, CV_E_IO, "%s: cannot map %llu bytes: %s", f->path, (unsigned long long)f->size, strerror(errno));
     f->map = p;
+    cv_want_huge_pages(p, (size_t)f->size);
+    (void)cv_reread_in_huge_pages(f->fd, p, (size_t)f->size, stop); /* where it does not, steps are slower and nothing else */
     return CV_OK;
 }
 
@@ -116,7 +120,10 @@ static void *new_copy(cv_weights *w, uint64_t bytes) {
     w->copies = list;
     void *p = NULL;
     /* Pages of its own, as a GPU's buffers need. Kernels may read a vector past the end. */
-    if (posix_memalign(&p, page, ((size_t)bytes + 64 + page - 1) / page * page)) return NULL;
+    if (bytes >= CV_HUGE_PAGE) page = CV_HUGE_PAGE;
+    const size_t size = ((size_t)bytes + 64 + page - 1) / page * page;
+    if (posix_memalign(&p, page, size)) return NULL;
+    if (page == CV_HUGE_PAGE) cv_want_huge_pages(p, size);
     w->copies[w->n_copies++] = p;
     w->copied_bytes += bytes;
     return p;
@@ -134,7 +141,7 @@ static int stopped(cv_err err) { return cv_fail(err, CV_E_ABORTED, "loading was 
  * rows (a rank's columns) are copied because mapping them would keep the other ranks' columns in memory too: they share pages. */
 static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_t rows, uint64_t bytes, size_t align, const uint8_t **data, size_t *row_stride, size_t *outer_stride, cv_err err) {
     file *f = &w->files[s->file];
-    int code = map_file(f, err);
+    int code = map_file(f, &w->progress->stop, err);
     if (code) return code;
     uint64_t total;
     if (!times(outer, rows, &total) || !times(total, bytes, &total)) return cv_fail(err, CV_E_PLAN, "%s: a tensor is larger than 2^64 bytes", f->path);
@@ -166,7 +173,7 @@ static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_
 static int place_transposed(cv_weights *w, const cv_plan_tensor *t, cv_weight *m, cv_err err) {
     file *f = &w->files[t->weight.file];
     size_t size = element_bytes(t);
-    int code = map_file(f, err);
+    int code = map_file(f, &w->progress->stop, err);
     if (code) return code;
     uint64_t total;
     if (!times(t->experts, t->rows, &total) || !times(total, m->row_bytes, &total)) return cv_fail(err, CV_E_PLAN, "%s: a tensor is larger than 2^64 bytes", f->path);

@@ -10,6 +10,7 @@ static void one_qmatmul(context *c, unsigned bits, size_t group, uint32_t type, 
     const size_t cols = groups * group, ldo = rows + below(c, 3);
     weight m = take_weight(c, CV_FORMAT_AFFINE, bits, group, type, rows, cols, kind);
     cv_qact a = take_qact(c, n, cols, group, kind == SUBNORMAL ? ORDINARY : kind);
+    if (below(c, 2)) a.next = cv_weight_rows_at(&m.w, 0, 0); /* what is prefetched changes no bit */
     float *want, *got;
     take_outputs(n * ldo, &want, &got);
     void *scratch = need(aligned_alloc(64, (c->scalar->scratch_bytes(cols) + c->set->scratch_bytes(cols) + 63) / 64 * 64));

@@ -37,7 +37,7 @@ static void cut(cv_job *j, size_t n_threads) {
     j->token_tasks = (j->n + j->token_block - 1) / j->token_block;
 }
 
-static void multiply(const cv_cpu *c, const cv_job *j, int which, size_t r0, size_t r1, size_t t0, size_t n, float *out, size_t ldo, void *scratch) {
+static void multiply(const cv_cpu *c, const cv_job *j, int which, size_t r0, size_t r1, size_t t0, size_t n, cv_weight_rows next, float *out, size_t ldo, void *scratch) {
     const cv_weight *w = j->w[which];
     const cv_act *a = j->in;
     size_t first = j->in_first + t0;
@@ -49,7 +49,7 @@ static void multiply(const cv_cpu *c, const cv_job *j, int which, size_t r0, siz
     } else {
         size_t i = need == CV_NEED_Q32 ? 0 : need == CV_NEED_Q64 ? 1 : 2, g_stride = cv_pad16(a->cols / w->group);
         cv_qact q = {.q = a->q[i] + first * a->q_stride, .scale = a->scale[i] + first * g_stride, .sum = a->sum[i] + first * g_stride,
-                     .n = n, .cols = w->cols, .group = w->group, .q_stride = a->q_stride, .g_stride = g_stride};
+                     .n = n, .cols = w->cols, .group = w->group, .q_stride = a->q_stride, .g_stride = g_stride, .next = next};
         c->k->qmatmul(w, j->expert, r0, r1, &q, origin, ldo, scratch);
     }
     if (j->bias[which])
@@ -66,35 +66,52 @@ typedef struct {
     atomic_size_t front, back;
 } job_list;
 
-static void run_task(void *context, size_t call, size_t thread) {
-    (void)call;
-    job_list *list = context;
-    size_t task = thread % 2 ? list->n_tasks - 1 - atomic_fetch_add(&list->back, 1) : atomic_fetch_add(&list->front, 1);
-    cv_cpu *c = list->c;
-    cv_cpu_scratch *s = &c->scratch[thread];
-    size_t lo = 0, hi = list->n_jobs; /* the last job whose first_task <= task */
+/* The job that a task belongs to: the last one whose first_task <= task. */
+static cv_job *job_of(const job_list *list, size_t task) {
+    size_t lo = 0, hi = list->n_jobs;
     while (hi - lo > 1) {
-        size_t mid = (lo + hi) / 2;
+        const size_t mid = (lo + hi) / 2;
         if (list->jobs[mid].first_task <= task) lo = mid;
         else hi = mid;
     }
-    cv_job *j = &list->jobs[lo];
-    task -= j->first_task;
-    size_t r0 = task / j->token_tasks * j->row_block, r1 = least(r0 + j->row_block, j->w[0]->rows);
-    size_t t0 = task % j->token_tasks * j->token_block, n = least(j->token_block, j->n - t0), rows = r1 - r0;
+    return &list->jobs[lo];
+}
+
+/* First weight row of a job's task. */
+static size_t first_row(const cv_job *j, size_t task) { return (task - j->first_task) / j->token_tasks * j->row_block; }
+
+/* What the thread will probably read after `task`: its neighbour's weights in the thread's direction. */
+static cv_weight_rows rows_after(const job_list *list, size_t task, bool backwards) {
+    if (backwards ? task == 0 : task + 1 == list->n_tasks) return (cv_weight_rows){0};
+    task = backwards ? task - 1 : task + 1;
+    const cv_job *j = job_of(list, task);
+    return cv_weight_rows_at(j->w[0], j->expert, first_row(j, task));
+}
+
+static void run_task(void *context, size_t call, size_t thread) {
+    (void)call;
+    job_list *list = context;
+    const bool backwards = thread % 2;
+    const size_t task = backwards ? list->n_tasks - 1 - atomic_fetch_add(&list->back, 1) : atomic_fetch_add(&list->front, 1);
+    cv_cpu *c = list->c;
+    cv_cpu_scratch *s = &c->scratch[thread];
+    const cv_job *j = job_of(list, task);
+    const cv_weight_rows after = rows_after(list, task, backwards);
+    size_t r0 = first_row(j, task), r1 = least(r0 + j->row_block, j->w[0]->rows);
+    size_t t0 = (task - j->first_task) % j->token_tasks * j->token_block, n = least(j->token_block, j->n - t0), rows = r1 - r0;
     if (j->act) {
-        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], j->row_block, s->kernel);
-        multiply(c, j, 1, r0, r1, t0, n, s->tile[1], j->row_block, s->kernel);
+        multiply(c, j, 0, r0, r1, t0, n, cv_weight_rows_at(j->w[1], j->expert, r0), s->tile[0], j->row_block, s->kernel);
+        multiply(c, j, 1, r0, r1, t0, n, after, s->tile[1], j->row_block, s->kernel);
         for (size_t t = 0; t < n; t++) {
             float *x = s->tile[0] + t * j->row_block;
             c->k->swiglu(x, s->tile[1] + t * j->row_block, x, rows);
             cv_act_store(c, j->act, j->act_first + t0 + t, r0, r1, x, j->act_needs);
         }
     } else if (j->add) {
-        multiply(c, j, 0, r0, r1, t0, n, s->tile[0], j->row_block, s->kernel);
+        multiply(c, j, 0, r0, r1, t0, n, after, s->tile[0], j->row_block, s->kernel);
         for (size_t t = 0; t < n; t++) c->k->add(j->out + (t0 + t) * j->ldo + r0, s->tile[0] + t * j->row_block, rows);
     } else {
-        multiply(c, j, 0, r0, r1, t0, n, j->out + t0 * j->ldo + r0, j->ldo, s->kernel);
+        multiply(c, j, 0, r0, r1, t0, n, after, j->out + t0 * j->ldo + r0, j->ldo, s->kernel);
     }
 }
 

@@ -27,6 +27,17 @@
 
 #include "../backend.h"
 
+/* Where rows of an affine weight begin. NULL: nowhere. */
+typedef struct {
+    const uint8_t *data, *scales, *biases;
+} cv_weight_rows;
+
+/* Row `row` of expert e. */
+static inline cv_weight_rows cv_weight_rows_at(const cv_weight *w, size_t e, size_t row) {
+    const size_t scale = e * w->expert_scale_bytes + row * w->scale_row_bytes;
+    return (cv_weight_rows){w->data + e * w->expert_bytes + row * w->row_bytes, w->scales ? w->scales + scale : NULL, w->biases ? w->biases + scale : NULL};
+}
+
 /* Activations of n rows as int8, one scale a group. */
 typedef struct {
     const int8_t *q;    /* [n, q_stride], cols valid, rest zero */
@@ -35,6 +46,7 @@ typedef struct {
     size_t n, cols, group;
     size_t q_stride; /* bytes, a multiple of 64 */
     size_t g_stride; /* floats, a multiple of 16 */
+    cv_weight_rows next; /* what the thread reads after this product: a kernel may prefetch its first bytes */
 } cv_qact;
 
 typedef struct cv_cpu_kernels {

@@ -14,7 +14,8 @@
  * it pays to transpose 4-bit codes on the way. */
 enum { CV_VNNI_STREAM_ROWS = 8, CV_VNNI_BATCH_FROM = 5 };
 
-/* Few activation rows: weights are streamed once in the checkpoint's layout. Any a->n; meant for up to CV_VNNI_STREAM_ROWS. */
+/* Few activation rows: weights are streamed once in the checkpoint's layout. Up to CV_VNNI_STREAM_ROWS of them, of 4-bit codes fewer
+ * than CV_VNNI_BATCH_FROM. */
 void cv_vnni_stream(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_stream_scratch(size_t cols);
 

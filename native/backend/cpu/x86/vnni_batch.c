@@ -1,103 +1,130 @@
 /* vnni_batch.c — quantized product for several activation rows (decoding streams together), 4-bit codes, with AVX-512 VNNI.
  * Weights are streamed once, as in vnni_stream.c, but 16 rows at a time and transposed on the way: a zmm then holds eight
  * columns of 16 rows (low nibbles: the even ones), every vpdpbusd adds four columns of all 16 rows, and no sum across a
- * register is left to make. The transposition is shared by all activation rows; vnni_tile.c, for many more of them, keeps it
- * in memory instead.
+ * register is left to make.
+ *
+ * A line is 128 columns of the 16 rows: 64 bytes of each. While the dots of one line are computed, the next line is transposed
+ * in eight pieces between them, because dots and shuffles use different ports of the processor and its window is too short to
+ * find the next line's shuffles behind this line's dots. Both go through small buffers that stay in the first cache.
  *
  * Scratch, from its start:
- *   q      [columns/128, 16 dwords, 2 nibbles, activation rows, 4]   int8, columns past the end zero
- *   scale, bias  [groups padded to 16, 16 rows]   float32
- *   chain  [4, activation rows, 16 rows]   float32, the contract's four chains of each result */
+ *   q      [lines, 16 dwords, 2 nibbles, activation rows, 4]   int8, columns past the end zero
+ *   scale, bias  [groups padded to 32, 16 rows]   float32, zero past the last group
+ *   chain  [4, activation rows, 16 rows]   float32, the contract's four chains of each result
+ *   half   [16, 16]   dwords: a line of which four rows each are transposed
+ *   line   [2, 16 dwords, 16 rows]   the line that is computed and the one that comes next */
 #if defined(__x86_64__)
 #include "vnni.h"
 
 #include <string.h>
 
-enum { ROWS = 16, TOKENS = CV_VNNI_STREAM_ROWS, LINE = 64, LINE_COLUMNS = 128 };
+enum { ROWS = 16, TOKENS = CV_VNNI_STREAM_ROWS, LINE = 64, LINE_COLUMNS = 128, PAIRS = 32, AHEAD_BYTES = 12 * 1024 };
 
 typedef struct {
     int8_t *q;
     float *scale, *bias, *chain;
+    __m512i *half, *line;
+    size_t groups; /* of a weight row */
 } batch_scratch;
 
 static size_t lines_of(size_t cols) { return (cols + LINE_COLUMNS - 1) / LINE_COLUMNS; }
+static size_t scale_floats(size_t groups) { return (groups + PAIRS - 1) / PAIRS * PAIRS * ROWS; }
 
 static batch_scratch scratch_at(void *scratch, size_t cols, size_t groups) {
-    batch_scratch s = {.q = scratch};
+    batch_scratch s = {.q = scratch, .groups = groups};
     s.scale = (float *)(void *)(s.q + lines_of(cols) * LINE_COLUMNS * TOKENS);
-    s.bias = s.scale + cv_pad16(groups) * ROWS;
-    s.chain = s.bias + cv_pad16(groups) * ROWS;
+    s.bias = s.scale + scale_floats(groups);
+    s.chain = s.bias + scale_floats(groups);
+    s.half = (__m512i *)(void *)(s.chain + 4 * TOKENS * ROWS);
+    s.line = s.half + ROWS;
     return s;
 }
 
 size_t cv_vnni_batch_scratch(size_t cols) {
-    return lines_of(cols) * LINE_COLUMNS * TOKENS + (2 * cv_pad16(cols / 32 + 1) * ROWS + (size_t)4 * TOKENS * ROWS) * sizeof(float);
+    return lines_of(cols) * LINE_COLUMNS * TOKENS + (2 * scale_floats(cols / 32 + 1) + (size_t)4 * TOKENS * ROWS) * sizeof(float) + 3 * ROWS * sizeof(__m512i);
 }
 
-/* 16 weight rows, some of which may be the last one again. */
+/* A line of 16 weight rows, some of which may be the last one again. */
 typedef struct {
-    const uint8_t *row[ROWS];
-    size_t ahead; /* bytes from a row to the one that takes its place in the next 16; 0 = there is none */
-} batch_rows;
+    const uint8_t *const *row;
+    size_t at;            /* bytes into a row */
+    const uint8_t *ahead; /* what is prefetched meanwhile: 1,024 bytes, in the order of memory, which the processor's own prefetching follows */
+    __mmask16 columns; /* dwords that are there */
+} line_rows;
 
-/* Products of 16 weight rows and `tokens` activation rows, left in the four chains. group and tokens are constants where this is
- * inlined; a and sum: the first activation row's, g_stride floats from one to the next. */
-CV_INLINE_VNNI void multiply(const batch_rows *w, const batch_scratch *s, const float *scale, const float *sum, size_t g_stride, size_t cols, int group, int tokens) {
-    const __m512i nibble = _mm512_set1_epi8(0x0f);
-    const int dwords = group / 8, line_groups = LINE_COLUMNS / group;
-    const size_t groups = cols / (size_t)group;
-    memset(s->chain, 0, (size_t)tokens * 4 * ROWS * sizeof(float));
-    const int8_t *q = s->q;
-    for (size_t line = 0, g = 0; line * LINE_COLUMNS < cols; line++) {
-        const size_t left = cols - line * LINE_COLUMNS;
-        const __mmask16 m = left >= LINE_COLUMNS ? 0xffff : (__mmask16)((1u << left / 8) - 1);
-        __m512i v[ROWS];
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-            const uint8_t *p = w->row[r] + line * LINE;
-            _mm_prefetch((const char *)p + w->ahead, _MM_HINT_T1);
-            v[r] = _mm512_maskz_loadu_epi32(m, p);
+/* Piece p of eight: 0-3 transpose four rows each inside the 128-bit lanes (to `half`), 4-7 gather lanes (to `line`). */
+CV_INLINE_VNNI void transpose_piece(const line_rows *w, __m512i *half, __m512i *line, int p) {
+    _mm_prefetch((const char *)w->ahead + 2 * p * LINE, _MM_HINT_T1);
+    _mm_prefetch((const char *)w->ahead + (2 * p + 1) * LINE, _MM_HINT_T1);
+    if (p < 4) {
+        __m512i r[4], t[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_maskz_loadu_epi32(w->columns, w->row[4 * p + i] + w->at);
         }
-        cv_vnni_transpose(v);
+        t[0] = _mm512_unpacklo_epi32(r[0], r[1]);
+        t[1] = _mm512_unpackhi_epi32(r[0], r[1]);
+        t[2] = _mm512_unpacklo_epi32(r[2], r[3]);
+        t[3] = _mm512_unpackhi_epi32(r[2], r[3]);
+        _mm512_store_si512(half + 4 * p, _mm512_unpacklo_epi64(t[0], t[2]));
+        _mm512_store_si512(half + 4 * p + 1, _mm512_unpackhi_epi64(t[0], t[2]));
+        _mm512_store_si512(half + 4 * p + 2, _mm512_unpacklo_epi64(t[1], t[3]));
+        _mm512_store_si512(half + 4 * p + 3, _mm512_unpackhi_epi64(t[1], t[3]));
+        return;
+    }
+    const int c = p - 4; /* columns c, c+4, c+8, c+12 */
+    const __m512i a = _mm512_load_si512(half + c), b = _mm512_load_si512(half + 4 + c), d = _mm512_load_si512(half + 8 + c), e = _mm512_load_si512(half + 12 + c);
+    const __m512i even01 = _mm512_shuffle_i32x4(a, b, 0x88), odd01 = _mm512_shuffle_i32x4(a, b, 0xdd);
+    const __m512i even23 = _mm512_shuffle_i32x4(d, e, 0x88), odd23 = _mm512_shuffle_i32x4(d, e, 0xdd);
+    _mm512_store_si512(line + c, _mm512_shuffle_i32x4(even01, even23, 0x88));
+    _mm512_store_si512(line + 4 + c, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+    _mm512_store_si512(line + 8 + c, _mm512_shuffle_i32x4(even01, even23, 0xdd));
+    _mm512_store_si512(line + 12 + c, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+}
+
+/* The dots of one line, group by group into the chains; between them the pieces of the next line (`next` may be this one again:
+ * then they are for nothing). group and tokens are constants where this is inlined; scale and sum: the first activation row's,
+ * g_stride floats from one to the next; g: the line's first group. */
+CV_INLINE_VNNI void multiply_line(const batch_scratch *s, const __m512i *line, const int8_t *q, const line_rows *next, __m512i *next_line, const float *scale, const float *sum, size_t g_stride, size_t g, int group, int tokens) {
+    const __m512i nibble = _mm512_set1_epi8(0x0f);
+    const int dwords = group / 8, parts = LINE_COLUMNS / group;
 #pragma GCC unroll 4
-        for (int part = 0; part < line_groups; part++, g++) {
-            if (g == groups) break;
-            __m512i dot[TOKENS];
+    for (int part = 0; part < parts; part++, g++) {
+        __m512i dot[TOKENS];
 #pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) dot[t] = _mm512_setzero_si512();
+        for (int t = 0; t < tokens; t++) dot[t] = _mm512_setzero_si512();
 #pragma GCC unroll 16
-            for (int d = 0; d < dwords; d++) {
-                const __m512i codes = v[part * dwords + d], low = _mm512_and_si512(codes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+        for (int d = part * dwords; d < (part + 1) * dwords; d++) {
+            const __m512i codes = _mm512_load_si512(line + d), low = _mm512_and_si512(codes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
 #pragma GCC unroll 8
-                for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], low, q + 4 * t);
+            for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], low, q + (2 * d * tokens + t) * 4);
+            if (d % 2 == 0) transpose_piece(next, s->half, next_line, d / 2);
 #pragma GCC unroll 8
-                for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], high, q + 4 * (tokens + t));
-                q += 8 * tokens;
-            }
-            const __m512 sw = _mm512_load_ps(s->scale + g * ROWS), bw = _mm512_load_ps(s->bias + g * ROWS);
-            float *chain = s->chain + (g & 3) * (size_t)tokens * ROWS;
+            for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], high, q + ((2 * d + 1) * tokens + t) * 4);
+        }
+        if (g >= s->groups) continue; /* past the end of a last line: its codes are zeros, its scales are not there */
+        const __m512 sw = _mm512_load_ps(s->scale + g * ROWS), bw = _mm512_load_ps(s->bias + g * ROWS);
+        float *chain = s->chain + (g & 3) * (size_t)tokens * ROWS;
 #pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) {
-                const __m512 a = _mm512_mul_ps(sw, _mm512_set1_ps(scale[(size_t)t * g_stride + g])), b = _mm512_mul_ps(bw, _mm512_set1_ps(sum[(size_t)t * g_stride + g]));
-                _mm512_store_ps(chain + t * ROWS, _mm512_add_ps(_mm512_load_ps(chain + t * ROWS), _mm512_fmadd_ps(a, _mm512_cvtepi32_ps(dot[t]), b)));
-            }
+        for (int t = 0; t < tokens; t++) {
+            const __m512 a = _mm512_mul_ps(sw, _mm512_set1_ps(scale[(size_t)t * g_stride + g])), b = _mm512_mul_ps(bw, _mm512_set1_ps(sum[(size_t)t * g_stride + g]));
+            _mm512_store_ps(chain + t * ROWS, _mm512_add_ps(_mm512_load_ps(chain + t * ROWS), _mm512_fmadd_ps(a, _mm512_cvtepi32_ps(dot[t]), b)));
         }
     }
 }
 
-typedef void (*batch_kernel)(const batch_rows *w, const batch_scratch *s, const float *scale, const float *sum, size_t g_stride, size_t cols);
+typedef void (*line_kernel)(const batch_scratch *s, const __m512i *line, const int8_t *q, const line_rows *next, __m512i *next_line, const float *scale, const float *sum, size_t g_stride, size_t g);
 
 #define BATCH(group, tokens) \
-    CV_TARGET_VNNI static void batch_##group##_##tokens(const batch_rows *w, const batch_scratch *s, const float *scale, const float *sum, size_t g_stride, size_t cols) { \
-        multiply(w, s, scale, sum, g_stride, cols, group, tokens); \
+    CV_TARGET_VNNI static void line_##group##_##tokens(const batch_scratch *s, const __m512i *line, const int8_t *q, const line_rows *next, __m512i *next_line, const float *scale, const float *sum, size_t g_stride, size_t g) { \
+        multiply_line(s, line, q, next, next_line, scale, sum, g_stride, g, group, tokens); \
     }
 #define BATCH_TOKENS(group) BATCH(group, 5) BATCH(group, 6) BATCH(group, 7) BATCH(group, 8)
 BATCH_TOKENS(32)
 BATCH_TOKENS(64)
 BATCH_TOKENS(128)
 
-#define KERNELS(group) {batch_##group##_5, batch_##group##_6, batch_##group##_7, batch_##group##_8}
-static const batch_kernel kernels[3][TOKENS - CV_VNNI_BATCH_FROM + 1] = {KERNELS(32), KERNELS(64), KERNELS(128)};
+#define KERNELS(group) {line_##group##_5, line_##group##_6, line_##group##_7, line_##group##_8}
+static const line_kernel kernels[3][TOKENS - CV_VNNI_BATCH_FROM + 1] = {KERNELS(32), KERNELS(64), KERNELS(128)};
 
 /* All activation rows into the order of the steps. */
 CV_TARGET_VNNI static void pack(const cv_qact *a, int8_t *q) {
@@ -120,22 +147,86 @@ CV_TARGET_VNNI static void pack(const cv_qact *a, int8_t *q) {
     }
 }
 
+/* Scales or biases of 16 rows as float32, group g's at to + g*ROWS, zeros up to a multiple of PAIRS groups. Two-byte ones are
+ * transposed in pairs. */
+CV_INLINE_VNNI void load_scales(const uint8_t *const *row, uint32_t type, size_t groups, float *to) {
+    const size_t size = type == CV_F32 ? 4 : 2, in_one = 64 / size;
+    for (size_t g = 0; g < (groups + PAIRS - 1) / PAIRS * PAIRS; g += in_one) {
+        const size_t left = groups > g ? (groups - g) * size : 0;
+        const __mmask64 m = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+        __m512i v[16];
+        for (size_t i = 0; i < 16; i++) v[i] = _mm512_maskz_loadu_epi8(m, row[i] + (left ? g * size : 0));
+        cv_vnni_transpose(v);
+        for (size_t i = 0; i < 16; i++) {
+            if (type == CV_F32) {
+                _mm512_store_si512(to + (g + i) * ROWS, v[i]);
+            } else if (type == CV_F16) {
+                _mm512_store_ps(to + (g + 2 * i) * ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v[i])));
+                _mm512_store_ps(to + (g + 2 * i + 1) * ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v[i], 16))));
+            } else {
+                _mm512_store_si512(to + (g + 2 * i) * ROWS, _mm512_slli_epi32(v[i], 16));
+                _mm512_store_si512(to + (g + 2 * i + 1) * ROWS, _mm512_andnot_si512(_mm512_set1_epi32(0xffff), v[i]));
+            }
+        }
+    }
+}
+
+/* Where 16 rows from r on lie, with the last one again past row1. */
+static void rows_at(const uint8_t *base, size_t row_bytes, size_t r, size_t row1, const uint8_t **row) {
+    for (size_t i = 0; i < ROWS; i++) row[i] = base + (r + i < row1 ? r + i : row1 - 1) * row_bytes;
+}
+
+static void prefetch(const uint8_t *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* What to prefetch in place of row r: the row itself, or, past the last one, as many rows into what comes next. */
+static cv_weight_rows rows_ahead(const cv_weight *w, size_t e, size_t row0, size_t row1, size_t r, const cv_weight_rows *next) {
+    if (r < row1) return cv_weight_rows_at(w, e, r);
+    const size_t beyond = r - row0 - (row1 - row0 + ROWS - 1) / ROWS * ROWS, scale = beyond * w->scale_row_bytes;
+    return (cv_weight_rows){next->data ? next->data + beyond * w->row_bytes : NULL, next->scales ? next->scales + scale : NULL, next->biases ? next->biases + scale : NULL};
+}
+
 CV_TARGET_VNNI void cv_vnni_batch(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
-    const size_t groups = w->cols / w->group, n = a->n, next = n * ROWS;
+    const size_t groups = w->cols / w->group, n = a->n, lines = lines_of(w->cols), line_groups = LINE_COLUMNS / w->group;
     const batch_scratch s = scratch_at(scratch, w->cols, groups);
-    const batch_kernel kernel = kernels[w->group == 32 ? 0 : w->group == 64 ? 1 : 2][n - CV_VNNI_BATCH_FROM];
+    const line_kernel kernel = kernels[w->group == 32 ? 0 : w->group == 64 ? 1 : 2][n - CV_VNNI_BATCH_FROM];
     const uint8_t *data = w->data + e * w->expert_bytes, *scales = w->scales + e * w->expert_scale_bytes, *biases = w->biases + e * w->expert_scale_bytes;
+    const size_t last = w->cols - (lines - 1) * LINE_COLUMNS;
+    const __mmask16 last_columns = last == LINE_COLUMNS ? 0xffff : (__mmask16)((1u << last / 8) - 1);
+    const size_t block_bytes = ROWS * w->row_bytes, far = AHEAD_BYTES / block_bytes + 1, first = row1 - row0 < far * ROWS ? row1 - row0 : far * ROWS;
+    prefetch(scales + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
+    prefetch(biases + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
+    prefetch(data + row0 * w->row_bytes, first * w->row_bytes);
     pack(a, s.q);
-    for (size_t r = row0; r < row1; r += ROWS) {
-        batch_rows rows = {.ahead = r + 2 * ROWS <= row1 ? ROWS * w->row_bytes : 0};
-        for (size_t i = 0; i < ROWS; i++) rows.row[i] = data + (r + i < row1 ? r + i : row1 - 1) * w->row_bytes;
-        cv_vnni_scales(scales, w->scale_row_bytes, r, row1 - 1, w->scale_type, groups, s.scale, ROWS);
-        cv_vnni_scales(biases, w->scale_row_bytes, r, row1 - 1, w->scale_type, groups, s.bias, ROWS);
-        kernel(&rows, &s, a->scale, a->sum, a->g_stride, w->cols);
-        const size_t left = row1 - r;
+    const uint8_t *row[2][ROWS], *scale_row[ROWS];
+    rows_at(data, w->row_bytes, row0, row1, row[0]);
+    /* `next` is the line that comes after the one that is computed, in the next 16 rows after the last line */
+    line_rows next = {row[0], 0, row[0][0], lines == 1 ? last_columns : 0xffff};
+    for (int p = 0; p < 8; p++) transpose_piece(&next, s.half, s.line, p);
+    size_t current = 0;
+    for (size_t r = row0, block = 0; r < row1; r += ROWS, block ^= 1) {
+        const bool more = r + ROWS < row1;
+        const cv_weight_rows ahead = rows_ahead(w, e, row0, row1, r + far * ROWS, &a->next);
+        if (more) rows_at(data, w->row_bytes, r + ROWS, row1, row[block ^ 1]);
+        rows_at(scales, w->scale_row_bytes, r, row1, scale_row);
+        load_scales(scale_row, w->scale_type, groups, s.scale);
+        rows_at(biases, w->scale_row_bytes, r, row1, scale_row);
+        load_scales(scale_row, w->scale_type, groups, s.bias);
+        if (ahead.scales) prefetch(ahead.scales, ROWS * w->scale_row_bytes);
+        if (ahead.biases) prefetch(ahead.biases, ROWS * w->scale_row_bytes);
+        memset(s.chain, 0, n * 4 * ROWS * sizeof(float));
+        for (size_t line = 0; line < lines; line++) {
+            if (line + 1 < lines) next = (line_rows){row[block], (line + 1) * LINE, row[block][0], line + 2 == lines ? last_columns : 0xffff};
+            else if (more) next = (line_rows){row[block ^ 1], 0, row[block][0], lines == 1 ? last_columns : 0xffff};
+            if (ahead.data) next.ahead = ahead.data + line * LINE * ROWS;
+            kernel(&s, s.line + current * ROWS, s.q + line * LINE_COLUMNS * n, &next, s.line + (current ^ 1) * ROWS, a->scale, a->sum, a->g_stride, line * line_groups);
+            current ^= 1;
+        }
+        const size_t left = row1 - r, chain = n * ROWS;
         for (size_t t = 0; t < n; t++) {
             const float *c = s.chain + t * ROWS;
-            const __m512 sum = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + next)), _mm512_add_ps(_mm512_load_ps(c + 2 * next), _mm512_load_ps(c + 3 * next)));
+            const __m512 sum = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + chain)), _mm512_add_ps(_mm512_load_ps(c + 2 * chain), _mm512_load_ps(c + 3 * chain)));
             _mm512_mask_storeu_ps(out + t * ldo + r, left >= ROWS ? 0xffff : (__mmask16)((1u << left) - 1), sum);
         }
     }

@@ -28,6 +28,7 @@ typedef struct {
     size_t stride, scale_stride, blocks, groups;
     uint32_t scale_type;
     size_t ahead; /* blocks from the one that is computed to the one that is prefetched */
+    cv_weight_rows next; /* what comes after the last block */
 } stream_rows;
 
 CV_INLINE_VNNI __mmask64 first_bytes(ptrdiff_t n) { return n <= 0 ? 0 : n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1; }
@@ -138,11 +139,19 @@ CV_INLINE_VNNI void quad(const stream_rows *w, const uint8_t *code, size_t scale
     }
 }
 
-CV_INLINE_VNNI void prefetch_scales(const stream_rows *w, size_t at, size_t bytes) {
+CV_INLINE_VNNI void prefetch_scales(const uint8_t *scale, const uint8_t *bias, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch((const char *)w->scale + at + i, _MM_HINT_T1);
-        _mm_prefetch((const char *)w->bias + at + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)scale + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)bias + i, _MM_HINT_T1);
     }
+}
+
+/* What to prefetch in place of a block: the block itself, or, past the last one, as many blocks into what comes next. */
+CV_INLINE_VNNI cv_weight_rows block_ahead(const stream_rows *w, size_t block) {
+    const cv_weight_rows from = block < w->blocks ? (cv_weight_rows){w->code, w->scale, w->bias} : w->next;
+    if (block >= w->blocks) block -= w->blocks;
+    if (!from.data) return from;
+    return (cv_weight_rows){from.data + block * ROWS * w->stride, from.scales + block * ROWS * w->scale_stride, from.biases + block * ROWS * w->scale_stride};
 }
 
 /* out[t][r] for all rows of w and `tokens` activation rows. */
@@ -151,8 +160,10 @@ CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens
     const quad_masks all = masks_of(4, bits, group), rest = masks_of((unsigned)(w->groups % 4), bits, group);
     for (size_t block = 0; block < w->blocks; block++) {
         const uint8_t *code = w->code + block * ROWS * w->stride;
-        const size_t scale_at = block * ROWS * w->scale_stride, ahead = block + w->ahead < w->blocks ? w->ahead * ROWS * w->stride : 0;
-        if (ahead) prefetch_scales(w, scale_at + w->ahead * ROWS * w->scale_stride, ROWS * w->scale_stride);
+        const size_t scale_at = block * ROWS * w->scale_stride;
+        const cv_weight_rows later = block_ahead(w, block + w->ahead);
+        const size_t ahead = later.data ? (size_t)((uintptr_t)later.data - (uintptr_t)code) : 0; /* modulo 2^64 */
+        if (later.data) prefetch_scales(later.scales, later.biases, ROWS * w->scale_stride);
         __m512 chain[BATCH];
         for (int t = 0; t < tokens; t++) chain[t] = _mm512_setzero_ps();
         quad_masks m = all;
@@ -170,19 +181,20 @@ CV_INLINE_VNNI void stream(const stream_rows *w, int bits, int group, int tokens
 
 #define STREAM(bits, group, tokens) \
     CV_TARGET_VNNI static void stream_##bits##_##group##_##tokens(const stream_rows *w, const stream_act *a, float *const *out) { stream(w, bits, group, tokens, a, out); }
-#define STREAM_TOKENS(bits, group) \
-    STREAM(bits, group, 1) STREAM(bits, group, 2) STREAM(bits, group, 3) STREAM(bits, group, 4) STREAM(bits, group, 6) STREAM(bits, group, 8)
+#define STREAM_FEW(bits, group) STREAM(bits, group, 1) STREAM(bits, group, 2) STREAM(bits, group, 3) STREAM(bits, group, 4)
+#define STREAM_TOKENS(bits, group) STREAM_FEW(bits, group) STREAM(bits, group, 6) STREAM(bits, group, 8)
 #define STREAM_GROUPS(bits) STREAM_TOKENS(bits, 32) STREAM_TOKENS(bits, 64) STREAM_TOKENS(bits, 128)
-STREAM_GROUPS(4)
+STREAM_FEW(4, 32) STREAM_FEW(4, 64) STREAM_FEW(4, 128) /* more rows: vnni_batch.c */
 STREAM_GROUPS(6)
 STREAM_GROUPS(8)
 
 typedef void (*stream_kernel)(const stream_rows *w, const stream_act *a, float *const *out);
 
-#define KERNELS_TOKENS(bits, group) { stream_##bits##_##group##_1, stream_##bits##_##group##_2, stream_##bits##_##group##_3, stream_##bits##_##group##_4, stream_##bits##_##group##_6, stream_##bits##_##group##_8 }
+#define KERNELS_FEW(bits, group) stream_##bits##_##group##_1, stream_##bits##_##group##_2, stream_##bits##_##group##_3, stream_##bits##_##group##_4
+#define KERNELS_TOKENS(bits, group) { KERNELS_FEW(bits, group), stream_##bits##_##group##_6, stream_##bits##_##group##_8 }
 #define KERNELS(bits) { KERNELS_TOKENS(bits, 32), KERNELS_TOKENS(bits, 64), KERNELS_TOKENS(bits, 128) }
 static const size_t kernel_tokens[N_SIZES] = {1, 2, 3, 4, 6, 8}; /* 5 and 7 rows are computed as 6 and 8, the last one twice */
-static const stream_kernel kernels[3][3][N_SIZES] = {KERNELS(4), KERNELS(6), KERNELS(8)};
+static const stream_kernel kernels[3][3][N_SIZES] = {{{KERNELS_FEW(4, 32)}, {KERNELS_FEW(4, 64)}, {KERNELS_FEW(4, 128)}}, KERNELS(6), KERNELS(8)};
 
 static size_t quads_of(size_t groups) { return (groups + 3) / 4; }
 
@@ -228,6 +240,7 @@ CV_TARGET_VNNI void cv_vnni_stream(const cv_weight *w, size_t e, size_t row0, si
         .bias = w->biases + e * w->expert_scale_bytes + row0 * w->scale_row_bytes,
         .stride = w->row_bytes, .scale_stride = w->scale_row_bytes, .blocks = n_rows / ROWS, .groups = groups, .scale_type = w->scale_type,
         .ahead = AHEAD_BYTES / block_bytes + 1,
+        .next = a->next,
     };
     for (size_t t0 = 0; t0 < a->n; t0 += BATCH) {
         const size_t n = a->n - t0 < BATCH ? a->n - t0 : BATCH;
@@ -235,7 +248,7 @@ CV_TARGET_VNNI void cv_vnni_stream(const cv_weight *w, size_t e, size_t row0, si
         while (kernel_tokens[size] < n) size++;
         /* the first blocks are asked for here; after them each block prefetches a later one */
         const size_t first = rows.ahead < rows.blocks ? rows.ahead : rows.blocks;
-        prefetch_scales(&rows, 0, first * ROWS * rows.scale_stride);
+        prefetch_scales(rows.scale, rows.bias, first * ROWS * rows.scale_stride);
         for (size_t i = 0; i < first * block_bytes; i += 64) _mm_prefetch((const char *)rows.code + i, _MM_HINT_T1);
         stream_act act[BATCH];
         float *to[BATCH];
