@@ -37,8 +37,11 @@ export const textFormatSchema = v.variant("type", [
   }),
 ]);
 
+/** The form of a whole answer. */
+export type FormSpec = Exclude<GrammarSpec, { type: "tool_calls" }>;
+
 /** An answer that satisfies the schema; without one, any JSON object. Throws unsupported_parameter. */
-export function schemaGrammar(schema: unknown, param: string): GrammarSpec {
+export function schemaGrammar(schema: unknown, param: string): FormSpec {
   if (schema == null) return { type: "json_object", param };
   checkSize(schema, param);
   return { type: "json_schema", schema, param };
@@ -46,7 +49,7 @@ export function schemaGrammar(schema: unknown, param: string): GrammarSpec {
 
 export function responseGrammar(
   format: v.InferOutput<typeof responseFormatSchema> | undefined,
-): GrammarSpec | undefined {
+): FormSpec | undefined {
   if (format === undefined || format.type === "text") return undefined;
   if (format.type === "json_object") return { type: "json_object", param: "response_format" };
   return schemaGrammar(format.json_schema.schema, "response_format.json_schema.schema");
@@ -54,7 +57,7 @@ export function responseGrammar(
 
 export function textGrammar(
   format: v.InferOutput<typeof textFormatSchema> | undefined,
-): GrammarSpec | undefined {
+): FormSpec | undefined {
   if (format === undefined || format.type === "text") return undefined;
   return schemaGrammar(format.type === "json_schema" ? format.schema : undefined, "text.format.schema");
 }
@@ -79,43 +82,38 @@ export interface CallChoice {
   parallel: boolean;
 }
 
-/** Undefined = nothing is asked for that text as it comes would not do. Throws invalid_argument, unsupported_parameter. */
-export function callGrammar({ tools, choice, param, parallel }: CallChoice): GrammarSpec | undefined {
-  if (choice === "none") return undefined;
-  if (choice === "auto" && !tools.some((tool) => tool.strict)) return undefined;
+/** What an answer has to follow that may have a form and may call tools: where calls are left to the model, it is either the
+ * one or the other; where they are asked for, the form has no part in it. Nothing: text as it comes will do. Throws
+ * invalid_argument, unsupported_parameter. */
+export function answerGrammar(form: FormSpec | undefined, calls: CallChoice): { grammar?: GrammarSpec } {
+  const { tools, choice } = calls;
   const named = typeof choice === "object" ? tools.filter(({ name }) => name === choice.name) : tools;
+  if (choice === "none" || (choice === "auto" && tools.length === 0))
+    return form === undefined ? {} : { grammar: form };
+  if (choice === "auto" && form === undefined && !tools.some(({ strict: isStrict }) => isStrict)) return {};
   if (named.length === 0) {
+    const { param } = calls;
     const missing = typeof choice === "object" ? `there is no tool ${choice.name}` : "there are no tools";
     throw new CaravanError("invalid_argument", `${param}: ${missing}.`, { param });
   }
-  return {
+  const grammar: GrammarSpec = {
     type: "tool_calls",
-    tools: named.map(({ name, parameters, strict: isStrict, param: at }) => {
-      if (choice === "auto" && !isStrict) return { name, parameters: { type: "object" }, param: at };
-      if (parameters == null) return { name, param: at };
-      checkSize(parameters, at);
-      return { name, parameters, param: at };
-    }),
-    most: parallel && typeof choice === "string" ? MOST_CALLS : 1,
-    ...(choice === "auto" ? { orText: true } : {}),
+    tools: named.map((tool) => calledTool(tool, choice === "auto")),
+    most: calls.parallel && typeof choice === "string" ? MOST_CALLS : 1,
+    ...(choice !== "auto" ? {} : form === undefined ? { orText: true } : { orForm: form }),
   };
+  return { grammar };
 }
 
-/** One answer cannot follow two forms. Throws unsupported_parameter. */
-export function oneGrammar(
-  format: GrammarSpec | undefined,
-  calls: GrammarSpec | undefined,
-  offersTools: boolean,
-  param: string,
-): { grammar?: GrammarSpec } {
-  if (format !== undefined && offersTools)
-    throw new CaravanError(
-      "unsupported_parameter",
-      `${param}: a form for the answer beside tools that may be called is not built yet.`,
-      { param, hint: 'Leave the tools out, or set tool_choice to "none".' },
-    );
-  const grammar = format ?? calls;
-  return grammar === undefined ? {} : { grammar };
+/** `mayCall`: a call is not asked for, and only strict tools are held to their parameters. */
+function calledTool(
+  { name, parameters, strict: isStrict, param }: CallableTool,
+  mayCall: boolean,
+): Extract<GrammarSpec, { type: "tool_calls" }>["tools"][number] {
+  if (mayCall && !isStrict) return { name, parameters: { type: "object" }, param };
+  if (parameters == null) return { name, param };
+  checkSize(parameters, param);
+  return { name, parameters, param };
 }
 
 function checkSize(schema: unknown, param: string): void {

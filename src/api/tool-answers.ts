@@ -2,6 +2,7 @@
 // families take their calls from here.
 
 import { TOOL_CALL_MARKERS, ToolCallParser } from "../chat/tool-calls.ts";
+import type { GrammarSpec } from "../grammar/spec.ts";
 import type { GenerationEvent, TokenInfo } from "./generation.ts";
 import type { GroupEvent } from "./generation-group.ts";
 import type { ChatTool } from "./model-directory.ts";
@@ -26,6 +27,8 @@ export interface GroupAnswerEvent {
 export interface ToolAnswerOptions {
   /** The offered functions; without any the answers are passed on as they are. */
   tools: readonly ChatTool[];
+  /** What the answer follows. */
+  grammar?: GrammarSpec;
   /** false: only the first call of an answer counts; what follows it is dropped. */
   parallel: boolean;
 }
@@ -44,9 +47,10 @@ export function withToolCalls(
 
 async function* parsedAnswers(
   events: AsyncIterable<GroupEvent>,
-  { tools, parallel }: ToolAnswerOptions,
+  { tools, parallel, grammar }: ToolAnswerOptions,
 ): AsyncGenerator<GroupAnswerEvent, void, void> {
   const names = tools.map((tool) => tool.function.name);
+  const orForm = grammar?.type === "tool_calls" && grammar.orForm !== undefined;
   const answers = new Map<number, ToolAnswer>();
   for await (const { index, event } of events) {
     if (event.type === "progress" || event.type === "prompt_logprobs") {
@@ -55,7 +59,7 @@ async function* parsedAnswers(
     }
     let answer = answers.get(index);
     if (answer === undefined) {
-      answer = new ToolAnswer(new ToolCallParser(names), parallel);
+      answer = new ToolAnswer(new ToolCallParser(names, { orForm }), parallel);
       answers.set(index, answer);
     }
     for (const found of answer.take(event)) yield { index, event: found };

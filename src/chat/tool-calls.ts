@@ -28,15 +28,18 @@ type Place = "start" | "marked" | "after call" | "text";
 
 export class ToolCallParser {
   readonly #names: ReadonlySet<string>;
+  readonly #orForm: boolean;
   readonly #reader = new CallReader();
   readonly #reading: Reading<void>;
   #events: ToolCallEvent[] = [];
   #calls = 0;
   #settled = false;
 
-  /** `names`: the functions that were offered. */
-  constructor(names: Iterable<string>) {
+  /** `names`: the functions that were offered. `orForm`: the answer is either calls, as {"name": …, "parameters": {…}}, or a JSON
+   * value, in whose strings anything may stand; a value that begins as a call is one. */
+  constructor(names: Iterable<string>, { orForm = false }: { orForm?: boolean } = {}) {
     this.#names = new Set(names);
+    this.#orForm = orForm;
     this.#reading = this.#read();
   }
 
@@ -71,7 +74,7 @@ export class ToolCallParser {
         this.#text(reader.takeUntil("<"));
         if ((yield* reader.peek()) !== "<") continue;
         reader.begin();
-        const opens: boolean = yield* this.#takeAny([...TOOL_CALL_MARKERS, ...OPENERS]);
+        const opens: boolean = !this.#orForm && (yield* this.#takeAny([...TOOL_CALL_MARKERS, ...OPENERS]));
         reader.rewind();
         reader.commit();
         if (opens) place = "start";
@@ -113,6 +116,7 @@ export class ToolCallParser {
 
   *#form(place: Place): Reading<void> {
     const reader = this.#reader;
+    if (this.#orForm) return yield* this.#jsonCall();
     let bare = place === "marked";
     if (yield* reader.literal("<tool_call>")) {
       yield* reader.space();
@@ -150,12 +154,17 @@ export class ToolCallParser {
     for (;;) {
       yield* reader.space();
       if ((yield* reader.peek()) === "}") break;
-      const key: unknown = JSON.parse(yield* this.#collect((out) => reader.string(out)));
+      const spelled = yield* this.#collect((out) => reader.string(out));
+      const key: unknown = JSON.parse(spelled);
       yield* reader.space();
       yield* reader.expect(":");
       yield* reader.space();
+      // A form's strings may spell the same otherwise.
+      if (this.#orForm && spelled !== (name === undefined ? '"name"' : '"parameters"')) throw new NotACall();
       if (key === "name" && name === undefined) {
-        name = this.#known(JSON.parse(yield* this.#collect((out) => reader.string(out))));
+        const text = yield* this.#collect((out) => reader.string(out));
+        name = this.#known(JSON.parse(text));
+        if (this.#orForm && text !== JSON.stringify(name)) throw new NotACall();
       } else if (key === "type" || (sink !== undefined && key !== "name" && !isArguments(key))) {
         yield* this.#collect((out) => reader.value(out));
       } else if (isArguments(key) && sink === undefined && early === undefined) {
@@ -171,7 +180,7 @@ export class ToolCallParser {
       if (!(yield* reader.literal(","))) break;
     }
     yield* reader.expect("}");
-    if (name === undefined) throw new NotACall();
+    if (name === undefined || (this.#orForm && sink === undefined)) throw new NotACall();
     if (sink === undefined) this.#settle(name)(early ?? "{}");
   }
 

@@ -20,14 +20,17 @@ export function compileGrammar(spec: GrammarSpec): Grammar {
 }
 
 function rootOf(spec: GrammarSpec, builder: GrammarBuilder, budget: BuildBudget): number {
-  if (spec.type === "json_object") return new SchemaGrammar(builder, budget, { type: "object" }).root();
-  if (spec.type === "json_schema") return new SchemaGrammar(builder, budget, spec.schema).root();
-  return toolCalls(spec, builder, budget);
+  if (spec.type === "tool_calls") return toolCalls(spec, builder, budget);
+  return new SchemaGrammar(
+    builder,
+    budget,
+    spec.type === "json_object" ? { type: "object" } : spec.schema,
+  ).root();
 }
 
 /** One to `most` calls, one behind the other. */
 function toolCalls(
-  { tools, most, orText }: Extract<GrammarSpec, { type: "tool_calls" }>,
+  { tools, most, orText, orForm }: Extract<GrammarSpec, { type: "tool_calls" }>,
   builder: GrammarBuilder,
   budget: BuildBudget,
 ): number {
@@ -46,7 +49,15 @@ function toolCalls(
     last = before;
   }
   const start = builder.node();
-  addCalls([""], start, last);
+  // A value of the form that begins as a call is one.
+  addCalls([""], start, last, orForm !== undefined);
+  if (orForm !== undefined) {
+    try {
+      builder.call(start, rootOf(orForm, builder, budget), builder.node(true));
+    } catch (thrown) {
+      throw named(thrown, orForm.param);
+    }
+  }
   if (orText === true) {
     const text = plainText(budget);
     const write = (nfa: Nfa, from: number): number => {
@@ -58,7 +69,7 @@ function toolCalls(
   }
   return start;
 
-  function addCalls(separators: readonly string[], from: number, end: number): void {
+  function addCalls(separators: readonly string[], from: number, end: number, decides = false): void {
     const close = builder.node();
     builder.term(close, [{ lead: "", text: "}", target: end }], "#");
     const parts = tools.map(({ name }, i): Part => {
@@ -70,7 +81,7 @@ function toolCalls(
         target: before,
       };
     });
-    builder.term(from, parts, "#");
+    builder.term(from, parts, "#", decides);
   }
 }
 

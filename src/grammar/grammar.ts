@@ -9,6 +9,7 @@ import { MOST_NODES, MOST_STATES, SchemaError, TooLarge } from "./limits.ts";
 export const EDGE_TERM = 0; /* start state, offset of its targets (by label), number of targets */
 export const EDGE_STRING = 1; /* start state of an automaton whose characters are counted, offset of (least, most (-1 = any number), target) in targets, - */
 export const EDGE_CALL = 2; /* node to call, target, - */
+export const EDGE_DECIDE = 3; /* as EDGE_TERM; behind it there is no other way to read the text */
 export const EDGE_SIZE = 4;
 
 /** States of the automaton of any JSON string, the same in every grammar. */
@@ -48,7 +49,7 @@ export interface Part {
 }
 
 type Edge =
-  | { kind: "term"; parts: Part[]; path: string }
+  | { kind: "term"; parts: Part[]; path: string; decides: boolean }
   | { kind: "string"; set: CharacterSet | undefined; min: number; max: number; target: number }
   | { kind: "call"; rule: number; target: number };
 
@@ -68,9 +69,10 @@ export class GrammarBuilder {
     return this.#edges.push([]) - 1;
   }
 
-  /** One automaton for several ways on; `path`: the schema to name when it grows too large. */
-  term(from: number, parts: Part[], path: string): void {
-    if (parts.length > 0) this.#edges[from]?.push({ kind: "term", parts, path });
+  /** One automaton for several ways on; `path`: the schema to name when it grows too large. `decides`: what has come by one
+   * of them can be read in no other way, whatever else is possible up to there. */
+  term(from: number, parts: Part[], path: string, decides = false): void {
+    if (parts.length > 0) this.#edges[from]?.push({ kind: "term", parts, path, decides });
   }
 
   /** JSON strings of `min` to `max` characters of a set, Infinity = no limit; without a set any, in every spelling. */
@@ -144,6 +146,7 @@ class Assembler {
       this.#term(
         edge.parts.filter(({ target }) => alive[target] === 1),
         edge.path,
+        edge.decides ? EDGE_DECIDE : EDGE_TERM,
       );
   }
 
@@ -158,7 +161,7 @@ class Assembler {
     this.#targets.push(min, max === Number.POSITIVE_INFINITY ? -1 : max, target);
   }
 
-  #term(parts: readonly Part[], path: string): void {
+  #term(parts: readonly Part[], path: string, kind: number): void {
     const targets = [...new Set(parts.map(({ target }) => target))];
     const label = (part: Part): number => targets.indexOf(part.target);
     const key = parts.map((part) => JSON.stringify([label(part), part.key, part.lead, part.text])).join("\n");
@@ -192,7 +195,7 @@ class Assembler {
       this.#starts.set(key, start);
     }
     if (start < 0) return;
-    this.edges.push(EDGE_TERM, start, this.#targets.length, targets.length);
+    this.edges.push(kind, start, this.#targets.length, targets.length);
     this.#targets.push(...targets);
   }
 

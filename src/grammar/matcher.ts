@@ -4,7 +4,7 @@
 
 import { bytesOf, isSpecialId, type TokenTable } from "../chat/token-table.ts";
 import { CaravanError } from "../errors.ts";
-import { EDGE_CALL, EDGE_SIZE, EDGE_STRING, EDGE_TERM } from "./grammar.ts";
+import { EDGE_CALL, EDGE_DECIDE, EDGE_SIZE, EDGE_STRING } from "./grammar.ts";
 import { type Automata, COUNTED_BODY, type InsideTokens } from "./inside-tokens.ts";
 import { MOST_READINGS } from "./limits.ts";
 
@@ -168,6 +168,8 @@ export class GrammarMatcher {
     const mask = this.#mask.fill(0);
     this.#steps = 0;
     for (const reading of this.#readings.all) this.#addTokens(mask, reading);
+    if (this.#readings.all.size > 1)
+      for (const reading of this.#readings.all) if (this.#decides(reading.frame)) this.#decide(mask, reading);
     for (const readings of this.#followed.splice(0)) readings.next = undefined;
     if (this.#readings.ends) for (const token of ends) set(mask, token);
     if (mask.every((word) => word === 0))
@@ -176,6 +178,21 @@ export class GrammarMatcher {
         "no token of the model's vocabulary can follow what the schema asks for",
       );
     return mask;
+  }
+
+  /** Takes away the tokens in the midst of which the reading decides how to read the text, but goes on otherwise. */
+  #decide(mask: Uint32Array, reading: Reading): void {
+    const { ends, tokens, twins } = this.#automata.trie;
+    const { exits } = this.#automata.inside(reading.state);
+    if (exits.length === 0) return;
+    const own = new Uint32Array(mask.length);
+    this.#addTokens(own, reading);
+    for (let i = 0; i < exits.length; i += 3) {
+      const exit = exits[i] as number;
+      for (let node = exit + 1; node < (ends[exit] as number); node++)
+        for (let id = tokens[node] as number; id >= 0; id = twins[id] ?? -1)
+          if ((((own[id >> 5] as number) >>> (id & 31)) & 1) === 0) clear(mask, id);
+    }
   }
 
   #addTokens(mask: Uint32Array, { state, frame }: Reading): void {
@@ -273,14 +290,18 @@ export class GrammarMatcher {
     return bytes;
   }
 
-  #advance(readings: Readings, byte: number): Readings {
+  /** `decided`: only what is read as a decision counts. */
+  #advance(readings: Readings, byte: number, decided = false): Readings {
     const next = new Readings();
     this.#steps += readings.all.size + 1;
     if (this.#steps > MOST_MASK_STEPS) throw tooAmbiguous();
     for (const { state, frame } of readings.all) {
+      if (decided && !this.#decides(frame)) continue;
       const to = this.#automata.next(state, byte);
       if (to < 0) continue;
       const label = this.#automata.label(to);
+      if (!decided && label >= 0 && readings.all.size > 1 && this.#decides(frame))
+        return this.#advance(readings, byte, true);
       const limits = this.#limitsOf(frame);
       let inner = frame;
       if (limits !== undefined) {
@@ -296,6 +317,10 @@ export class GrammarMatcher {
     }
     if (next.all.size > MOST_READINGS) throw tooAmbiguous();
     return next;
+  }
+
+  #decides({ edge }: Frame): boolean {
+    return this.#automata.grammar.edges[edge * EDGE_SIZE] === EDGE_DECIDE;
   }
 
   /** Adds the readings behind an automaton that accepted with `label`. */
@@ -315,8 +340,8 @@ export class GrammarMatcher {
       const kind = edges[at];
       const one = edges[at + 1] ?? 0;
       const two = edges[at + 2] ?? 0;
-      if (kind === EDGE_TERM || kind === EDGE_STRING) readings.all.add(stack.frame(edge, 0).reading(one));
-      else if (kind === EDGE_CALL) this.#enter(readings, one, this.#onlyEnds(two) ? stack : stack.with(two));
+      if (kind === EDGE_CALL) this.#enter(readings, one, this.#onlyEnds(two) ? stack : stack.with(two));
+      else readings.all.add(stack.frame(edge, 0).reading(one));
     }
     if (accepts[node] !== 1) return;
     if (stack.node < 0) readings.ends = true;

@@ -162,6 +162,48 @@ describe.skipIf(!here)("answers that follow a form", () => {
     }
   }, 60_000);
 
+  test("a form beside tools that may be called: the answer is the one or the other", async () => {
+    const strict = { ...weather, function: { ...weather.function, strict: true } };
+    const format = { type: "json_schema" as const, json_schema: { name: "person", schema: person } };
+    const replies = await Promise.all(
+      [1, 2, 3, 4, 5, 6].map((seed) =>
+        openai.chat.completions.create({ ...base, seed, tools: [strict, stop], response_format: format }),
+      ),
+    );
+    for (const { choices } of replies) {
+      const [choice] = choices;
+      const calls = choice?.message.tool_calls ?? [];
+      if (choice?.finish_reason === "stop")
+        expect(isPerson(JSON.parse(choice.message.content ?? ""))).toBe(true);
+      else expect(["tool_calls", "length"]).toContain(choice?.finish_reason ?? "");
+      expect(choice?.finish_reason === "tool_calls").toBe(
+        calls.length > 0 && choice?.finish_reason !== "length",
+      );
+      for (const call of choice?.finish_reason === "tool_calls" ? calls : [])
+        if (call.type === "function" && call.function.name === "get_weather")
+          expect(
+            ajv.validate(weather.function.parameters ?? false, JSON.parse(call.function.arguments)),
+          ).toBe(true);
+    }
+    const must = await openai.chat.completions.create({
+      ...{ ...base, tools: [strict], tool_choice: "required", response_format: format },
+      parallel_tool_calls: false,
+    });
+    expect(must.choices[0]?.finish_reason).toBe("tool_calls");
+    const ollama = new Ollama({ host: node.url });
+    const chat = await ollama.chat({
+      model: MODEL,
+      messages: [{ role: "user", content: "Who are you?" }],
+      tools: [
+        { type: "function", function: { name: "stop", description: "", parameters: { type: "object" } } },
+      ] as never,
+      format: person,
+      options: { temperature: 2, num_predict: 200 },
+    });
+    const { content, tool_calls: called = [] } = chat.message;
+    expect(called.length > 0 || isPerson(JSON.parse(content))).toBe(true);
+  }, 60_000);
+
   test("openai: an agent that must call tools comes to its end", async () => {
     const history = [...messages];
     let calls = 0;

@@ -1,6 +1,7 @@
 import { describe, expect, test } from "bun:test";
 import Ajv2020 from "ajv/dist/2020";
 import fc from "fast-check";
+import { ToolCallParser } from "../../src/chat/tool-calls.ts";
 import { BuildBudget, type Dfa, Nfa } from "../../src/grammar/automaton.ts";
 import { numberAutomaton } from "../../src/grammar/numbers.ts";
 import type { GrammarSpec } from "../../src/grammar/spec.ts";
@@ -532,5 +533,99 @@ describe("calls", () => {
       expect([text, takes(either, text)]).toEqual([text, true]);
     for (const text of ["[f(a=1)]", " {", "a <function=f>", "x<tool_call>", '{"name": "f"'])
       expect([text, takes(either, text)]).toEqual([text, false]);
+  });
+
+  test("stand beside a form: an answer is either the one or the other, and a call has parameters that satisfy its schema", () => {
+    const either: GrammarSpec = {
+      type: "tool_calls",
+      tools,
+      most: 2,
+      orForm: { type: "json_object", param: "r" },
+    };
+    const yes = [
+      '{"a":1}',
+      '{"name":"x"}',
+      '{"name": "f"}',
+      '{"name":"f","b":{}}',
+      '{"name": "h", "parameters": 1}',
+    ];
+    const calls = ['{"name":"f","parameters":{"a":1}}', '{"name": "g", "parameters": {}}'];
+    const respelled = ['{"name":"\\u0066","parameters":{"a":"x"}}'];
+    for (const text of [...yes, ...calls, ...respelled])
+      expect([text, takes(either, text)]).toEqual([text, true]);
+    const no = [
+      '{"name":"f","parameters":{"a":"x"}}',
+      '{"name": "f", "parameters": 1}',
+      "hello",
+      "[1]",
+      '{"a":1}{"a":1}',
+    ];
+    for (const text of no) expect([text, takes(either, text)]).toEqual([text, false]);
+  });
+
+  test("are told from values of the form by the parser of answers", () => {
+    const pieces = [
+      '{"name":',
+      '"f"',
+      '": "f',
+      '","para',
+      'meters":',
+      '":{"a',
+      '":[',
+      'meters": {"',
+      '"g","parameters":{}}',
+    ];
+    const words = smallVocabulary([...JSON_WORDS, ...pieces, "<function=f>", "<tool_call>", '\\u0066"']);
+    const schema = {
+      type: "object",
+      properties: {
+        name: { type: "string", maxLength: 8 },
+        parameters: { type: ["array", "object"] },
+        a: {},
+      },
+    };
+    const forms: GrammarSpec[] = [
+      { type: "json_object", param: "r" },
+      { type: "json_schema", schema, param: "r" },
+    ];
+    const random = seededRandom(3);
+    let called = 0;
+    let plain = 0;
+    for (const orForm of forms) {
+      if (orForm.type === "tool_calls") continue;
+      const start = matcherSource({ type: "tool_calls", tools, most: 2, orForm }, words);
+      const validate = ajv().compile(
+        orForm.type === "json_schema" ? (orForm.schema as object) : { type: "object" },
+      );
+      for (let i = 0; i < 300; i++) {
+        const answer = randomAnswer(start(), words, random, 60);
+        if (answer === undefined) continue;
+        const parser = new ToolCallParser(["f", "g"], { orForm: true });
+        const events = [...parser.push(answer), ...parser.end()];
+        const found = events.filter(({ type }) => type === "call").length;
+        const text = events.map((event) => (event.type === "text" ? event.text : "")).join("");
+        if (found === 0) {
+          plain++;
+          expect([answer, text]).toEqual([answer, answer]);
+          expect([answer, validate(JSON.parse(answer))]).toEqual([answer, true]);
+          continue;
+        }
+        called++;
+        expect([answer, text]).toEqual([answer, ""]);
+        for (const event of events) {
+          if (event.type !== "call") continue;
+          const json = events
+            .map((e) => (e.type === "arguments" && e.index === event.index ? e.json : ""))
+            .join("");
+          const value = JSON.parse(json) as { a?: unknown };
+          expect([answer, event.name === "f" ? Number.isInteger(value.a) : json === "{}"]).toEqual([
+            answer,
+            true,
+          ]);
+        }
+      }
+    }
+    expect(called).toBeGreaterThan(5);
+    expect(plain).toBeGreaterThan(20);
   });
 });

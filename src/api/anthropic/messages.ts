@@ -8,7 +8,7 @@ import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
-import { callGrammar, oneGrammar, schemaGrammar } from "../structured-output.ts";
+import { answerGrammar, schemaGrammar } from "../structured-output.ts";
 import { toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
 import { anthropicErrorFrame } from "./errors.ts";
 import { promptOf } from "./prompt.ts";
@@ -46,12 +46,13 @@ async function prepare(
   checkMessageCount(input.messages, model);
   const { ids } = await model.text.renderChat(input, { signal });
   const maxTokens = resolveMaxTokens(request.max_tokens, model, ids.length, { promptParam: "messages" });
-  const answers = { tools, parallel: request.tool_choice?.disable_parallel_tool_use !== true };
+  const form = formOf(request);
+  const answers = { tools, parallel: request.tool_choice?.disable_parallel_tool_use !== true, ...form };
   return {
     plans: [
       { promptIds: ids, maxTokens, sampling: resolveSampling(Object.fromEntries(asked), model.defaults) },
     ],
-    options: { stop: request.stop_sequences ?? [], ...toolGenerationOptions(tools), ...formOf(request) },
+    options: { stop: request.stop_sequences ?? [], ...toolGenerationOptions(tools), ...form },
     frames: (events) => messageFrames(withToolCalls(events, answers), model, ids.length),
     whole: (events) => messageReply(withToolCalls(events, answers), model),
   };
@@ -60,7 +61,9 @@ async function prepare(
 /** What the answer has to follow. */
 function formOf({ tools = [], tool_choice, output_config }: MessagesRequest): { grammar?: GrammarSpec } {
   const type = tool_choice?.type ?? "auto";
-  const calls = callGrammar({
+  const schema = output_config?.format?.schema;
+  const format = schema === undefined ? undefined : schemaGrammar(schema, "output_config.format.schema");
+  return answerGrammar(format, {
     tools: tools.map(({ name, input_schema, strict }, index) => ({
       name,
       parameters: input_schema,
@@ -78,10 +81,6 @@ function formOf({ tools = [], tool_choice, output_config }: MessagesRequest): { 
     param: "tool_choice",
     parallel: tool_choice?.disable_parallel_tool_use !== true,
   });
-  const param = "output_config.format";
-  const schema = output_config?.format?.schema;
-  const format = schema === undefined ? undefined : schemaGrammar(schema, `${param}.schema`);
-  return oneGrammar(format, calls, tools.length > 0 && type !== "none", param);
 }
 
 /** Counts as the model's own template and tokenizer make it of the messages; loads the model if need be. */

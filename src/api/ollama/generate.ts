@@ -10,7 +10,7 @@ import { parseParameters } from "../parameters.ts";
 import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
-import { oneGrammar, schemaGrammar } from "../structured-output.ts";
+import { answerGrammar, schemaGrammar } from "../structured-output.ts";
 import { toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
 import { modelName } from "./models.ts";
 import {
@@ -114,14 +114,15 @@ async function serve(
     const promptIds = await how.promptOf(model, signal);
     const { promptParam } = how;
     const maxTokens = resolveMaxTokens(maxTokensOf(options), model, promptIds.length, { promptParam });
-    const answers = { tools, parallel: true };
+    const form = formOf(request, tools);
+    const answers = { tools, parallel: true, ...form };
     return {
       plans: [{ promptIds, maxTokens, sampling: resolveSampling(samplingOf(options), model.defaults) }],
       options: {
         stop: stopsOf(options),
         continues: how.continues ?? false,
         ...toolGenerationOptions(tools),
-        ...formOf(request, tools),
+        ...form,
       },
       frames: (events) => ollamaFrames(withToolCalls(events, answers), model.id, piece),
       whole: (events) => ollamaReply(withToolCalls(events, answers), model.id, piece),
@@ -142,8 +143,13 @@ function formOf(
   tools: ChatTool[],
 ): { grammar?: GrammarSpec } {
   if (format === "") return {};
-  const grammar = schemaGrammar(format === "json" ? undefined : format, "format");
-  return oneGrammar(grammar, undefined, tools.length > 0, "format");
+  return answerGrammar(schemaGrammar(format === "json" ? undefined : format, "format"), {
+    tools: tools.map(({ function: { name, parameters } }, index) => ({
+      ...{ name, parameters, strict: false },
+      param: `tools[${index}].function.parameters`,
+    })),
+    ...{ choice: "auto", param: "tools", parallel: true },
+  });
 }
 
 /** Ollama's clients need not name calls: those without an id get one by their place. */

@@ -8,7 +8,7 @@ import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling, samplingOfChoice } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
-import { callGrammar, oneGrammar, responseGrammar } from "../structured-output.ts";
+import { answerGrammar, responseGrammar } from "../structured-output.ts";
 import {
   type GroupAnswerEvent,
   type ToolAnswerOptions,
@@ -63,7 +63,8 @@ async function prepareChat(
   const tools = offeredTools(request);
   if (tools.length > 0 && request.logprobs) throw unsupported("logprobs", "log-probabilities beside tools");
   checkMessageCount(request.messages, model);
-  const answers: ToolAnswerOptions = { tools, parallel: request.parallel_tool_calls ?? true };
+  const form = formOf(request);
+  const answers: ToolAnswerOptions = { tools, parallel: request.parallel_tool_calls ?? true, ...form };
   const prompt = await model.text.renderChat(
     {
       messages: toChatMessages(request.messages),
@@ -85,7 +86,7 @@ async function prepareChat(
       stop: stopsOf(request),
       ignoreEos: request.ignore_eos ?? false,
       ...toolGenerationOptions(tools),
-      ...formOf(request),
+      ...form,
       ...(request.logprobs ? { logprobs: request.top_logprobs ?? 0 } : {}),
     },
     frames: (events) => chatFrames(withToolCalls(events, answers), request, model),
@@ -96,7 +97,7 @@ async function prepareChat(
 /** What the answer has to follow. */
 function formOf(request: ChatRequest): { grammar?: GrammarSpec } {
   const { tools = [], tool_choice: choice = "auto", parallel_tool_calls: parallel = true } = request;
-  const calls = callGrammar({
+  return answerGrammar(responseGrammar(request.response_format), {
     tools: tools.map(({ function: called }, index) => ({
       name: called.name,
       parameters: called.parameters,
@@ -107,8 +108,6 @@ function formOf(request: ChatRequest): { grammar?: GrammarSpec } {
     param: "tool_choice",
     parallel,
   });
-  const offers = tools.length > 0 && choice !== "none";
-  return oneGrammar(responseGrammar(request.response_format), calls, offers, "response_format");
 }
 
 async function* chatFrames(

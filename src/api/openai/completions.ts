@@ -15,7 +15,7 @@ import {
 } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
-import { oneGrammar, responseGrammar } from "../structured-output.ts";
+import { responseGrammar } from "../structured-output.ts";
 import { type EchoedPrompt, echoPrompt, type ReplyEvent, replyEvents } from "./echo.ts";
 import { completionLogprobs, type ShownToken } from "./logprobs.ts";
 import { checkBias, checkTogether, checkTokenIds, invalid } from "./request-checks.ts";
@@ -115,6 +115,7 @@ async function prepareCompletion(
     }
   }
   const wantsLogprobs = request.logprobs !== undefined;
+  const grammar = responseGrammar(request.response_format);
   const reply = (events: AsyncIterable<GroupEvent>) =>
     replyEvents(events, { echoes, n, scoring, wantsLogprobs });
   return {
@@ -123,7 +124,7 @@ async function prepareCompletion(
       stop: stopsOf(request),
       ignoreEos: request.ignore_eos ?? false,
       continues: prompts.some((prompt) => prompt !== ""),
-      ...oneGrammar(responseGrammar(request.response_format), undefined, false, "response_format"),
+      ...(grammar === undefined ? {} : { grammar }),
       ...(request.logprobs === undefined ? {} : { logprobs: request.logprobs }),
       ...(request.echo && wantsLogprobs ? { promptLogprobs: true } : {}),
     },

@@ -8,7 +8,7 @@ import type { ApiContext } from "../routes.ts";
 import { resolveMaxTokens, resolveSampling } from "../sampling-defaults.ts";
 import { type ApiDependencies, type PreparedGeneration, serveGeneration } from "../serve-generation.ts";
 import { prefillFrame } from "../sse.ts";
-import { callGrammar, oneGrammar, textGrammar } from "../structured-output.ts";
+import { answerGrammar, textGrammar } from "../structured-output.ts";
 import { type GroupAnswerEvent, toolGenerationOptions, withToolCalls } from "../tool-answers.ts";
 import { checkMessageCount, invalid } from "./request-checks.ts";
 import { type ResponseEvent, ResponseOutput } from "./responses-output.ts";
@@ -46,11 +46,12 @@ async function prepare(
   checkMessageCount(input.messages, model, "input");
   const { ids } = await model.text.renderChat(tools.length === 0 ? input : { ...input, tools }, { signal });
   const maxTokens = resolveMaxTokens(request.max_output_tokens, model, ids.length, { promptParam: "input" });
-  const answers = { tools, parallel: request.parallel_tool_calls ?? true };
+  const form = formOf(request);
+  const answers = { tools, parallel: request.parallel_tool_calls ?? true, ...form };
   const head = responseHead(request, model, sampling);
   return {
     plans: [{ promptIds: ids, maxTokens, sampling }],
-    options: { ...toolGenerationOptions(tools), ...formOf(request) },
+    options: { ...toolGenerationOptions(tools), ...form },
     frames: (events) => responseFrames(withToolCalls(events, answers), head),
     whole: async (events) => {
       const output = new ResponseOutput();
@@ -63,7 +64,7 @@ async function prepare(
 /** What the answer has to follow. */
 function formOf(request: ResponsesRequest): { grammar?: GrammarSpec } {
   const { tools = [], tool_choice: choice = "auto", parallel_tool_calls: parallel = true, text } = request;
-  const calls = callGrammar({
+  return answerGrammar(textGrammar(text?.format ?? undefined), {
     tools: tools.map(({ name, parameters, strict }, index) => ({
       name,
       parameters,
@@ -74,8 +75,6 @@ function formOf(request: ResponsesRequest): { grammar?: GrammarSpec } {
     param: "tool_choice",
     parallel,
   });
-  const offers = tools.length > 0 && choice !== "none";
-  return oneGrammar(textGrammar(text?.format ?? undefined), calls, offers, "text.format");
 }
 
 /** Calls belong to the assistant's message before them. Throws invalid_argument for a result without a call. */
