@@ -83,6 +83,15 @@ export const DEFAULT_PORT = 11711;
 /** Keys below this length are worth a warning. */
 const SHORT_KEY = 16;
 
+/** Of the setting `rdma`: names of devices, none named = all, or "off". */
+export function rdmaChoice(setting: string): readonly string[] | "off" {
+  if (setting.trim() === "off") return "off";
+  return setting
+    .split(",")
+    .map((name) => name.trim())
+    .filter((name) => name !== "");
+}
+
 export interface LoadedSettings {
   settings: Settings;
   /** Where each value came from. */

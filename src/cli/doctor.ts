@@ -16,6 +16,7 @@ import { VERSION } from "../version.ts";
 import type { Command } from "./command.ts";
 import { type Check, clusterChecks } from "./doctor-cluster.ts";
 import { ownClockCheck } from "./doctor-nodes.ts";
+import { rdmaChecks } from "./doctor-rdma.ts";
 import { quarantineCommand } from "./mac-start.ts";
 import { formatBytes, ProgressLine } from "./progress.ts";
 
@@ -101,6 +102,15 @@ function runChecks(): Check[] {
   ];
 }
 
+/** "" where the settings cannot be read: that is a check of its own. */
+function rdmaSetting(): string {
+  try {
+    return loadSettings().settings.rdma;
+  } catch {
+    return "";
+  }
+}
+
 /** More than any Apple GPU's caches hold. */
 const TIMED_BYTES = 256e6;
 const QUICK_TIMED_BYTES = 256e3;
@@ -167,7 +177,8 @@ export const doctor: Command = {
   },
   async run(args) {
     if (args.flag("selftest")) return await selftest(args.flag("quick"), args.flag("json"));
-    const checks = [...runChecks(), ...(await clusterChecks())];
+    const [rdma, cluster] = await Promise.all([rdmaChecks(rdmaSetting()), clusterChecks()]);
+    const checks = [...runChecks(), ...rdma, ...cluster];
     if (args.flag("json")) {
       process.stdout.write(`${JSON.stringify(checks)}\n`);
     } else {

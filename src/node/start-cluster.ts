@@ -12,7 +12,7 @@ import type { Logger } from "../log.ts";
 import { availableMemory } from "../model/machine-memory.ts";
 import { type ModelStore, resolveModel, scanStore } from "../model/store.ts";
 import { resolvePaths } from "../paths.ts";
-import type { Settings } from "../settings.ts";
+import { rdmaChoice, type Settings } from "../settings.ts";
 import { NodeCluster } from "./cluster-service.ts";
 import type { RunOptions } from "./open-model.ts";
 
@@ -58,7 +58,7 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
         return listed.models;
       },
       run,
-      rdma: rdmaDevices(settings.rdma),
+      rdma: rdmaChoice(settings.rdma),
       compute: () => ({ threads, device: run.device === "metal" ? "metal" : "cpu" }),
       figures: () => {
         figures ??= {
@@ -71,15 +71,6 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
     local,
     maxBodyBytes: settings.max_body_bytes,
   });
-}
-
-/** "off", or names with commas between them; "": all. */
-function rdmaDevices(setting: string): readonly string[] | "off" {
-  if (setting === "off") return "off";
-  return setting
-    .split(",")
-    .map((name) => name.trim())
-    .filter((name) => name !== "");
 }
 
 function presence(store: ModelStore): ModelPresence[] {
