@@ -101,8 +101,10 @@ void cv_queue_ring(cv_queue *q) {
     while (write(q->event[1], &byte, 1) < 0 && errno == EINTR) continue;
 }
 
-/* Under the lock. A job may be collected as soon as it is done. */
-static void done(cv_queue *q, cv_job *j) {
+/* Under the lock. A job may be collected as soon as it is done. Gives how often the caller has to ring once the lock is open: a compute thread
+ * that waits for the job wakes first and is not in the way of the control thread. */
+static unsigned done(cv_queue *q, cv_job *j) {
+    unsigned rings = 0;
     free(j->word);
     j->word = NULL;
     cv_late_close(&j->late);
@@ -112,9 +114,10 @@ static void done(cv_queue *q, cv_job *j) {
     for (cv_job *k = q->first; k && k->state == CV_JOB_DONE; k = k->next)
         if (!k->announced) {
             k->announced = true;
-            cv_queue_ring(q);
+            rings++;
         }
     pthread_cond_broadcast(&q->landed);
+    return rings;
 }
 
 void cv_queue_fly(cv_queue *q, cv_job *j) {
@@ -127,11 +130,13 @@ void cv_queue_fly(cv_queue *q, cv_job *j) {
 
 void cv_queue_done(cv_queue *q, cv_job *j) {
     pthread_mutex_lock(&q->lock);
-    done(q, j);
+    unsigned rings = done(q, j);
     pthread_mutex_unlock(&q->lock);
+    for (; rings; rings--) cv_queue_ring(q);
 }
 
 void cv_queue_end(cv_queue *q, int code, const char *text) {
+    unsigned rings = 0;
     pthread_mutex_lock(&q->lock);
     if (!q->over) {
         q->over = code;
@@ -141,11 +146,12 @@ void cv_queue_end(cv_queue *q, int code, const char *text) {
         if (j->state != CV_JOB_FLYING) continue;
         j->code = q->over;
         snprintf(j->text, sizeof j->text, "%s", q->over_text);
-        done(q, j);
+        rings += done(q, j);
     }
     pthread_cond_broadcast(&q->work);
     pthread_cond_broadcast(&q->landed);
     pthread_mutex_unlock(&q->lock);
+    for (; rings; rings--) cv_queue_ring(q);
 }
 
 void cv_queue_wake(cv_queue *q) {
