@@ -10,7 +10,8 @@
 //
 // An engine that is a pipeline of n stages is kept busy by n steps that do not need each other's tokens: decode rows are
 // spread over as many steps, each sequence waiting for its own token only, and prompts go through in pieces that follow
-// each other.
+// each other. Behind n steps the next one of the oldest's sequences is queued already, so that its first stage
+// begins as soon as the last one has sampled.
 
 import { errorRecord } from "../engine/error-record.ts";
 import type { GenerateEvent, GenerateRequest } from "../engine/protocol.ts";
@@ -166,19 +167,21 @@ export class Scheduler {
   }
 
   /** The next step, or undefined when there is nothing to compute. `ahead`: another step is in flight, whose sampled
-   * tokens are not known; a sequence that needs them makes everybody wait for that step, so that it keeps its pace. */
-  plan(ahead: boolean): PlannedStep | undefined {
+   * tokens are not known; a sequence that needs them makes everybody wait for that step, so that it keeps its pace.
+   * `oldest`: the oldest step in flight of a pipeline whose stages all have one; its sequences go on, or nothing is planned. */
+  plan(ahead: boolean, oldest?: PlannedStep): PlannedStep | undefined {
     this.expire();
     const waits = (s: Sequence) => s.pending > 0 && this.#continues(s) && this.#waitsForToken(s);
     if (ahead && this.stages === 1 && this.#running.some(waits)) return undefined;
     this.#admit();
+    if (oldest !== undefined && !this.#goOn(oldest)) return undefined;
     for (const sequence of this.#running)
       sequence.pages.dropFinishedChunks(
         sequence.computed - sequence.drafting,
         this.prefixes.keepFrom(sequence),
       );
     const rows: PlannedRow[] = [];
-    this.#planDecode(rows);
+    this.#planDecode(rows, oldest);
     this.#planPrompts(rows);
     this.#maskRows(rows);
     if (rows.length === 0) return undefined;
@@ -342,9 +345,22 @@ export class Scheduler {
     return sequence.needsLastToken || this.speculation.wants(sequence);
   }
 
+  /** Whether the sequences of a pipeline's step in flight can be queued again before it ends. Prompts and sequences that wait for its tokens
+   * are planned when it has ended, so that they find their place in as many steps as stages. */
+  #goOn({ rows }: PlannedStep): boolean {
+    if (this.#running.some((sequence) => sequence.remaining > 1)) return false;
+    const going = rows.filter(
+      ({ sequence, sample }) => sample && sequence.state === "running" && this.#continues(sequence),
+    );
+    return (
+      going.length > 0 &&
+      going.every(({ sequence }) => sequence.grammar === undefined && !this.#waitsForToken(sequence))
+    );
+  }
+
   /** One row for each running sequence that is one token short of sampling, with drafts where they pay. */
-  #planDecode(rows: PlannedRow[]): void {
-    const open = this.#openStreams();
+  #planDecode(rows: PlannedRow[], oldest: PlannedStep | undefined): void {
+    const open = this.#openStreams(oldest);
     let spare = this.#spareForDrafts();
     for (const [i, sequence] of open.entries()) {
       if (sequence.state !== "running" || !this.#secure(sequence, 1, rows)) continue;
@@ -354,13 +370,15 @@ export class Scheduler {
     }
   }
 
-  /** Sequences that get a decode row. In a pipeline: of those whose token is known, so many that the others suffice for
-   * the steps of the other stages. */
-  #openStreams(): Sequence[] {
+  /** Sequences that get a decode row. In a pipeline: of those whose token is known, or will be when the oldest step in flight
+   * has ended, so many that the others suffice for the steps of the other stages. */
+  #openStreams(oldest: PlannedStep | undefined): Sequence[] {
     const streams = this.#running.filter((s) => s.remaining === 1 && this.#continues(s));
     if (this.stages === 1) return streams;
-    const known = streams.filter((s) => s.pending === 0);
-    return known.slice(0, Math.ceil(streams.length / this.stages));
+    const next = streams.filter((s) => s.pending === 0);
+    for (const { sequence, sample } of oldest?.rows ?? [])
+      if (sample && sequence.pending === 1 && streams.includes(sequence)) next.push(sequence);
+    return next.slice(0, Math.ceil(streams.length / this.stages));
   }
 
   /** What the grammars of rows that sample allow: made while the step is computed, but for a pipeline, whose last stage is

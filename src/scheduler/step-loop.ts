@@ -18,8 +18,9 @@ const DEADLINE_TICK_MS = 50;
 export interface StepLoopOptions {
   scheduler: Scheduler;
   engine: StepEngine;
-  /** Steps in flight, at least 1; 2 hides the time between two decode steps. A pipeline has as many as stages:
-   * with more, its streams would fall into more and smaller steps than stages can use, each of which reads the weights. */
+  /** Steps in flight, at least 1; 2 hides the time between two decode steps. A pipeline has as many as stages, and one that is queued
+   * for the sequences of the oldest: with others, its streams would fall into more and smaller steps than stages can use, each of which reads
+   * the weights. */
   depth: number;
   /** The engine takes no more steps; every request has got its error. Called once. */
   onFatal: (error: CaravanError) => void;
@@ -83,11 +84,12 @@ export class StepLoop {
   #pump(): void {
     const { scheduler, engine, depth } = this.#options;
     const { stages } = scheduler;
-    const most = stages > 1 ? stages : depth;
+    const most = stages > 1 ? stages + 1 : depth;
     while (this.#dead === undefined && this.#inFlight.length < most) {
       const before = this.#inFlight.at(-1);
       if (before !== undefined && stages === 1 && before.tokens > OVERLAP_TOKENS) return;
-      const planned = scheduler.plan(before !== undefined);
+      const oldest = stages > 1 && this.#inFlight.length >= stages ? this.#inFlight[0] : undefined;
+      const planned = scheduler.plan(before !== undefined, oldest);
       if (planned === undefined) return;
       this.#inFlight.push(planned);
       engine.submit(planned.step).then(

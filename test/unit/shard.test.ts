@@ -266,12 +266,12 @@ describe("Scout's 60.6 GB", () => {
     const shares = evenShares(whole, 1, 3);
     const plans = cutAll(whole, shares);
     expect(shares.map(({ layers }) => layers)).toEqual([
-      [0, 17],
-      [17, 34],
-      [34, 48],
+      [0, 16],
+      [16, 33],
+      [33, 48],
     ]);
     const layersOf = (plan: LoadPlan) => new Set(plan.tensors.map(({ layer }) => layer));
-    expect(plans.map((plan) => Math.max(...layersOf(plan)))).toEqual([16, 16, 13]);
+    expect(plans.map((plan) => Math.max(...layersOf(plan)))).toEqual([15, 16, 14]);
     expect(plans.map((plan) => plan.tensors.some(({ slot }) => slot === SLOT.embed))).toEqual([
       true,
       false,
