@@ -4,10 +4,11 @@ import { describe, expect, test } from "bun:test";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { type OtherNode, RdmaLinks } from "../../src/cluster/net/rdma-links.ts";
+import { RdmaLinks } from "../../src/cluster/net/rdma-links.ts";
 import type { TrialChannel } from "../../src/cluster/net/rdma-trial.ts";
 import { devicePairs } from "../../src/cluster/rdma-candidates.ts";
 import type { RdmaDevice, RdmaSurvey } from "../../src/cluster/types.ts";
+import type { Neighbour } from "../../src/cluster/view-questions.ts";
 import {
   chosenDevices,
   listRdmaDevices,
@@ -183,7 +184,7 @@ function mesh(nodes: readonly Plugged[], cables: string) {
         others: () =>
           nodes
             .filter((other) => other.id !== id)
-            .map((other): OtherNode => {
+            .map((other): Neighbour => {
               const its = links.get(other.id);
               return {
                 ...{ id: other.id, name: other.id.toUpperCase(), rdma: its?.survey ?? { reason: "" } },

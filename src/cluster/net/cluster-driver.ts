@@ -16,7 +16,8 @@ import { MemoryLedger } from "../memory-ledger.ts";
 import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { RankOrder } from "../rank-host.ts";
 import type { RunningRequest } from "../requests.ts";
-import type { Link, ModelPresence, NodeId, NodeInfo, NodeSpeed } from "../types.ts";
+import type { Link, ModelPresence, NodeId, NodeSpeed } from "../types.ts";
+import { holdersOf, isFetching, modelsOfRanks, neighboursOf } from "../view-questions.ts";
 import type { Channel } from "./channel.ts";
 import type { ClusterWork } from "./cluster-node.ts";
 import { FileVerdicts } from "./file-verdicts.ts";
@@ -27,9 +28,9 @@ import type { Mesh } from "./mesh.ts";
 import { serveModelFiles } from "./model-files.ts";
 import { ModelParts } from "./model-parts.ts";
 import { ModelTermsCache } from "./model-source.ts";
-import { machineInfo } from "./node-info.ts";
+import { OwnRecord } from "./own-record.ts";
 import { ProcessRanks } from "./rank-runner.ts";
-import { type OtherNode, RdmaLinks } from "./rdma-links.ts";
+import { RdmaLinks } from "./rdma-links.ts";
 import { ExchangeSchema } from "./wire.ts";
 
 /** The slow parts of this node's record (memory, models, links) are read anew this often. */
@@ -79,6 +80,7 @@ export class ClusterDriver implements ClusterWork {
   readonly #ranks: ProcessRanks;
   readonly #rdma: RdmaLinks;
   readonly #ledger: MemoryLedger;
+  readonly #record: OwnRecord;
   readonly #terms: ModelTermsCache;
   readonly #open = new Map<string, OpenInstance>();
   readonly #verdicts: FileVerdicts;
@@ -97,13 +99,19 @@ export class ClusterDriver implements ClusterWork {
   constructor(options: ClusterDriverOptions) {
     this.#options = options;
     this.#ledger = new MemoryLedger(availableMemory().available);
+    this.#record = new OwnRecord({
+      ...options,
+      links: () => [...options.links(), ...this.#rdma.links()],
+      rdma: () => this.#rdma.survey,
+      ledger: this.#ledger,
+    });
     this.#verdicts = new FileVerdicts(options.verdictsFile);
     this.parts = new ModelParts({
       folder: options.partsFolder,
-      holders: (model) => (this.#mesh === undefined ? [] : this.#holdersOf(model)),
-      open: (node, signal) => this.#openFiles(node, signal),
+      holders: (model) => this.#holdersOf(model),
+      open: (node, signal) => this.#openMesh(node, "file", signal),
       nameOf: (id) => this.nameOf(id),
-      inUse: () => this.#modelsOfRanks(),
+      inUse: () => modelsOfRanks(this.members(), options.id),
       log: options.log,
     });
     this.#terms = new ModelTermsCache(
@@ -122,7 +130,7 @@ export class ClusterDriver implements ClusterWork {
     this.#rdma = new RdmaLinks({
       id: options.id,
       wanted: options.rdma,
-      others: () => this.#others(),
+      others: () => neighboursOf(this.members(), options.id),
       open: (node) => this.#openMesh(node, "rdma"),
       onChange: () => this.#refresh(),
       log: options.log,
@@ -131,7 +139,7 @@ export class ClusterDriver implements ClusterWork {
     const turn = () => this.#logic?.turn();
     this.#ranks = new ProcessRanks({
       prepare: (order, onProgress, signal) => this.#prepare(order, onProgress, signal),
-      fetching: (instance, epoch) => this.#isFetching(instance, epoch),
+      fetching: (instance, epoch) => isFetching(this.members(), instance, epoch),
       run: options.run,
       compute: options.compute,
       nodeName: (id) => this.nameOf(id),
@@ -241,7 +249,7 @@ export class ClusterDriver implements ClusterWork {
       cluster,
       protocol: CARAVAN_PROTOCOL,
       boot: randomBytes(8).toString("hex"),
-      info: this.#info(mesh),
+      info: this.#record.info(mesh),
       ledger: this.#ledger,
       placer: new ProfilePlacer(this.#terms.source),
       runner: this.#ranks,
@@ -294,20 +302,10 @@ export class ClusterDriver implements ClusterWork {
     return this.#ranks.onChannel(channel, peer, purpose);
   }
 
-  /** Other nodes that this one talks to, for RDMA. */
-  #others(): OtherNode[] {
-    return this.members()
-      .filter(({ self, direct }) => !self && direct)
-      .map(({ record: { info, links } }) => ({
-        ...{ id: info.id, name: info.name, rdma: info.rdma },
-        linked: links.some(({ to, kind }) => kind === "rdma" && to === this.#options.id),
-      }));
-  }
-
-  async #openMesh(node: NodeId, purpose: Purpose): Promise<Channel> {
+  async #openMesh(node: NodeId, purpose: Purpose, signal?: AbortSignal): Promise<Channel> {
     if (this.#mesh === undefined)
       throw new CaravanError("cluster_degraded", "this node has left the cluster");
-    return await this.#mesh.open(node, purpose);
+    return await this.#mesh.open(node, purpose, signal);
   }
 
   #cluster(): ClusterLogic {
@@ -346,41 +344,10 @@ export class ClusterDriver implements ClusterWork {
     }
   }
 
-  #openFiles(node: NodeId, signal: AbortSignal): Promise<Channel> {
-    if (this.#mesh === undefined)
-      return Promise.reject(new CaravanError("cluster_degraded", "this node has left the cluster"));
-    return this.#mesh.open(node, "file", signal);
-  }
-
-  /** Of instances that have, or had last, a rank on this node. */
-  #modelsOfRanks(): ReadonlySet<string> {
-    const states = this.members().flatMap(({ record: { info } }) => [...info.instances, ...info.orphans]);
-    const here = states.filter(
-      ({ phase, spec }) => phase !== "gone" && spec.ranks.some(({ node }) => node === this.#options.id),
-    );
-    return new Set(here.map(({ spec }) => spec.model));
-  }
-
   /** Nodes that have all of the model, the nearest first. */
   #holdersOf(model: string): NodeId[] {
     const trip = (id: NodeId) => this.#mesh?.linkTo(id)?.roundTripUs ?? Number.POSITIVE_INFINITY;
-    return this.members()
-      .filter(
-        ({ self, direct, record }) =>
-          !self &&
-          direct &&
-          record.info.models.some((each) => each.model === model && each.bytes >= each.total),
-      )
-      .map(({ record }) => record.info.id)
-      .sort((a, b) => trip(a) - trip(b));
-  }
-
-  #isFetching(instance: string, epoch: number): boolean {
-    return this.members().some(({ record }) =>
-      record.info.ranks.some(
-        (rank) => rank.instance === instance && rank.epoch === epoch && rank.phase === "fetching",
-      ),
-    );
+    return holdersOf(this.members(), model).sort((a, b) => trip(a) - trip(b));
   }
 
   #ask(node: NodeId, method: string, params: object): Promise<unknown> {
@@ -425,63 +392,7 @@ export class ClusterDriver implements ClusterWork {
     }
   }
 
-  #info(mesh: Mesh): NodeInfo {
-    const { id, incarnation, models, compute, figures } = this.#options;
-    const { device } = compute();
-    return {
-      ...machineInfo({ id, name: mesh.name, incarnation: incarnation(), port: mesh.port }),
-      device,
-      ...figures(),
-      rdma: this.#rdma.survey,
-      models: models(),
-      instances: [],
-      ranks: [],
-      orphans: [],
-      ended: [],
-    };
-  }
-
   #refresh(): void {
-    const logic = this.#logic;
-    const mesh = this.#mesh;
-    if (logic === undefined || mesh === undefined) return;
-    const {
-      memory: _,
-      instances: __,
-      ranks: ___,
-      orphans: ____,
-      ended: _____,
-      ...known
-    } = logic.membership.own.info;
-    // Once weights are mapped, what the system calls available no longer says what they take.
-    if (this.#ledger.reserved === 0) this.#ledger.setCapacity(availableMemory().available);
-    const {
-      memory: _memory,
-      instances: _instances,
-      ranks: _ranks,
-      orphans: _orphans,
-      ended: _ended,
-      ...now
-    } = this.#info(mesh);
-    const links = [...this.#options.links(), ...this.#rdma.links()];
-    if (JSON.stringify(known) !== JSON.stringify(now) || !sameLinks(logic.membership.own.links, links))
-      logic.membership.update(now, links);
+    if (this.#logic !== undefined && this.#mesh !== undefined) this.#record.refresh(this.#logic, this.#mesh);
   }
-}
-
-/** Measured values move all the time; a third more or less is news. */
-function sameLinks(a: readonly Link[], b: readonly Link[]): boolean {
-  const close = (x: number, y: number) => Math.abs(x - y) <= 0.3 * Math.max(x, y);
-  return (
-    a.length === b.length &&
-    a.every((link) => {
-      const other = b.find(({ to, kind }) => to === link.to && kind === link.kind);
-      return (
-        other !== undefined &&
-        link.devices?.join() === other.devices?.join() &&
-        close(link.latencyUs, other.latencyUs) &&
-        close(link.bandwidth, other.bandwidth)
-      );
-    })
-  );
 }

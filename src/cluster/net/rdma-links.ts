@@ -9,6 +9,7 @@ import type { Logger } from "../../log.ts";
 import { devicePairs } from "../rdma-candidates.ts";
 import { reasonOf } from "../reason.ts";
 import type { Link, NodeId, RdmaSurvey } from "../types.ts";
+import type { Neighbour } from "../view-questions.ts";
 import { answerTrials, leadTrials, type TrialChannel, type TrialResult } from "./rdma-trial.ts";
 
 /** Devices are listed anew so often: cables come and go. Where the system has no library for them, or it hangs, more rarely. */
@@ -25,14 +26,6 @@ const MUTUAL_MS = 15_000;
 /** Tries that other nodes may lead here at one time. */
 const MOST_ANSWERED = 4;
 
-export interface OtherNode {
-  id: NodeId;
-  name: string;
-  rdma: RdmaSurvey;
-  /** It knows of an RDMA link to this node. */
-  linked: boolean;
-}
-
 export interface RdmaLinksOptions {
   id: NodeId;
   /** Devices that may be used, by name; empty: all; "off": none. */
@@ -40,7 +33,7 @@ export interface RdmaLinksOptions {
   /** Replaced in tests. */
   list?: () => Promise<RdmaSurvey>;
   /** Other nodes that this one talks to, with what they say of their devices. */
-  others: () => OtherNode[];
+  others: () => Neighbour[];
   open: (node: NodeId) => Promise<TrialChannel>;
   /** The survey or a link changed. */
   onChange: () => void;
@@ -201,7 +194,7 @@ export class RdmaLinks {
   }
 
   /** The cable that was found may still be there. */
-  #holds({ own, theirs, since }: Pair, { id, rdma, linked }: OtherNode): boolean {
+  #holds({ own, theirs, since }: Pair, { id, rdma, linked }: Neighbour): boolean {
     const has = (survey: RdmaSurvey, name: string) =>
       usableDevices(survey).some((each) => each.name === name);
     if (!has(this.#survey, own) || ("devices" in rdma && !has(rdma, theirs))) return false;
@@ -209,7 +202,7 @@ export class RdmaLinks {
   }
 
   /** Whether this node is to try now. */
-  #due({ id, rdma }: OtherNode): boolean {
+  #due({ id, rdma }: Neighbour): boolean {
     if (this.#leading || this.#options.id >= id || !this.#mayReach(rdma)) return false;
     const known = this.#pairs.get(id);
     if (known === undefined) return true;
@@ -236,7 +229,7 @@ export class RdmaLinks {
     return pair;
   }
 
-  async #lead(other: OtherNode): Promise<void> {
+  async #lead(other: Neighbour): Promise<void> {
     const { open, command } = this.#options;
     // One at a time: tries of one node would disturb each other's figures.
     this.#leading = true;
