@@ -52,24 +52,28 @@ export interface NodeAddress {
   apiKey: string | undefined;
 }
 
-/** The node as a source of answers for the model; undefined when none listens there or it does not have the model. A
- * node that refuses the key is told to `onNote`. */
+/** What a node calls the model of this machine's disk. */
+export function nameAtNodes(model: InstalledModel): string {
+  return model.source === "folder" ? folderAlias(model.path) : model.name;
+}
+
+/** The node as a source of answers for the model of that name; undefined when none listens there or it does not have the
+ * model. A node that refuses the key is told to `onNote`. */
 export async function findNode(
   address: NodeAddress,
-  model: InstalledModel,
+  name: string,
   onNote: (text: string) => void,
 ): Promise<ChatSource | undefined> {
-  const name = model.source === "folder" ? folderAlias(model.path) : model.name;
   let reply: Response;
   try {
-    reply = await ask(address, `/v1/models/${name}`, { signal: AbortSignal.timeout(FIND_LIMIT_MS) });
+    reply = await ask(address, `/v1/models/${name.split("/").map(encodeURIComponent).join("/")}`, {
+      signal: AbortSignal.timeout(FIND_LIMIT_MS),
+    });
   } catch {
     return undefined; // nobody listens there, or somebody who does not speak HTTP
   }
   if (reply.status === 401) {
-    onNote(
-      `the node at ${address.url} wants an API key (CARAVAN_API_KEYS); the model is loaded here instead`,
-    );
+    onNote(`the node at ${address.url} wants an API key (CARAVAN_API_KEYS) and is left alone`);
     return undefined;
   }
   const found = v.safeParse(MODEL, reply.ok ? await reply.json().catch(() => undefined) : undefined);

@@ -12,11 +12,13 @@ import { type LoadedSettings, loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
 import { type AnswerStats, type ChatSource, openHere } from "./chat-source.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
-import { findNode, type NodeAddress } from "./node-chat.ts";
+import { findModel } from "./model-argument.ts";
+import { findNode, type NodeAddress, nameAtNodes } from "./node-chat.ts";
 import { findOrPull } from "./offer-pull.ts";
 import { ProgressLine } from "./progress.ts";
 import { RUN_OPTIONS, runOptions } from "./run-options.ts";
 import { TerminalInput } from "./terminal-input.ts";
+import { WordWrap } from "./word-wrap.ts";
 
 /** Exit code after Ctrl-C, as shells have it. */
 const INTERRUPTED_EXIT_CODE = 130;
@@ -45,7 +47,7 @@ export const run: Command = {
     ...RUN_OPTIONS,
   },
   details: `Without PROMPT: from a pipe, its text is the prompt; from a terminal, an interactive chat.
-A node that runs on this machine answers if it has the model, else the model is loaded in this process.`,
+A node that runs on this machine answers if it or its cluster has the model, else the model is loaded in this process.`,
   async run(args) {
     const port = args.integer("port", 1, 65535);
     const loaded = loadSettings({ flags: port === undefined ? {} : { port } });
@@ -74,10 +76,11 @@ async function openSource(
   loaded: LoadedSettings,
   progress: ProgressLine,
 ): Promise<ChatSource> {
-  const model = await findOrPull(args.positionals[0] ?? DEFAULT_MODEL);
+  const name = args.positionals[0] ?? DEFAULT_MODEL;
+  const here = modelHere(name);
   const note = (text: string) => process.stderr.write(`caravan: ${text}\n`);
   if (!args.flag("here")) {
-    const found = await findAnyNode(loaded, model, note);
+    const found = await findAnyNode(loaded, here === undefined ? name : nameAtNodes(here), note);
     if (found !== undefined) {
       const { node, url } = found;
       const ignored = Object.keys(RUN_OPTIONS).filter((name) => args.text(name) !== undefined);
@@ -89,6 +92,7 @@ async function openSource(
       return node;
     }
   }
+  const model = here ?? (await findOrPull(name));
   try {
     return await openHere(model, load, (fraction, detail) =>
       progress.show(`loading ${model.name}`, fraction, detail),
@@ -98,10 +102,21 @@ async function openSource(
   }
 }
 
-/** A node with the model: where the settings say, then wherever this user runs one, unless a port was asked for. */
+/** The model of this machine's disk; undefined: a node may have it all the same, a folder of its own or through its cluster. */
+function modelHere(name: string): InstalledModel | undefined {
+  try {
+    return findModel(name);
+  } catch (thrown) {
+    // A folder that is not there is nothing that a node could know.
+    if (asCaravanError(thrown).code === "model_not_found" && !/^[./~]/.test(name)) return undefined;
+    throw thrown;
+  }
+}
+
+/** A node with the model of that name: where the settings say, then wherever this user runs one, unless a port was asked for. */
 async function findAnyNode(
   { settings, sources }: LoadedSettings,
-  model: InstalledModel,
+  model: string,
   note: (text: string) => void,
 ): Promise<{ node: ChatSource; url: string } | undefined> {
   const apiKey = settings.api_keys[0] ?? settings.admin_keys[0];
@@ -250,6 +265,12 @@ class Chat {
   async #stream(signal: AbortSignal, answer: { text: string }): Promise<AnswerStats | undefined> {
     let stats: AnswerStats | undefined;
     const { sampling, maxTokens } = this.options;
+    const shown = process.stdout.isTTY
+      ? new WordWrap(
+          (text) => process.stdout.write(text),
+          () => process.stdout.columns,
+        )
+      : undefined;
     const limit = maxTokens === undefined ? {} : { maxTokens };
     for await (const event of this.source.answer(this.#messages, { sampling, signal, ...limit })) {
       switch (event.type) {
@@ -266,7 +287,8 @@ class Chat {
         case "text":
           this.progress.clear();
           answer.text += event.text;
-          process.stdout.write(event.text);
+          if (shown === undefined) process.stdout.write(event.text);
+          else shown.push(event.text);
           break;
         case "done":
           stats = event.stats;
