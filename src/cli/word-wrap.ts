@@ -17,7 +17,8 @@ export class WordWrap {
   ) {}
 
   push(text: string): void {
-    const columns = this.columns() || Number.POSITIVE_INFINITY;
+    // The last column stays free: terminals differ in where the cursor is behind it.
+    const columns = (this.columns() || Number.POSITIVE_INFINITY) - 1;
     let out = "";
     for (const { segment } of new Intl.Segmenter(undefined, { granularity: "grapheme" }).segment(text)) {
       if (segment === "\n" || segment === "\r\n") {
@@ -39,8 +40,7 @@ export class WordWrap {
         }
         const back = this.#word !== "" && word < this.#line && word <= columns * LONGEST_WORD;
         if (back) {
-          // What of the word has been shown or is about to be: the cursor stays behind a full line's last column.
-          out += `${"\b".repeat(Math.max(0, word - (this.#line === columns ? 1 : 0)))}\x1b[K\n${this.#word}`;
+          out += `${"\b".repeat(word)}\x1b[K\n${this.#word}`;
           this.#line = word;
         } else {
           out += "\n";

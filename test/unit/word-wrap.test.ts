@@ -9,20 +9,17 @@ const COLUMNS = 12;
 /** To the end of the line. No test's text has an E. */
 const ERASE = "\x1b[K";
 
-/** Lines of a terminal of so many columns that was sent the text: it waits in the last column until one more comes. */
+/** Lines of a terminal of so many columns that was sent the text: the last column is never reached. */
 function screen(text: string): string[] {
   const lines: string[][] = [[]];
   let at = 0;
   for (const part of text.replaceAll(ERASE, "E")) {
     const line = lines.at(-1) ?? [];
-    if (part === "E") line.length = Math.min(at, COLUMNS - 1);
-    else if (part === "\b") at = Math.max(0, Math.min(at, COLUMNS - 1) - 1);
+    if (part === "E") line.length = at;
+    else if (part === "\b") at = Math.max(0, at - 1);
     else if (part === "\n") {
       lines.push([]);
       at = 0;
-    } else if (at === COLUMNS) {
-      lines.push([part]);
-      at = 1;
     } else {
       line[at] = part;
       at += 1;
@@ -49,7 +46,7 @@ test("a word that does not fit moves to the next line", () => {
 });
 
 test("a word that is longer than a line is broken at its end", () => {
-  expect(wrapped(["a abcdefghijklmnopqrstuvwxyz b"])).toEqual(["a abcdefghij", "klmnopqrstuv", "wxyz b"]);
+  expect(wrapped(["a abcdefghijklmnopqrstuvwxyz b"])).toEqual(["a abcdefghi", "jklmnopqrst", "uvwxyz b"]);
 });
 
 test("whatever the pieces, the text is the same but for spaces at breaks, and short words stay whole", () => {
@@ -60,7 +57,7 @@ test("whatever the pieces, the text is the same but for spaces at breaks, and sh
       const pieces = text.match(new RegExp(`.{1,${size}}`, "g")) ?? [];
       const lines = wrapped(pieces);
       expect(lines.join(" ").split(/ +/).filter(Boolean)).toEqual(words);
-      for (const line of lines) expect(line.length).toBeLessThanOrEqual(COLUMNS);
+      for (const line of lines) expect(line.length).toBeLessThan(COLUMNS);
     }),
   );
 });
