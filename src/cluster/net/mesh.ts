@@ -6,6 +6,7 @@ import { hostname, networkInterfaces } from "node:os";
 import { asCaravanError, CaravanError } from "../../errors.ts";
 import type { Logger } from "../../log.ts";
 import { VERSION } from "../../version.ts";
+import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { NodeId } from "../types.ts";
 import { AddressBook, type Candidate } from "./address-book.ts";
 import type { Channel } from "./channel.ts";
@@ -252,7 +253,7 @@ export class Mesh {
       heard.kind === "version"
         ? {
             name: "?",
-            reason: `speaks cluster protocol ${heard.protocol} (caravan ${heard.version}): install the same version on both`,
+            reason: `speaks cluster protocol ${heard.protocol} (caravan ${heard.version}), this node protocol ${CARAVAN_PROTOCOL} (caravan ${VERSION}): install the same version on both`,
           }
         : heard.reason === "name"
           ? { name: heard.beacon.name, reason: `belongs to the cluster "${heard.beacon.cluster}"` }
