@@ -8,6 +8,8 @@ export const MOST_SCHEMA_CHARACTERS = 256 * 1024;
 export const MOST_SCHEMA_DEPTH = 64;
 /** Ways in which anyOf, oneOf and lists of types may be combined at one place. */
 export const MOST_ALTERNATIVES = 256;
+/** Combinations that are looked at for them. */
+export const MOST_PAIRS = 4096;
 /** Values of all enums together. */
 export const MOST_ENUM_VALUES = 10_000;
 /** States of one automaton, of all together, and steps to build them. */

@@ -7,6 +7,8 @@ import { TooLarge } from "./limits.ts";
 const MOST_DIGITS = 15;
 /** Digits behind the point beside those that a bound has. */
 const FRACTION_DIGITS = 6;
+/** Digits before the point of a number that must not be whole. */
+const BROKEN_DIGITS = 9;
 const MOST_MULTIPLE = 5000;
 
 export interface NumberRange {
@@ -16,6 +18,8 @@ export interface NumberRange {
   highExcluded?: boolean;
   /** Only whole numbers. */
   whole: boolean;
+  /** No whole numbers. */
+  broken?: boolean;
   /** Each divides the number; whole numbers above 0. */
   divisors: readonly number[];
 }
@@ -39,6 +43,7 @@ export function numberAutomaton(range: NumberRange, budget: BuildBudget): Dfa | 
     addSide(nfa, minus, end, negativePart(low, high), range.whole);
   }
   let dfa = nfa.determinise(start, new Map([[end, 0]]));
+  if (range.broken && dfa !== undefined) dfa = combine(dfa, fractions(budget), "both", budget);
   for (const divisor of range.divisors)
     dfa = dfa === undefined ? undefined : combine(dfa, multiples(divisor, budget), "both", budget);
   return dfa;
@@ -228,6 +233,29 @@ function key(atLow: boolean, atHigh: boolean, nonZero: boolean): string {
 
 function flags(name: string): [atLow: boolean, atHigh: boolean, nonZero: boolean] {
   return [name[0] === "l", name[1] === "h", name[2] === "n"];
+}
+
+/** Numbers that are not whole, with digits few enough that they are not as doubles either. */
+function fractions(budget: BuildBudget): Dfa {
+  const nfa = new Nfa(budget);
+  const start = nfa.state();
+  const signed = nfa.state();
+  nfa.epsilon(start, signed);
+  nfa.range(start, MINUS, MINUS, signed);
+  const whole = nfa.state();
+  addDigits(nfa, signed, whole, BROKEN_DIGITS);
+  const point = nfa.text(whole, ".");
+  const end = nfa.state();
+  let at = point;
+  for (let i = 0; i < FRACTION_DIGITS; i++) {
+    nfa.range(at, ZERO + 1, ZERO + 9, end);
+    const next = nfa.state();
+    nfa.range(at, ZERO, ZERO + 9, next);
+    at = next;
+  }
+  const dfa = nfa.determinise(start, new Map([[end, 0]]));
+  if (dfa === undefined) throw new TooLarge("no number is left");
+  return dfa;
 }
 
 /** Whole numbers that `divisor` divides. */

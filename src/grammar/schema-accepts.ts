@@ -1,6 +1,7 @@
 // Whether a value satisfies a schema: for the values of enum and const, which must satisfy what stands beside them.
 
-import { type Flat, isRecord, type SchemaReader } from "./schema-reader.ts";
+import { isRecord } from "./schema-keywords.ts";
+import type { Flat, SchemaReader } from "./schema-reader.ts";
 import { arraysOf, numbersOf, objectsOf, type Placed, type Shape, shapeOf, stringsOf } from "./shape.ts";
 
 /** The flat's own keywords only: what it refers to stands beside it in its conjunction. Throws SchemaError. */
@@ -15,7 +16,7 @@ export function acceptsFlat(flat: Flat, value: unknown, reader: SchemaReader): b
   return acceptsShape(shape, value, reader);
 }
 
-function accepts(schemas: Placed[], value: unknown, reader: SchemaReader): boolean {
+export function accepts(schemas: Placed[], value: unknown, reader: SchemaReader): boolean {
   return reader.alternatives(schemas).some((all) => all.every((flat) => acceptsFlat(flat, value, reader)));
 }
 
@@ -32,21 +33,29 @@ function acceptsShape(shape: Shape, value: unknown, reader: SchemaReader): boole
   }
   if (typeof value === "string") {
     if (!types.has("string")) return false;
-    const { min, max, patterns } = stringsOf(shape);
+    const { min, max, patterns, excluded, unmatched } = stringsOf(shape);
+    const found = (pattern: string): boolean => new RegExp(pattern, "u").test(value);
+    if (excluded.includes(value) || unmatched.some(found)) return false;
     const length = [...value].length;
     if (length < min || length > max) return false;
-    return patterns.every(([pattern]) => new RegExp(pattern, "u").test(value));
+    return patterns.every(([pattern]) => found(pattern));
   }
   if (Array.isArray(value)) {
     if (!types.has("array")) return false;
-    const { min, max, items } = arraysOf(shape);
+    const { min, max, items, contains, unique } = arraysOf(shape);
     if (value.length < min || value.length > max) return false;
+    if (unique !== undefined && new Set(value.map(canonicalJson)).size < value.length) return false;
+    if (contains !== undefined) {
+      const count = value.filter((item) => accepts([contains.schema], item, reader)).length;
+      if (count < contains.min || count > contains.max) return false;
+    }
     return value.every((item, i) => accepts(items(i), item, reader));
   }
   if (!isRecord(value) || !types.has("object")) return false;
-  const { min, max, required, schemasOfName } = objectsOf(shape);
+  const { min, max, required, absent, nameSchemas, schemasOfName } = objectsOf(shape);
   const names = Object.keys(value);
-  if (names.length < min || names.length > max) return false;
+  if (names.length < min || names.length > max || names.some((name) => absent.has(name))) return false;
+  if (!names.every((name) => accepts([...nameSchemas], name, reader))) return false;
   if (![...required].every((name) => Object.hasOwn(value, name))) return false;
   return names.every((name) => accepts(schemasOfName(name), value[name], reader));
 }

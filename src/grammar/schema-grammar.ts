@@ -2,11 +2,12 @@
 // of all such texts it accepts those in a usual form: members in the order of the schema, none that the schema does
 // not speak of where it lists any, white space of a line break with its indentation or one blank.
 
-import type { BuildBudget, Dfa, Nfa } from "./automaton.ts";
+import { type BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import type { GrammarBuilder, Part } from "./grammar.ts";
 import { MOST_ENUM_VALUES, MOST_ITEMS, SchemaError, TooLarge } from "./limits.ts";
 import { numberAutomaton } from "./numbers.ts";
 import { characterRun, checkPattern, PatternError } from "./pattern.ts";
+import { accepts, canonicalJson } from "./schema-accepts.ts";
 import { type Conjunction, SchemaReader } from "./schema-reader.ts";
 import {
   type ArrayShape,
@@ -19,8 +20,11 @@ import {
   shapeOf,
   stringsOf,
 } from "./shape.ts";
-import { matchingStrings, otherNames, writeQuoted } from "./strings.ts";
+import { otherNames, stringAutomaton, writeQuoted } from "./strings.ts";
 
+/** Elements that contains may count, and values of which no two may be alike. */
+const MOST_CONTAINED = 100;
+const MOST_DIFFERENT = 8;
 /** Patterns for names: their combinations are told apart. */
 const MOST_NAME_PATTERNS = 4;
 
@@ -29,6 +33,7 @@ export class SchemaGrammar {
   readonly #budget: BuildBudget;
   readonly #reader: SchemaReader;
   readonly #rules = new Map<string, number>();
+  readonly #opposites = new Map<object, unknown>();
   #enumValues = 0;
 
   constructor(builder: GrammarBuilder, budget: BuildBudget, schema: unknown) {
@@ -90,22 +95,24 @@ export class SchemaGrammar {
   }
 
   #string(shape: Shape, start: number, end: number, scalars: Map<string, Part>): void {
-    const { min, max, patterns } = stringsOf(shape);
-    if (patterns.length === 0) {
+    const strings = stringsOf(shape);
+    const { min, max, patterns } = strings;
+    const plain = strings.excluded.length === 0 && strings.unmatched.length === 0;
+    if (patterns.length === 0 && plain) {
       if (min > 2 ** 30) throw new SchemaError(shape.path, "minLength is too large");
       this.#builder.string(start, min, max > 2 ** 30 ? Number.POSITIVE_INFINITY : max, end);
       return;
     }
     for (const [pattern, path] of patterns) this.#checkPattern(pattern, path);
-    const run = patterns.length === 1 ? characterRun(patterns[0]?.[0] ?? "") : undefined;
+    const run = patterns.length === 1 && plain ? characterRun(patterns[0]?.[0] ?? "") : undefined;
     if (run !== undefined) {
       this.#builder.string(start, Math.max(min, run.least), Math.min(max, run.most), end, run.set);
       return;
     }
-    const sources = patterns.map(([pattern]) => pattern);
-    const key = `string ${JSON.stringify([sources, min, String(max)])}`;
+    for (const pattern of strings.unmatched) this.#checkPattern(pattern, shape.path);
+    const key = `string ${JSON.stringify([strings, String(max)])}`;
     const automaton = this.#lazy(patterns[0]?.[1] ?? shape.path, () =>
-      matchingStrings(sources, min, max, this.#budget),
+      stringAutomaton(strings, this.#budget),
     );
     scalars.set(key, { key, write: (nfa, from) => writeQuoted(nfa, from, automaton()), target: end });
   }
@@ -136,7 +143,17 @@ export class SchemaGrammar {
   }
 
   #array(shape: ArrayShape, { path }: Shape, start: number, end: number): void {
-    const { min, prefix } = shape;
+    const { min, prefix, contains } = shape;
+    if (shape.unique !== undefined && shape.max > 1) {
+      this.#set(shape, shape.unique, start, end);
+      return;
+    }
+    /** Elements of what contains asks for that are counted, and whether others must not be such. */
+    const counted =
+      contains === undefined ? 0 : contains.max === Number.POSITIVE_INFINITY ? contains.min : contains.max;
+    const strict = contains !== undefined && contains.max < Number.POSITIVE_INFINITY;
+    if (Math.max(counted, contains?.min ?? 0) > MOST_CONTAINED)
+      throw new SchemaError(path, `contains cannot count more than ${MOST_CONTAINED} elements`);
     if (Math.max(min, prefix) > MOST_ITEMS)
       throw new SchemaError(path, `more than ${MOST_ITEMS} elements cannot be asked for`);
     const asked = Math.min(shape.max, shape.open ? Number.POSITIVE_INFINITY : prefix);
@@ -144,32 +161,99 @@ export class SchemaGrammar {
     if (min > max) return;
     /** With so many elements and no limit, it does not matter how many there are. */
     const enough = max === Number.POSITIVE_INFINITY ? Math.max(min, prefix) : max;
-    const nodes = new Map<number, number>();
-    const open: [node: number, count: number][] = [];
-    const behind = (elements: number): number => {
+    const nodes = new Map<string, number>();
+    const open: [node: number, count: number, found: number][] = [];
+    const behind = (elements: number, found: number): number => {
       const count = Math.min(elements, enough);
-      let node = nodes.get(count);
+      let node = nodes.get(`${count} ${found}`);
       if (node === undefined) {
         node = this.#builder.node();
-        nodes.set(count, node);
-        open.push([node, count]);
+        nodes.set(`${count} ${found}`, node);
+        open.push([node, count, found]);
       }
       return node;
     };
-    const ways = (count: number, first: boolean): Part[] => {
+    const ways = (count: number, found: number, first: boolean): Part[] => {
       const parts: Part[] = [];
       const lead = first ? "[" : ",";
       if (count < max) {
         const element = this.#builder.node();
-        this.#builder.call(element, this.#rule(shape.items(count)), behind(count + 1));
+        const items = shape.items(count);
+        const other: Placed[] =
+          contains === undefined || !strict ? items : [...items, [this.#without(contains.schema), path]];
+        this.#builder.call(element, this.#rule(other), behind(count + 1, found));
+        if (contains !== undefined && found < counted)
+          this.#builder.call(element, this.#rule([...items, contains.schema]), behind(count + 1, found + 1));
         parts.push({ lead, target: element });
       }
+      if (count >= min && found >= (contains?.min ?? 0))
+        parts.push({ lead: first ? "[" : "", text: "]", target: end });
+      return parts;
+    };
+    this.#builder.term(start, ways(0, 0, true), path);
+    for (let next = open.pop(); next !== undefined; next = open.pop())
+      this.#builder.term(next[0], ways(next[1], next[2], false), path);
+  }
+
+  /** The schema's opposite, the same object each time. */
+  #without([schema]: Placed): unknown {
+    if (typeof schema !== "object" || schema === null) return { not: schema };
+    let opposite = this.#opposites.get(schema);
+    if (opposite === undefined) {
+      opposite = { not: schema };
+      this.#opposites.set(schema, opposite);
+    }
+    return opposite;
+  }
+
+  /** Different elements out of a few values. */
+  #set({ min, max, prefix, items, contains }: ArrayShape, path: string, start: number, end: number): void {
+    const values = prefix > 0 || contains !== undefined ? undefined : this.#fewValues(items(0));
+    if (values === undefined)
+      throw new SchemaError(
+        path,
+        `uniqueItems can be enforced where the elements are of ${MOST_DIFFERENT} values at most, and with one element`,
+      );
+    const nodes = new Map<number, number>();
+    const open: [node: number, used: number][] = [];
+    const behind = (used: number): number => {
+      let node = nodes.get(used);
+      if (node === undefined) {
+        node = this.#builder.node();
+        nodes.set(used, node);
+        open.push([node, used]);
+      }
+      return node;
+    };
+    const ways = (used: number, first: boolean): Part[] => {
+      const count = values.filter((_, i) => (used >> i) % 2 === 1).length;
+      const parts: Part[] = [];
+      for (const [i, text] of values.entries())
+        if (count < max && (used >> i) % 2 === 0)
+          parts.push({ lead: first ? "[" : ",", text, target: behind(used | (1 << i)) });
       if (count >= min) parts.push({ lead: first ? "[" : "", text: "]", target: end });
       return parts;
     };
     this.#builder.term(start, ways(0, true), path);
     for (let next = open.pop(); next !== undefined; next = open.pop())
       this.#builder.term(next[0], ways(next[1], false), path);
+  }
+
+  /** The texts of the values that satisfy the schemas, where they are few. */
+  #fewValues(schemas: Placed[]): string[] | undefined {
+    const texts = new Map<string, string>();
+    for (const flats of this.#reader.alternatives(schemas)) {
+      const { values, types } = shapeOf(flats, this.#reader);
+      const all = values ?? [
+        ...(types.has("boolean") ? [true, false] : []),
+        ...(types.has("null") ? [null] : []),
+      ];
+      if (values === undefined && [...types].some((type) => type !== "boolean" && type !== "null"))
+        return undefined;
+      for (const value of all) texts.set(canonicalJson(value), JSON.stringify(value));
+      if (texts.size > MOST_DIFFERENT) return undefined;
+    }
+    return [...texts.values()];
   }
 
   #object(shape: ObjectShape, { path }: Shape, start: number, end: number): void {
@@ -179,25 +263,62 @@ export class SchemaGrammar {
         `${path}/minProperties`,
         "more members than the schema names, and one, cannot be enforced",
       );
-    new ObjectWriter(this.#builder, shape, path, {
+    const { nameSchemas, absent, required } = shape;
+    const allowed = (name: string): boolean =>
+      !absent.has(name) && accepts([...nameSchemas], name, this.#reader);
+    if (![...required].every(allowed)) return;
+    const named = nameSchemas.length === 0 ? shape : { ...shape, names: shape.names.filter(allowed) };
+    new ObjectWriter(this.#builder, named, path, {
       rule: (schemas) => this.#rule(schemas),
       others: this.#others(shape, path),
     }).write(start, end);
   }
 
+  /** Strings that satisfy schemas of names. */
+  #names(schemas: Placed[]): Dfa | undefined {
+    const nfa = new Nfa(this.#budget);
+    const start = nfa.state();
+    const end = nfa.state();
+    for (const flats of this.#reader.alternatives(schemas)) {
+      const shape = shapeOf(flats, this.#reader);
+      if (shape.values !== undefined) {
+        for (const value of shape.values)
+          if (typeof value === "string")
+            nfa.epsilon(nfa.text(start, JSON.stringify(value).slice(1, -1)), end);
+      } else if (shape.types.has("string")) {
+        const strings = stringsOf(shape);
+        for (const [pattern, at] of strings.patterns) this.#checkPattern(pattern, at);
+        const own = nfa.state();
+        nfa.epsilon(start, own);
+        const automaton = stringAutomaton(strings, this.#budget);
+        if (automaton !== undefined) nfa.insert(own, automaton, [end]);
+      }
+    }
+    return nfa.determinise(start, new Map([[end, 0]]));
+  }
+
   /** Names that are not declared, told apart by the patterns that are found in them. */
   #others(shape: ObjectShape, path: string): OtherNames[] {
     if (!shape.open) return [];
-    const { names, patterns, schemasOfOther } = shape;
+    const { names: declared, absent, nameSchemas, patterns, schemasOfOther } = shape;
+    const names = [...declared, ...absent];
+    const nameAutomaton =
+      nameSchemas.length === 0 ? undefined : this.#lazy(path, () => this.#names([...nameSchemas]));
+    const namesKey = nameSchemas.map(([, at]) => at);
     if (patterns.length > MOST_NAME_PATTERNS)
       throw new SchemaError(`${path}/patternProperties`, `more than ${MOST_NAME_PATTERNS} patterns together`);
     for (const pattern of patterns) this.#checkPattern(pattern, `${path}/patternProperties`);
     return Array.from({ length: 2 ** patterns.length }, (_, bits) => {
       const matched = patterns.filter((_, i) => (bits >> i) % 2 === 1);
       const unmatched = patterns.filter((pattern) => !matched.includes(pattern));
-      const automaton = this.#lazy(path, () => otherNames(names, matched, unmatched, this.#budget));
+      const automaton = this.#lazy(path, () => {
+        const others = otherNames(names, matched, unmatched, this.#budget);
+        if (nameAutomaton === undefined) return others;
+        const satisfying = nameAutomaton();
+        return others && satisfying && combine(others, satisfying, "both", this.#budget);
+      });
       return {
-        key: `names ${JSON.stringify([names, matched, unmatched])}`,
+        key: `names ${JSON.stringify([names, matched, unmatched, namesKey])}`,
         automaton,
         schemas: schemasOfOther(new Set(matched)),
       };

@@ -2,9 +2,11 @@
 // at once, split into alternatives without anyOf, allOf, oneOf and $ref. A keyword is enforced, or an annotation that
 // says nothing about validity, or refused with its path; none is passed over.
 
-import { MOST_ALTERNATIVES, MOST_ENUM_VALUES, SchemaError } from "./limits.ts";
+import { MOST_ALTERNATIVES, MOST_ENUM_VALUES, MOST_PAIRS, SchemaError } from "./limits.ts";
+import { ABSENT, MEMBERS, NOT_FOUND, NOT_STRINGS, negated, TYPES_ONLY } from "./negation.ts";
 import { canonicalJson } from "./schema-accepts.ts";
-import { surelyEmpty } from "./shape.ts";
+import { ANNOTATIONS, isRecord, listOf, pointerPart, recordOf } from "./schema-keywords.ts";
+import { surelyEmpty, typesOf } from "./shape.ts";
 
 /** A schema's own keywords. */
 export interface Flat {
@@ -15,25 +17,6 @@ export interface Flat {
 
 /** Schemas that hold together, by identity; ids ascending. Empty = anything. */
 export type Conjunction = readonly Flat[];
-
-/** Say nothing about validity. */
-const ANNOTATIONS: ReadonlySet<string> = new Set([
-  "$id",
-  "$anchor",
-  "$comment",
-  "$defs",
-  "definitions",
-  "title",
-  "description",
-  "default",
-  "examples",
-  "deprecated",
-  "readOnly",
-  "writeOnly",
-  "contentEncoding",
-  "contentMediaType",
-  "contentSchema",
-]);
 
 const TYPES: ReadonlySet<unknown> = new Set([
   "null",
@@ -56,6 +39,8 @@ const isSchema: Check = (value) => typeof value === "boolean" || isRecord(value)
 const isSchemas: Check = (value) => Array.isArray(value) && value.length > 0 && value.every(isSchema);
 const isSchemaMap: Check = (value) => isRecord(value) && Object.values(value).every(isSchema);
 const isStrings: Check = (value) => Array.isArray(value) && value.every(isString);
+
+const isNameLists: Check = (value) => isRecord(value) && Object.values(value).every(isStrings);
 
 /** Keywords that are enforced, and what their value must be. */
 const ENFORCED: ReadonlyMap<string, [is: Check, what: string]> = new Map<string, [Check, string]>([
@@ -101,22 +86,38 @@ const ENFORCED: ReadonlyMap<string, [is: Check, what: string]> = new Map<string,
   ["required", [isStrings, "a list of names"]],
   ["minProperties", [isCount, "a count"]],
   ["maxProperties", [isCount, "a count"]],
+  ["propertyNames", [isSchema, "a schema"]],
+  ["unevaluatedProperties", [isSchema, "a schema"]],
+  ["dependentRequired", [isNameLists, "an object of lists of names"]],
+  ["dependentSchemas", [isSchemaMap, "an object of schemas"]],
+  [
+    "dependencies",
+    [
+      (value) => isRecord(value) && Object.values(value).every((each) => isSchema(each) || isStrings(each)),
+      "an object of schemas and lists of names",
+    ],
+  ],
+  ["contains", [isSchema, "a schema"]],
+  ["minContains", [isCount, "a count"]],
+  ["maxContains", [isCount, "a count"]],
+  ["unevaluatedItems", [isSchema, "a schema"]],
+  ["not", [isSchema, "a schema"]],
+  ["if", [isSchema, "a schema"]],
+  ["then", [isSchema, "a schema"]],
+  ["else", [isSchema, "a schema"]],
 ]);
 
-export function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
-
-/** A part of a JSON pointer. */
-export function pointerPart(name: string | number): string {
-  return encodeURI(String(name).replaceAll("~", "~0").replaceAll("/", "~1"));
-}
+/** What negation.ts says beside them. */
+const INTERNAL: ReadonlySet<string> = new Set([TYPES_ONLY, NOT_STRINGS, NOT_FOUND, ABSENT, MEMBERS]);
 
 export class SchemaReader {
   readonly #root: unknown;
   readonly #flats = new Map<object, Flat>();
   readonly #anchors = new Map<string, [value: unknown, path: string]>();
-  readonly #disjoint = new Set<string>();
+  readonly #disjoint = new Map<string, boolean>();
+  /** Schemas that are made of others, by what they are made of. */
+  readonly #derived = new Map<object, Map<string, unknown[]>>();
+  #negations = 0;
   readonly #values = new Map<object, ReadonlySet<string>>();
 
   /** Throws SchemaError for identifiers that cannot be resolved. */
@@ -137,14 +138,17 @@ export class SchemaReader {
   }
 
   #product(left: readonly Conjunction[], right: readonly Conjunction[], path: string): Conjunction[] {
-    if (left.length * right.length > MOST_ALTERNATIVES)
-      throw new SchemaError(path, `anyOf and oneOf make more than ${MOST_ALTERNATIVES} alternatives here`);
+    if (left.length * right.length > MOST_PAIRS)
+      throw new SchemaError(path, `there are more than ${MOST_ALTERNATIVES} alternatives here`);
     const seen = new Map<string, Conjunction>();
     for (const a of left)
       for (const b of right) {
         const joined = [...new Set([...a, ...b])].sort((x, y) => x.id - y.id);
+        if (typesOf(joined).size === 0) continue;
         seen.set(joined.map(({ id }) => id).join(), joined);
       }
+    if (seen.size > MOST_ALTERNATIVES)
+      throw new SchemaError(path, `there are more than ${MOST_ALTERNATIVES} alternatives here`);
     return [...seen.values()];
   }
 
@@ -156,6 +160,7 @@ export class SchemaReader {
     const { keywords } = flat;
     if (trail.includes(keywords)) throw new SchemaError(path, "it refers to itself without an end");
     const inner = [...trail, keywords];
+    const negations = this.#negations;
     let all: Conjunction[] = [[flat]];
     if (typeof keywords.$ref === "string") {
       const [target, at] = this.resolve(keywords.$ref, `${path}/$ref`);
@@ -164,27 +169,149 @@ export class SchemaReader {
     listOf(keywords.allOf).forEach((part, i) => {
       all = this.#product(all, this.#flatten(part, `${path}/allOf/${i}`, inner), path);
     });
-    for (const name of ["anyOf", "oneOf"]) {
-      if (keywords[name] === undefined) continue;
-      const branches = listOf(keywords[name]).map((part, i) =>
-        this.#flatten(part, `${path}/${name}/${i}`, inner),
+    if (keywords.anyOf !== undefined) {
+      const branches = listOf(keywords.anyOf).flatMap((part, i) =>
+        this.#flatten(part, `${path}/anyOf/${i}`, inner),
       );
-      if (name === "oneOf") this.#checkDisjoint(branches, `${path}/oneOf`);
-      all = this.#product(all, branches.flat(), `${path}/${name}`);
+      all = this.#product(all, branches, `${path}/anyOf`);
     }
-    return all;
+    if (keywords.oneOf !== undefined)
+      all = this.#product(all, this.#exactlyOne(keywords, `${path}/oneOf`, inner), `${path}/oneOf`);
+    if (keywords.not !== undefined)
+      all = this.#product(all, this.#opposite(keywords, "not", keywords.not, `${path}/not`, inner), path);
+    if (keywords.if !== undefined && (keywords.then !== undefined || keywords.else !== undefined))
+      all = this.#product(all, this.#condition(keywords, path, inner), path);
+    for (const [key, ways] of this.#dependencies(keywords)) {
+      const made = this.#derive(keywords, key, () => ways);
+      all = this.#product(
+        all,
+        made.flatMap((way) => this.#flatten(way, `${path}/${key}`, inner)),
+        path,
+      );
+    }
+    if (keywords.unevaluatedProperties === undefined && keywords.unevaluatedItems === undefined) return all;
+    // What stands below a "not" has no say in what is evaluated, but is among the conjunction's schemas.
+    if (this.#negations > negations)
+      throw new SchemaError(path, "unevaluated… cannot be enforced beside not, if and overlapping oneOf");
+    return all.map((conjunction) => this.#closed(keywords, conjunction, path));
   }
 
-  /** oneOf is anyOf where no value can satisfy two branches. Throws SchemaError where that is not plain. */
-  #checkDisjoint(branches: readonly Conjunction[][], path: string): void {
-    if (this.#disjoint.has(path)) return;
-    this.#disjoint.add(path);
-    branches.forEach((branch, i) => {
-      for (const other of branches.slice(i + 1))
-        for (const both of this.#product(branch, other, path))
-          if (!surelyEmpty(both, this))
-            throw new SchemaError(path, "a value might satisfy two of its branches", "Use anyOf.");
+  /** With the rest of members and elements that no schema of the conjunction speaks of. A value that satisfies more of the
+   * schemas than these may have more evaluated: such values are left out. */
+  #closed(keywords: Flat["keywords"], conjunction: Conjunction, path: string): Conjunction {
+    const { unevaluatedProperties: members, unevaluatedItems: elements } = keywords;
+    const key = `unevaluated ${conjunction.map(({ id }) => id).join()}`;
+    const [rest] = this.#derive(keywords, key, () => {
+      const every = conjunction.map((flat) => flat.keywords);
+      const all = (name: string): Record<string, true> =>
+        Object.fromEntries(
+          every.flatMap((each) => Object.keys(recordOf(each[name]))).map((each) => [each, true]),
+        );
+      const prefix = Math.max(0, ...every.map((each) => listOf(each.prefixItems).length));
+      const open = (name: string): boolean => every.some((each) => each[name] !== undefined);
+      return [
+        {
+          ...(members === undefined || open("additionalProperties")
+            ? {}
+            : {
+                ...{ properties: all("properties"), patternProperties: all("patternProperties") },
+                additionalProperties: members,
+              }),
+          ...(elements === undefined || open("items")
+            ? {}
+            : {
+                ...(prefix === 0 ? {} : { prefixItems: Array.from({ length: prefix }, () => true) }),
+                items: elements,
+              }),
+        },
+      ];
     });
+    return [...conjunction, this.#flat(rest, path)].sort((a, b) => a.id - b.id);
+  }
+
+  /** Schemas made of a schema's keywords: the same objects each time, since schemas are told apart by identity. */
+  #derive(keywords: object, key: string, make: () => unknown[]): unknown[] {
+    let made = this.#derived.get(keywords);
+    if (made === undefined) {
+      made = new Map();
+      this.#derived.set(keywords, made);
+    }
+    let schemas = made.get(key);
+    if (schemas === undefined) {
+      schemas = make();
+      made.set(key, schemas);
+    }
+    return schemas;
+  }
+
+  /** The ways not to satisfy `schema`, which is `owner`'s. */
+  #opposite(
+    owner: object,
+    key: string,
+    schema: unknown,
+    path: string,
+    trail: readonly object[],
+  ): Conjunction[] {
+    this.#negations++;
+    const ways = this.#derive(owner, `not ${key}`, () =>
+      negated(schema, path, (reference) => this.resolve(reference, path)[0]),
+    );
+    return ways.flatMap((way) => this.#flatten(way, path, trail));
+  }
+
+  #condition(keywords: Flat["keywords"], path: string, trail: readonly object[]): Conjunction[] {
+    const part = (name: "if" | "then" | "else"): Conjunction[] =>
+      keywords[name] === undefined ? [[]] : this.#flatten(keywords[name], `${path}/${name}`, trail);
+    const not = this.#opposite(keywords, "if", keywords.if, `${path}/if`, trail);
+    return [
+      ...this.#product(part("if"), part("then"), `${path}/then`),
+      ...this.#product(not, part("else"), `${path}/else`),
+    ];
+  }
+
+  /** Either a member is not there, or the others are as well, or its schema holds. */
+  *#dependencies(keywords: Flat["keywords"]): Generator<[key: string, ways: unknown[]]> {
+    for (const name of ["dependentRequired", "dependentSchemas", "dependencies"])
+      for (const [member, what] of Object.entries(recordOf(keywords[name]))) {
+        const then = Array.isArray(what)
+          ? { type: "object", required: [member, ...what] }
+          : { type: "object", required: [member], allOf: [what] };
+        yield [`${name}/${pointerPart(member)}`, [{ [ABSENT]: [member] }, then]];
+      }
+  }
+
+  /** oneOf is anyOf where no value can satisfy two branches; else each branch holds without the others. */
+  #exactlyOne(keywords: Flat["keywords"], path: string, trail: readonly object[]): Conjunction[] {
+    const parts = listOf(keywords.oneOf);
+    const branches = parts.map((part, i) => this.#flatten(part, `${path}/${i}`, trail));
+    if (this.#areDisjoint(branches, path)) return branches.flat();
+    try {
+      return branches.flatMap((branch, i) =>
+        parts.reduce<Conjunction[]>((left, part, j) => {
+          if (i === j) return left;
+          const others = this.#opposite(keywords, `oneOf/${j}`, part, `${path}/${j}`, trail);
+          return this.#product(left, others, path).filter((each) => !surelyEmpty(each, this));
+        }, branch),
+      );
+    } catch (thrown) {
+      if (!(thrown instanceof SchemaError)) throw thrown;
+      throw new SchemaError(
+        path,
+        `a value might satisfy two of its branches, and ${thrown.message.slice(thrown.path.length + 2)}`,
+        "Use anyOf.",
+      );
+    }
+  }
+
+  #areDisjoint(branches: readonly Conjunction[][], path: string): boolean {
+    let disjoint = this.#disjoint.get(path);
+    disjoint ??= branches.every((branch, i) =>
+      branches
+        .slice(i + 1)
+        .every((other) => this.#product(branch, other, path).every((both) => surelyEmpty(both, this))),
+    );
+    this.#disjoint.set(path, disjoint);
+    return disjoint;
   }
 
   /** The values of a schema's enum, in canonical form. */
@@ -203,7 +330,7 @@ export class SchemaReader {
     const before = this.#flats.get(schema);
     if (before !== undefined) return before;
     for (const [name, value] of Object.entries(schema)) {
-      if (ANNOTATIONS.has(name) || name.startsWith("x-")) continue;
+      if (ANNOTATIONS.has(name) || name.startsWith("x-") || INTERNAL.has(name)) continue;
       const rule = ENFORCED.get(name);
       const at = `${path}/${pointerPart(name)}`;
       if (rule === undefined)
@@ -267,8 +394,4 @@ function holdsReference(value: unknown): boolean {
   if (Array.isArray(value)) return value.some(holdsReference);
   if (!isRecord(value)) return false;
   return typeof value.$ref === "string" || Object.values(value).some(holdsReference);
-}
-
-export function listOf(value: unknown): readonly unknown[] {
-  return Array.isArray(value) ? value : [];
 }

@@ -2,28 +2,11 @@
 
 import type { Json } from "../chat/messages.ts";
 import { SchemaError } from "./limits.ts";
+import { ABSENT, MEMBERS, NOT_FOUND, NOT_STRINGS, TYPES_ONLY } from "./negation.ts";
 import type { NumberRange } from "./numbers.ts";
 import { acceptsFlat } from "./schema-accepts.ts";
-import {
-  type Conjunction,
-  type Flat,
-  isRecord,
-  listOf,
-  pointerPart,
-  type SchemaReader,
-} from "./schema-reader.ts";
-
-/** Whole numbers and others are kept apart. */
-export type ValueType = "null" | "boolean" | "integer" | "fraction" | "string" | "array" | "object";
-const ALL_TYPES: readonly ValueType[] = [
-  "null",
-  "boolean",
-  "integer",
-  "fraction",
-  "string",
-  "array",
-  "object",
-];
+import { ALL_TYPES, listOf, pointerPart, recordOf, typesNamed, type ValueType } from "./schema-keywords.ts";
+import type { Conjunction, Flat, SchemaReader } from "./schema-reader.ts";
 
 /** A schema and where it is. */
 export type Placed = readonly [schema: unknown, path: string];
@@ -37,20 +20,20 @@ export interface Shape {
 }
 
 export function shapeOf(flats: Conjunction, reader: SchemaReader): Shape {
-  let types = new Set(ALL_TYPES);
-  for (const { keywords } of flats) {
-    if (keywords.type === undefined) continue;
-    const named = new Set([keywords.type].flat().flatMap(typesNamed));
-    types = types.intersection(named);
-  }
+  const types = typesOf(flats);
   if (types.has("fraction") && flats.some(({ keywords }) => keywords.multipleOf !== undefined))
     types.delete("fraction");
   return { types, values: valuesOf(flats, reader), path: flats[0]?.path ?? "#", flats };
 }
 
-function typesNamed(name: unknown): ValueType[] {
-  if (name === "number") return ["integer", "fraction"];
-  return ALL_TYPES.filter((type) => type === name);
+export function typesOf(flats: Conjunction): Set<ValueType> {
+  let types = new Set(ALL_TYPES);
+  for (const { keywords } of flats) {
+    if (keywords.type !== undefined)
+      types = types.intersection(new Set([keywords.type].flat().flatMap(typesNamed)));
+    if (keywords[TYPES_ONLY] !== undefined) types = types.intersection(new Set(listOf(keywords[TYPES_ONLY])));
+  }
+  return types;
 }
 
 function valuesOf(flats: Conjunction, reader: SchemaReader): Json[] | undefined {
@@ -65,7 +48,11 @@ function valuesOf(flats: Conjunction, reader: SchemaReader): Json[] | undefined 
 
 /** Numbers that the shape allows. Throws SchemaError. */
 export function numbersOf({ flats, types }: Shape): NumberRange {
-  const range: NumberRange & { divisors: number[] } = { whole: !types.has("fraction"), divisors: [] };
+  const range: NumberRange & { divisors: number[] } = {
+    whole: !types.has("fraction"),
+    broken: !types.has("integer"),
+    divisors: [],
+  };
   for (const { keywords, path } of flats) {
     const { minimum, exclusiveMinimum, maximum, exclusiveMaximum, multipleOf } = keywords;
     for (const [bound, excluded] of [
@@ -104,16 +91,24 @@ export interface StringShape {
   max: number;
   /** With the paths of their keywords. */
   patterns: [pattern: string, path: string][];
+  /** What it is not, and patterns that are not found in it. */
+  excluded: string[];
+  unmatched: string[];
 }
 
 export function stringsOf({ flats }: Shape): StringShape {
-  const shape: StringShape = { min: 0, max: Number.POSITIVE_INFINITY, patterns: [] };
+  const shape: StringShape = {
+    ...{ min: 0, max: Number.POSITIVE_INFINITY },
+    ...{ patterns: [], excluded: [], unmatched: [] },
+  };
   for (const { keywords, path } of flats) {
     if (typeof keywords.minLength === "number") shape.min = Math.max(shape.min, keywords.minLength);
     if (typeof keywords.maxLength === "number") shape.max = Math.min(shape.max, keywords.maxLength);
     if (typeof keywords.pattern === "string") shape.patterns.push([keywords.pattern, `${path}/pattern`]);
-    if (typeof keywords.format === "string")
+    if (typeof keywords.format === "string" && !HINTS.has(keywords.format))
       shape.patterns.push([formatPattern(keywords.format, `${path}/format`), `${path}/format`]);
+    shape.excluded.push(...listOf(keywords[NOT_STRINGS]).map(String));
+    shape.unmatched.push(...listOf(keywords[NOT_FOUND]).map(String));
   }
   return shape;
 }
@@ -124,6 +119,13 @@ const TIME = "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d{1,6})?(?:Z|[+-](?:[0
 const BYTE = "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
 const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,20}[A-Za-z0-9])?";
 const WORDS = "[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*";
+const POINTER = "(?:/(?:[A-Za-z0-9_.-]|~[01])*)*";
+const URI = `https?://${LABEL}(?:\\.${LABEL}){0,4}(?::[1-9]\\d{0,3})?(?:/[A-Za-z0-9_.~-]*)*(?:\\?[A-Za-z0-9_.~=&-]*)?`;
+const EMAIL = `^[A-Za-z0-9_+-]+(?:\\.[A-Za-z0-9_+-]+)*@(?:${WORDS}\\.)+[A-Za-z]{2,8}$`;
+const HOST = `^${LABEL}(?:\\.${LABEL}){0,4}$`;
+const BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$";
+/** Formats that say how a string is to be handled, not what it may be. */
+const HINTS: ReadonlySet<string> = new Set(["password", "binary"]);
 /** Strings that are surely of the format; not every one that is. */
 const FORMATS: ReadonlyMap<string, string> = new Map([
   ["date", `^${DATE}$`],
@@ -133,15 +135,23 @@ const FORMATS: ReadonlyMap<string, string> = new Map([
     "duration",
     "^P(?:\\d{1,4}Y(?:\\d{1,2}M(?:\\d{1,2}D)?)?|\\d{1,4}[DW]|T\\d{1,4}(?:H(?:\\d{1,2}M(?:\\d{1,2}S)?)?|M|S))$",
   ],
-  ["email", `^[A-Za-z0-9_+-]+(?:\\.[A-Za-z0-9_+-]+)*@(?:${WORDS}\\.)+[A-Za-z]{2,8}$`],
-  ["hostname", `^${LABEL}(?:\\.${LABEL}){0,4}$`],
+  ["email", EMAIL],
+  ["idn-email", EMAIL],
+  ["hostname", HOST],
+  ["idn-hostname", HOST],
   ["ipv4", `^${BYTE}(?:\\.${BYTE}){3}$`],
   ["ipv6", "^(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}$"],
   ["uuid", "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"],
-  [
-    "uri",
-    `^https?://${LABEL}(?:\\.${LABEL}){0,4}(?::[1-9]\\d{0,3})?(?:/[A-Za-z0-9_.~-]*)*(?:\\?[A-Za-z0-9_.~=&-]*)?$`,
-  ],
+  ["uri", `^${URI}$`],
+  ["iri", `^${URI}$`],
+  ["uri-reference", `^(?:${URI}|(?:/[A-Za-z0-9_.~-]+)+)$`],
+  ["iri-reference", `^(?:${URI}|(?:/[A-Za-z0-9_.~-]+)+)$`],
+  ["uri-template", `^${URI}(?:/\\{[a-z]{1,20}\\})*$`],
+  ["json-pointer", `^${POINTER}$`],
+  ["relative-json-pointer", `^(?:0|[1-9]\\d{0,3})(?:#|${POINTER})$`],
+  ["regex", "^[A-Za-z0-9 _-]*$"],
+  ["byte", BASE64],
+  ["base64", BASE64],
 ]);
 
 /** Formats that can be enforced. */
@@ -163,6 +173,10 @@ export interface ArrayShape {
   open: boolean;
   /** Schemas of the element at an index; the same from `prefix` on. */
   items(index: number): Placed[];
+  /** So many elements satisfy a schema; Infinity = any number. */
+  contains: { schema: Placed; min: number; max: number } | undefined;
+  /** Where it is said that no two elements are alike. */
+  unique: string | undefined;
 }
 
 /** Throws SchemaError. */
@@ -171,14 +185,22 @@ export function arraysOf({ flats }: Shape): ArrayShape {
   let max = Number.POSITIVE_INFINITY;
   let prefix = 0;
   let unique: string | undefined;
+  let contains: ArrayShape["contains"];
   for (const { keywords, path } of flats) {
+    if (keywords.contains !== undefined) {
+      if (contains !== undefined)
+        throw new SchemaError(`${path}/contains`, "contains can be enforced once at a place");
+      contains = {
+        schema: [keywords.contains, `${path}/contains`],
+        min: typeof keywords.minContains === "number" ? keywords.minContains : 1,
+        max: typeof keywords.maxContains === "number" ? keywords.maxContains : Number.POSITIVE_INFINITY,
+      };
+    }
     if (typeof keywords.minItems === "number") min = Math.max(min, keywords.minItems);
     if (typeof keywords.maxItems === "number") max = Math.min(max, keywords.maxItems);
     prefix = Math.max(prefix, listOf(keywords.prefixItems).length);
     if (keywords.uniqueItems === true) unique ??= `${path}/uniqueItems`;
   }
-  if (unique !== undefined && max > 1)
-    throw new SchemaError(unique, "uniqueItems cannot be enforced with more than one element");
   const items = (index: number): Placed[] =>
     flats.flatMap(({ keywords, path }): Placed[] => {
       const own = listOf(keywords.prefixItems);
@@ -186,7 +208,8 @@ export function arraysOf({ flats }: Shape): ArrayShape {
       return keywords.items === undefined ? [] : [[keywords.items, `${path}/items`]];
     });
   const spoken = flats.some(({ keywords }) => keywords.items !== undefined);
-  return { min, max, prefix, open: prefix === 0 || spoken || min > prefix, items };
+  const open = prefix === 0 || spoken || min > prefix || contains !== undefined;
+  return { min, max, prefix, open, items, contains, unique };
 }
 
 export interface ObjectShape {
@@ -199,6 +222,9 @@ export interface ObjectShape {
   /** Whether other names are spoken of; when not, none are written. */
   open: boolean;
   patterns: readonly string[];
+  /** Names that are not there, and what every name satisfies. */
+  absent: ReadonlySet<string>;
+  nameSchemas: readonly Placed[];
   /** Schemas of the value under a declared name. */
   schemasOfName(name: string): Placed[];
   /** Schemas of the value under another name, which exactly these patterns are found in. */
@@ -212,8 +238,15 @@ export function objectsOf({ flats }: Shape): ObjectShape {
   const names = new Set<string>();
   const required = new Set<string>();
   const patterns = new Set<string>();
+  const absent = new Set<string>();
+  const nameSchemas: Placed[] = [];
   let spoken = false;
-  for (const { keywords } of flats) {
+  for (const { keywords, path } of flats) {
+    for (const name of listOf(keywords[ABSENT])) absent.add(String(name));
+    if (keywords.propertyNames !== undefined) {
+      nameSchemas.push([keywords.propertyNames, `${path}/propertyNames`]);
+      spoken = true;
+    }
     if (typeof keywords.minProperties === "number") min = Math.max(min, keywords.minProperties);
     if (typeof keywords.maxProperties === "number") max = Math.min(max, keywords.maxProperties);
     for (const name of Object.keys(recordOf(keywords.properties))) names.add(name);
@@ -239,10 +272,12 @@ export function objectsOf({ flats }: Shape): ObjectShape {
   return {
     min,
     max,
-    names: [...names],
+    names: [...names].filter((name) => !absent.has(name) || required.has(name)),
     required,
     open,
     patterns: [...patterns],
+    absent,
+    nameSchemas,
     schemasOfName,
     schemasOfOther,
   };
@@ -255,6 +290,8 @@ function schemasOf(
 ): Placed[] {
   const own = recordOf(keywords.properties);
   const schemas: Placed[] = [];
+  const members = recordOf(keywords[MEMBERS]);
+  if (name !== undefined && Object.hasOwn(members, name)) return [[members[name], path]];
   if (name !== undefined && Object.hasOwn(own, name))
     schemas.push([own[name], `${path}/properties/${pointerPart(name)}`]);
   for (const [pattern, schema] of Object.entries(recordOf(keywords.patternProperties)))
@@ -271,10 +308,6 @@ function found(pattern: string, name: string, { path }: Flat): boolean {
   } catch {
     throw new SchemaError(`${path}/patternProperties/${pointerPart(pattern)}`, "this is no pattern");
   }
-}
-
-export function recordOf(value: unknown): Readonly<Record<string, unknown>> {
-  return isRecord(value) ? value : {};
 }
 
 /** How deep a proof looks into required properties. */
@@ -299,9 +332,11 @@ export function surelyEmpty(flats: Conjunction, reader: SchemaReader, depth = PR
       return min > max;
     }
     if (type !== "object" || depth === 0) return false;
-    const { required, schemasOfName } = objectsOf(shape);
-    return [...required].some((name) =>
-      reader.alternatives(schemasOfName(name)).every((value) => surelyEmpty(value, reader, depth - 1)),
+    const { required, absent, schemasOfName } = objectsOf(shape);
+    return [...required].some(
+      (name) =>
+        absent.has(name) ||
+        reader.alternatives(schemasOfName(name)).every((value) => surelyEmpty(value, reader, depth - 1)),
     );
   });
 }

@@ -4,6 +4,7 @@ import { BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import { ANY_CHARACTER, addCharacters } from "./characters.ts";
 import { TooLarge } from "./limits.ts";
 import { addPattern } from "./pattern.ts";
+import type { StringShape } from "./shape.ts";
 
 /** A length beside a pattern is counted in states. */
 const MOST_COUNTED = 1000;
@@ -66,6 +67,18 @@ export function matchingStrings(
   return all.reduce((a, b) =>
     a === undefined || b === undefined ? undefined : combine(a, b, "both", budget),
   );
+}
+
+/** Strings of a shape. Throws PatternError, TooLarge. Undefined = there is none. */
+export function stringAutomaton(
+  { patterns, min, max, excluded, unmatched }: StringShape,
+  budget: BuildBudget,
+): Dfa | undefined {
+  const sources = patterns.map(([pattern]) => pattern);
+  const all = matchingStrings(sources, min, max, budget);
+  if (excluded.length === 0 && unmatched.length === 0) return all;
+  const others = otherNames(excluded, [], unmatched, budget);
+  return all && others && combine(all, others, "both", budget);
 }
 
 /** Names that are none of `taken`, in which the patterns of `matched` are found and those of `unmatched` are not. */

@@ -307,12 +307,134 @@ describe("schemas", () => {
     }
   });
 
+  test("take what stands beside not, if, dependencies, contains and the like", () => {
+    const cases: [schema: unknown, yes: string[], no: string[]][] = [
+      [{ not: { type: ["string", "integer"] } }, ["1.5", "null", "[]"], ['"a"', "1", "1.0", "1e3"]],
+      [
+        { not: { enum: ["a", 3, true] } },
+        ['"b"', '""', "2", "3.5", "false", "null"],
+        ['"a"', "3", "3.0", "true"],
+      ],
+      [{ type: "string", not: { pattern: "^a" } }, ['"b"', '""'], ['"a"', '"ab"', "1"]],
+      [{ type: "string", minLength: 1, not: { maxLength: 2 } }, ['"abc"'], ['"ab"']],
+      [{ type: "object", not: { required: ["a"] } }, ["{}", '{"b":1}'], ['{"a":1}']],
+      [
+        { type: "integer", not: { anyOf: [{ minimum: 5 }, { const: 2 }] } },
+        ["1", "3", "4", "-7"],
+        ["2", "5"],
+      ],
+      [
+        {
+          type: "object",
+          properties: { kind: { enum: ["card", "cash"] }, number: { type: "string" } },
+          required: ["kind"],
+          if: { properties: { kind: { const: "card" } }, required: ["kind"] },
+          // biome-ignore lint/suspicious/noThenProperty: the keyword
+          then: { required: ["number"] },
+          else: { properties: { number: false } },
+        },
+        ['{"kind":"card","number":"1"}', '{"kind":"cash"}'],
+        ['{"kind":"card"}', '{"kind":"cash","number":"1"}'],
+      ],
+      [
+        {
+          type: "object",
+          properties: { a: { const: 1 }, b: { const: 2 }, c: { const: 3 } },
+          dependentRequired: { a: ["b"] },
+          dependentSchemas: { c: { required: ["a"] } },
+        },
+        ["{}", '{"b":2}', '{"a":1,"b":2}', '{"a":1,"b":2,"c":3}'],
+        ['{"a":1}', '{"c":3}', '{"b":2,"c":3}', '{"a":1,"c":3}'],
+      ],
+      [
+        {
+          type: "object",
+          propertyNames: { pattern: "^[a-c]+$", maxLength: 2 },
+          additionalProperties: { const: 1 },
+        },
+        ["{}", '{"a":1,"bc":1}'],
+        ['{"d":1}', '{"abc":1}', '{"a":2}'],
+      ],
+      [
+        { type: "object", properties: { x: { const: 1 }, y: {} }, propertyNames: { enum: ["x", "z"] } },
+        ['{"x":1}', '{"x":1,"z":2}'],
+        ['{"y":1}', '{"w":1}'],
+      ],
+      [
+        { type: "array", items: { type: "integer" }, contains: { minimum: 5 }, maxItems: 3 },
+        ["[5]", "[1,2,9]", "[7,8,9]"],
+        ["[]", "[1,2,3]"],
+      ],
+      [
+        { type: "array", items: { enum: [1, 2] }, contains: { const: 1 }, minContains: 2, maxContains: 3 },
+        ["[1,1]", "[2,1,2,1,2,1]"],
+        ["[1]", "[2,2]", "[1,1,1,1]"],
+      ],
+      [
+        { type: "array", items: { enum: ["a", "b", "c"] }, uniqueItems: true, minItems: 1 },
+        ['["a"]', '["b","a","c"]'],
+        ["[]", '["a","a"]', '["a","b","a"]'],
+      ],
+      [
+        {
+          oneOf: [
+            { type: "integer", minimum: 2 },
+            { type: "integer", maximum: 5 },
+          ],
+        },
+        ["1", "6"],
+        ["2", "3", "5", '"a"'],
+      ],
+      [
+        {
+          type: "object",
+          properties: { a: { const: 1 } },
+          anyOf: [{ properties: { b: { const: 2 } }, required: ["b"] }, true],
+          unevaluatedProperties: false,
+        },
+        ["{}", '{"a":1}', '{"a":1,"b":2}'],
+        ['{"c":1}', '{"a":1,"b":2,"c":3}'],
+      ],
+      [
+        {
+          type: "array",
+          prefixItems: [{ const: 1 }],
+          allOf: [{ prefixItems: [true, { const: 2 }] }],
+          unevaluatedItems: false,
+        },
+        ["[]", "[1]", "[1,2]"],
+        ["[1,3]", "[1,2,3]"],
+      ],
+      [
+        { type: "number", not: { type: "integer" }, minimum: 1, maximum: 2 },
+        ["1.5", "1.25"],
+        ["1", "1.0", "2"],
+      ],
+    ];
+    for (const [schema, yes, no] of cases) {
+      const validate = ajv().compile(schema as object);
+      for (const text of yes) {
+        expect([schema, text, takes(bySchema(schema), text)]).toEqual([schema, text, true]);
+        expect([schema, text, validate(JSON.parse(text))]).toEqual([schema, text, true]);
+      }
+      for (const text of no) {
+        expect([schema, text, takes(bySchema(schema), text)]).toEqual([schema, text, false]);
+        expect([schema, text, validate(JSON.parse(text))]).toEqual([schema, text, false]);
+      }
+    }
+  });
+
   test("are refused with the keyword and its path where they cannot be enforced", () => {
     const at = (schema: unknown) => ({ type: "object", properties: { "a/b": schema } });
     const path = "schema: #/properties/a~1b";
     const cases: [schema: unknown, start: string][] = [
-      [at({ not: {} }), `${path}/not: the keyword "not"`],
-      [at({ if: {} }), `${path}/if: `],
+      [at({ $dynamicRef: "#a" }), `${path}/$dynamicRef: the keyword "$dynamicRef"`],
+      [at({ not: { multipleOf: 3 } }), `${path}/not/multipleOf: the opposite of "multipleOf"`],
+      [at({ not: { const: [1] } }), `${path}/not/const: the opposite of "const"`],
+      // biome-ignore lint/suspicious/noThenProperty: the keyword
+      [at({ if: { format: "date" }, then: {} }), `${path}/if/format: the opposite of "format"`],
+      [at({ allOf: [{ contains: { const: 1 } }, { contains: { const: 2 } }] }), `${path}/allOf/1/contains: `],
+      [at({ not: { required: ["a"] }, unevaluatedProperties: false }), `${path}: unevaluated…`],
       [at({ uniqueItems: true, type: "array" }), `${path}/uniqueItems: `],
       [at({ multipleOf: 0.1 }), `${path}/multipleOf: `],
       [at({ pattern: "(?=a)" }), `${path}/pattern: the pattern cannot be enforced: look-around`],
@@ -320,13 +442,13 @@ describe("schemas", () => {
       [at({ pattern: "a(" }), `${path}/pattern: `],
       [at({ pattern: "\\bx" }), `${path}/pattern: `],
       [at({ pattern: "a{3000}" }), `${path}/pattern: `],
-      [at({ format: "iri" }), `${path}/format: `],
+      [at({ format: "colour" }), `${path}/format: `],
       [at({ $ref: "#/$defs/none" }), `${path}/$ref: nothing is at`],
       [at({ $ref: "https://example.org/x" }), `${path}/$ref: `],
       [at({ type: "text" }), `${path}/type: this must be`],
       [at({ minLength: -1 }), `${path}/minLength: this must be`],
       [at({ colour: "red" }), `${path}/colour: the keyword "colour"`],
-      [at({ oneOf: [{ minimum: 1 }, { maximum: 5 }] }), `${path}/oneOf: `],
+      [at({ oneOf: [{ multipleOf: 2 }, { multipleOf: 3 }] }), `${path}/oneOf: a value might satisfy two`],
       [at({ minItems: 5000, type: "array" }), path],
       [at(7), "schema: #/properties: this must be"],
       [{ $ref: "#" }, "schema: #: it refers to itself"],
