@@ -3,6 +3,7 @@
 // message: in between the terminal is in its normal mode, where Ctrl-C is a signal that stops an answer.
 
 import { createInterface } from "node:readline";
+import { ASK_FOR_MARKS, NO_MORE_MARKS, PasteFilter, Pastes } from "./bracketed-paste.ts";
 
 /** Lines that arrive closer together than anybody types were pasted. */
 const PASTE_MS = 15;
@@ -29,6 +30,7 @@ export function messageOf(lines: readonly string[]): string | undefined {
 
 export class TerminalInput {
   #history: string[] = [];
+  readonly #pastes = new Pastes();
 
   constructor(
     private readonly input: NodeJS.ReadStream = process.stdin,
@@ -38,8 +40,11 @@ export class TerminalInput {
   /** Waits for a message. "interrupt": Ctrl-C on an empty line; "end": Ctrl-D. */
   read(): Promise<Typed> {
     return new Promise((resolve) => {
+      const keys = new PasteFilter(this.input, this.#pastes);
+      this.input.pipe(keys);
+      this.output.write(ASK_FOR_MARKS);
       const editor = createInterface({
-        input: this.input,
+        input: keys,
         output: this.output,
         terminal: true,
         historySize: HISTORY_LINES,
@@ -56,7 +61,7 @@ export class TerminalInput {
       };
       const look = () => {
         const text = messageOf(lines);
-        if (text !== undefined) finish({ type: "message", text });
+        if (text !== undefined) finish({ type: "message", text: this.#pastes.filled(text) });
         else {
           editor.setPrompt("... ");
           editor.prompt();
@@ -85,6 +90,9 @@ export class TerminalInput {
       });
       editor.on("close", () => {
         clearTimeout(timer);
+        this.input.unpipe(keys);
+        this.input.pause();
+        this.output.write(NO_MORE_MARKS);
         if (result.type === "end") this.output.write("\n");
         resolve(result);
       });
