@@ -1,6 +1,6 @@
 // executor.cpp — runs compiled kernels. Each GPU thread is a fiber; simdgroup operations and barriers are real rendezvous, so
-// a thread that takes another way is seen. Threadgroups run one after another, on one CPU thread: a kernel that waits for
-// another threadgroup of its dispatch would hang, and is stopped and reported.
+// a thread that takes another way is seen. Threadgroups run one after another, on one CPU thread, also from the last to the first: a
+// kernel that waits for another threadgroup of its dispatch would hang, and is stopped and reported.
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -390,17 +390,19 @@ API int msl_run(const char* kernel, msl_dispatch* d, char* text, size_t text_siz
   for (int k = 0; k < 3; k++) groups[k] = exact ? (d->grid[k] + d->threads[k] - 1) / d->threads[k] : d->groups[k];
   memset(&R.epochs, 0, sizeof R.epochs);
   R.group = 0;
-  for (uint32_t z = 0; z < groups[2]; z++)
-    for (uint32_t y = 0; y < groups[1]; y++)
-      for (uint32_t x = 0; x < groups[0] && !R.fatal; x++) {
-        const uint32_t group[3] = {x, y, z};
-        R.group++;
-        // Threadgroup memory is undefined at the start: all bits set is a NaN or a huge index.
-        if (fixed) memset(__start_msl_tg, 0xFF, fixed);
-        memset(memory, 0xFF, dynamic);
-        place_threads(group, groups, exact);
-        run_threadgroup();
-      }
+  const uint64_t n_groups = (uint64_t)groups[0] * groups[1] * groups[2];
+  // Any order is allowed: one that waits for a threadgroup before it is seen when the last one runs first.
+  const bool backwards = d->flags & MSL_SHUFFLE && d->seed & 1;
+  for (uint64_t i = 0; i < n_groups && !R.fatal; i++) {
+    const uint64_t at = backwards ? n_groups - 1 - i : i;
+    const uint32_t group[3] = {(uint32_t)(at % groups[0]), (uint32_t)(at / groups[0] % groups[1]), (uint32_t)(at / groups[0] / groups[1])};
+    R.group = (uint32_t)at + 1;
+    // Threadgroup memory is undefined at the start: all bits set is a NaN or a huge index.
+    if (fixed) memset(__start_msl_tg, 0xFF, fixed);
+    memset(memory, 0xFF, dynamic);
+    place_threads(group, groups, exact);
+    run_threadgroup();
+  }
   if (R.checking) msl_lines_end();
   if (R.checking) msl_checks_end();
   free(memory);

@@ -10,7 +10,8 @@ extern "C" {
 enum { MSL_BUFFERS = 31 };
 typedef struct { void* p; size_t length; } msl_bound_buffer;
 
-// Flags: report races, bounds and the like (the library must be built with checks); run threads in a random order; with MSL_CHECK,
+// Flags: report races, bounds and the like (the library must be built with checks); run threads in a random order, and with an
+// odd seed threadgroups from the last to the first; with MSL_CHECK,
 // count lines of memory (slow).
 enum { MSL_CHECK = 1, MSL_SHUFFLE = 2, MSL_LINES = 4 };
 

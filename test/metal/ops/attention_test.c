@@ -1,13 +1,14 @@
 /* attention_test.c — rotation, cache writes and attention of the Metal backend against the reference: head dims, groups, page
- * sizes, chunks, ragged batches, contexts that are split, caches of 8 bits. Argument: how many rounds. */
+ * sizes, chunks, ragged batches, contexts that are split, caches of 8 bits. Arguments: how many rounds of random
+ * shapes; `short`: nothing but those, and nothing after a case that fails. */
 #include "ops.h"
 
-enum { MOST_TOKENS = 96, MOST_PAGES = 512 };
+enum { MOST_PAGES = 1024 };
 
 typedef struct {
     size_t head_dim, n_kv, group, page_tokens, chunk;
     uint32_t type, flags; /* type: of activations, and of the cache unless it has 8 bits */
-    bool interleaved, q8;
+    bool interleaved, q8, by_hand; /* by_hand: what is in the cache before the compared step was not computed, but is random */
     size_t n_seqs;
     size_t before[3], now[3]; /* by sequence: tokens in the cache, tokens of the compared step */
 } attention_case;
@@ -22,6 +23,8 @@ typedef struct {
     void *gq, *gk, *gv, *out_gpu;   /* Metal's, typed */
 } bench;
 
+enum { FILL_TOKENS = 24 }; /* of a sequence in a step that fills the cache */
+
 static size_t pages_of(const attention_case *a, size_t tokens) { return (tokens + a->page_tokens - 1) / a->page_tokens; }
 
 /* Caches of all pages for both, and a shuffled page list for each sequence. */
@@ -31,7 +34,12 @@ static void open_bench(bench *b, op_context *c, const attention_case *a) {
     uint32_t order[MOST_PAGES];
     memset(b, 0, sizeof *b);
     b->a = a;
-    for (size_t i = 0; i < a->n_seqs; i++) pages += pages_of(a, a->before[i] + a->now[i]);
+    size_t most = 0, fill = a->by_hand ? 0 : FILL_TOKENS * a->n_seqs; /* tokens of a step */
+    for (size_t i = 0; i < a->n_seqs; i++) {
+        pages += pages_of(a, a->before[i] + a->now[i]);
+        most += a->now[i];
+    }
+    if (most < fill) most = fill;
     for (uint32_t i = 0; i < pages; i++) order[i] = i;
     for (size_t i = pages; i > 1; i--) {
         size_t j = op_below(c, i);
@@ -50,14 +58,14 @@ static void open_bench(bench *b, op_context *c, const attention_case *a) {
     b->cpu_kv = (cv_kv_layer){cpu, cpu + page / 2 * cpu_element, page, head};
     b->gpu_kv = (cv_kv_layer){gpu, gpu + page / 2 * element, page, head};
     size_t heads = a->n_kv * a->group;
-    cv_shape s = {.hidden = 64, .head_dim = a->head_dim, .vocab = 16, .page_tokens = a->page_tokens, .chunk = a->chunk, .max_tokens = MOST_TOKENS, .max_logits = 1, .max_heads = heads, .max_kv_heads = a->n_kv,
+    cv_shape s = {.hidden = 64, .head_dim = a->head_dim, .vocab = 16, .page_tokens = a->page_tokens, .chunk = a->chunk, .max_tokens = most, .max_logits = 1, .max_heads = heads, .max_kv_heads = a->n_kv,
                   .max_ff = 64, .kv_type = kv_type, .act_type = a->type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 16, .rope_interleaved = a->interleaved, .exact = a->type == CV_F32};
     const cv_memory shared = {gpu, pages * page * element};
     op_open(&b->w, c, &s, &shared, 1);
     if (!b->w.gpu) return;
     b->w.exact.kv_type = cpu_type;
     b->w.type = a->type;
-    size_t q = MOST_TOKENS * heads * a->head_dim * sizeof(float);
+    size_t q = most * heads * a->head_dim * sizeof(float);
     b->q = op_alloc(b->w.cpu, q);
     b->k = op_alloc(b->w.cpu, q);
     b->v = op_alloc(b->w.cpu, q);
@@ -119,16 +127,38 @@ static void compare_codes(bench *b) {
     memcpy(cpu, gpu, b->cache_bytes);
 }
 
+/* Random keys and values, the same in both caches; of 8 bits: codes with scales of about 1/127. */
+static void fill_by_hand(bench *b) {
+    const attention_case *a = b->a;
+    size_t element = cv_kv_element_bytes(a->q8 ? CV_Q8 : a->type), n = b->cache_bytes / element;
+    char *gpu = b->gpu_kv.k;
+    float *cpu = b->cpu_kv.k;
+    if (a->q8) {
+        for (size_t at = 0; at < n; at += cv_kv_token_elements(CV_Q8, a->head_dim)) {
+            for (size_t i = 0; i < a->head_dim; i++) gpu[at + i] = (char)(int)(op_number(b->w.c) * 127.0f);
+            for (size_t i = 0; i < a->head_dim / 32; i++) ((float *)(void *)(gpu + at + a->head_dim))[i] = (1.0f + 0.5f * op_number(b->w.c)) / 127.0f;
+        }
+        memcpy(cpu, gpu, n);
+        return;
+    }
+    op_fill(b->w.c, a->type, cpu, n);
+    op_encode(a->type, cpu, gpu, n);
+}
+
 /* Fills the cache in steps, then compares rotated queries and attention of the last step. */
 static void run_case(op_context *c, const attention_case *a) {
     bench b;
     size_t filled[3] = {0}, n[3], heads = a->n_kv * a->group;
     open_bench(&b, c, a);
-    while (b.w.gpu && !c->checks.broken) {
+    if (b.w.gpu && a->by_hand) {
+        fill_by_hand(&b);
+        memcpy(filled, a->before, sizeof filled);
+    }
+    while (b.w.gpu && !a->by_hand && !c->checks.broken) {
         bool more = false;
         for (size_t i = 0; i < a->n_seqs; i++) {
             n[i] = a->before[i] - filled[i];
-            if (n[i] > 24) n[i] = 24;
+            if (n[i] > FILL_TOKENS) n[i] = FILL_TOKENS;
             more = more || n[i];
         }
         if (!more) break;
@@ -153,15 +183,56 @@ static void run_case(op_context *c, const attention_case *a) {
     op_close(&b.w);
 }
 
+static void run_named(op_context *c, const char *what, const attention_case *a) {
+    char name[224];
+    snprintf(name, sizeof name, "%s%s%s, head dim %zu, %zu x %zu heads, pages of %zu, chunk %zu, flags %u, %zu sequences, %zu + %zu tokens in the first", what, op_type(a->type), a->q8 ? ", 8-bit cache" : "", a->head_dim, a->n_kv,
+             a->group, a->page_tokens, a->chunk, a->flags, a->n_seqs, a->before[0], a->now[0]);
+    cv_case(&c->checks, name);
+    run_case(c, a);
+    cv_end_case(&c->checks);
+}
+
+/* Heads of real models and of their slices for 2, 4 and 8 ranks: 16 rows of a batch, and a piece of a prompt. SmolLM2's 3 key heads have
+ * slices of 1 and 2. */
+static void run_models(op_context *c) {
+    static const struct {
+        const char *name;
+        size_t kv_heads, group, head_dim;
+        bool llama4;
+    } models[] = {{"SmolLM2 135M: ", 3, 3, 64, false}, {"Llama 3 8B: ", 8, 4, 128, false}, {"Llama 3 70B: ", 8, 8, 128, false}, {"Llama 4 Scout: ", 8, 5, 128, true}, {"Llama 4 Maverick: ", 8, 5, 128, true}};
+    static const uint32_t types[] = {CV_BF16, CV_F16, CV_F32};
+    for (size_t i = 0; i < sizeof models / sizeof models[0]; i++)
+        for (size_t kv = models[i].kv_heads, k = i; kv; kv = kv == 3 ? 2 : kv / 2, k++) {
+            bool scout = i == 3, narrow = kv <= 2, chunked = models[i].llama4 && k % 2;
+            uint32_t flags = models[i].llama4 && !chunked ? CV_LAYER_TEMPERATURE : CV_LAYER_ROPE | (chunked ? CV_LAYER_CHUNKED : 0) | (scout ? CV_LAYER_QK_NORM : 0);
+            attention_case a = {.head_dim = models[i].head_dim, .n_kv = kv, .group = models[i].group, .page_tokens = 64, .chunk = models[i].llama4 ? 8192 : 0, .type = types[k % 3], .flags = flags,
+                                .interleaved = models[i].llama4, .q8 = k % 4 == 3, .by_hand = true, .n_seqs = 3, .before = {300, narrow && chunked ? 8190 : 130, 5}, .now = {6, 5, 5}};
+            run_named(c, models[i].name, &a);
+            a.now[0] = 40; /* a piece of a prompt beside them */
+            if (narrow) run_named(c, models[i].name, &a);
+        }
+}
+
+/* The longest pieces of prompts, from the start and over a chunk's edge, and contexts whose parts have more than 256 keys. */
+static void run_long(op_context *c) {
+    static const attention_case all[] = {
+        {.head_dim = 32, .n_kv = 1, .group = 1, .page_tokens = 64, .type = CV_F16, .flags = CV_LAYER_ROPE, .by_hand = true, .n_seqs = 1, .now = {2048}},
+        {.head_dim = 32, .n_kv = 1, .group = 1, .page_tokens = 64, .chunk = 8192, .type = CV_BF16, .flags = CV_LAYER_CHUNKED | CV_LAYER_ROPE | CV_LAYER_QK_NORM, .interleaved = true, .by_hand = true, .n_seqs = 1, .before = {7168}, .now = {2048}},
+        {.head_dim = 32, .n_kv = 1, .group = 1, .page_tokens = 64, .type = CV_F32, .q8 = true, .flags = CV_LAYER_TEMPERATURE, .by_hand = true, .n_seqs = 2, .before = {500, 0}, .now = {1024, 1024}},
+        {.head_dim = 64, .n_kv = 1, .group = 5, .page_tokens = 128, .type = CV_BF16, .flags = CV_LAYER_TEMPERATURE, .by_hand = true, .n_seqs = 3, .before = {40000, 16383, 20000}, .now = {1, 2, 1}},
+        {.head_dim = 128, .n_kv = 1, .group = 5, .page_tokens = 128, .type = CV_F32, .q8 = true, .flags = CV_LAYER_TEMPERATURE, .by_hand = true, .n_seqs = 2, .before = {33000, 70}, .now = {1, 1}},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) run_named(c, "", &all[i]);
+}
+
 int main(int argc, char **argv) {
     int rounds = argc > 1 ? atoi(argv[1]) : 1;
     op_context c = {.random = 88172645463325252ull};
     static const uint32_t types[] = {CV_F32, CV_F16, CV_BF16};
     static const size_t dims[] = {16, 32, 64, 128}, groups[] = {1, 3, 4, 5, 8, 10}, pages[] = {16, 32, 64, 128};
     enum { CASES = 24 + 18 }; /* the last ones with a cache of 8 bits */
-    char name[176];
     for (int round = 0; round < rounds; round++)
-        for (size_t i = 0; i < CASES; i++) {
+        for (size_t i = 0; i < CASES && !(argc > 2 && c.checks.failed); i++) {
             size_t chunk = i % 3 == 2 ? 128 : 0, long_one = i % 8 == 3 ? 700 + op_below(&c, 400) : op_below(&c, 90);
             attention_case a = {.head_dim = dims[i < 24 ? i % 4 : 1 + i % 3], .n_kv = 1 + op_below(&c, 2), .group = groups[op_below(&c, 6)], .page_tokens = pages[op_below(&c, 4)], .chunk = chunk, .type = types[i < 24 ? i / 4 % 3 : i / 3 % 3],
                                 .flags = (chunk ? CV_LAYER_CHUNKED : 0) | (i & 1 ? CV_LAYER_ROPE : 0) | (i & 2 ? CV_LAYER_QK_NORM : 0) | (i & 4 ? CV_LAYER_TEMPERATURE : 0), .interleaved = op_below(&c, 2), .q8 = i >= 24,
@@ -171,11 +242,11 @@ int main(int argc, char **argv) {
                 a.before[s] = s ? op_below(&c, 40) : long_one;
                 a.now[s] = few ? 1 + op_below(&c, 3) : 12 + op_below(&c, 20);
             }
-            snprintf(name, sizeof name, "%s%s, head dim %zu, %zu x %zu heads, pages of %zu, chunk %zu, flags %u, %zu sequences, %zu + %zu tokens in the first", op_type(a.type), a.q8 ? ", 8-bit cache" : "", a.head_dim, a.n_kv, a.group, a.page_tokens, chunk, a.flags, a.n_seqs, a.before[0],
-                     a.now[0]);
-            cv_case(&c.checks, name);
-            run_case(&c, &a);
-            cv_end_case(&c.checks);
+            run_named(&c, "", &a);
         }
+    if (argc < 3) {
+        run_models(&c);
+        run_long(&c);
+    }
     return cv_report(&c.checks);
 }

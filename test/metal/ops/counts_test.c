@@ -17,7 +17,8 @@ static size_t scale_size(uint32_t type) { return type == CV_F32 ? 4 : type == CV
 /* Bytes of codes, scales and biases of `experts` of its experts. */
 static double weight_bytes(const cv_weight *w, const op_format *f, size_t experts) {
     double groups = f->group ? (double)(w->cols / f->group) : 0, parts = f->format == CV_FORMAT_AFFINE ? 2 : groups > 0 ? 1 : 0;
-    return (double)experts * (double)w->rows * ((double)op_row_bytes(f, w->cols) + parts * groups * (double)scale_size(f->scale_type));
+    double rows = (double)experts * (double)w->rows * ((double)op_row_bytes(f, w->cols) + parts * groups * (double)scale_size(f->scale_type));
+    return rows + (f->global ? (double)experts * sizeof(float) : 0);
 }
 
 /* A matrix without gaps that begins with a line, as MLX's files have them. */
@@ -127,19 +128,16 @@ int main(void) {
         fputs("CARAVAN_METAL_LIBRARY must name the fake runtime, FAKEMETAL_CHECKED and FAKEMETAL_LINES must be set\n", stderr);
         return 2;
     }
-    static const op_format formats[] = {
-        {CV_FORMAT_AFFINE, 4, 64, CV_BF16, false}, {CV_FORMAT_AFFINE, 8, 64, CV_BF16, false}, {CV_FORMAT_AFFINE, 6, 32, CV_F16, false}, {CV_FORMAT_AFFINE, 3, 64, CV_BF16, false},
-        {CV_FORMAT_BF16, 0, 0, 0, false}, {CV_FORMAT_MXFP4, 0, 32, CV_E8M0, false},
-    };
     static const uint32_t types[] = {CV_BF16, CV_F16, CV_F32};
     static const size_t tokens[] = {1, 16, 2, 5, 8, 9, 12};
     enum { TOKENS = sizeof tokens / sizeof tokens[0] };
     char name[96];
-    for (size_t i = 0; i < sizeof formats / sizeof formats[0]; i++)
+    for (size_t i = 0; i < OP_FORMATS; i++)
         for (size_t k = 0; k < TOKENS; k++) {
-            const op_format *f = &formats[i];
-            if (i && k > 1) continue; /* the common format with all counts, others with one token and sixteen */
-            snprintf(name, sizeof name, "format %u, %u bits, groups of %u, %s; %zu tokens", f->format, f->bits, f->group, op_type(types[(i + k) % 3]), tokens[k]);
+            const op_format *f = &op_formats[i];
+            bool common = f->bits == 4 && f->group == 64;
+            if (!common && k != 1) continue; /* the common format with all counts, others with sixteen tokens */
+            snprintf(name, sizeof name, "format %u, %u bits, groups of %u%s, %s; %zu tokens", f->format, f->bits, f->group, f->global ? ", global scale" : "", op_type(types[(i + k) % 3]), tokens[k]);
             cv_case(&c.checks, name);
             count_dense(&c, types[(i + k) % 3], f, tokens[k]);
             count_experts(&c, types[(i + k) % 3], f, tokens[k], 1 + k % 2);

@@ -152,6 +152,8 @@ static inline cv_weight *op_weight(op_context *c, const op_format *f, size_t exp
 
 /* ---- two backends ---- */
 
+enum { OP_MOST_TOKENS = 2048 }; /* of a step: the largest piece of a prompt */
+
 typedef struct {
     op_context *c;
     cv_shape shape, exact; /* Metal's; the reference's */
@@ -160,8 +162,8 @@ typedef struct {
     uint32_t type;
     cv_batch batch;
     cv_seq seqs[8];
-    uint32_t tokens[512], token_seq[512];
-    uint64_t positions[512];
+    uint32_t tokens[OP_MOST_TOKENS], token_seq[OP_MOST_TOKENS];
+    uint64_t positions[OP_MOST_TOKENS];
 } op_world;
 
 static inline void op_open(op_world *w, op_context *c, const cv_shape *shape, const cv_memory *shared, size_t n_shared) {

@@ -1,8 +1,9 @@
 /* products_test.c — embedding, products, MLP, experts and logits of the Metal backend against the reference, over formats, types
- * and numbers of tokens. Argument: how many rounds (each draws shapes anew). */
+ * and numbers of tokens. Arguments: how many rounds (each draws shapes anew); `short`: nothing but
+ * those, and nothing after a case that fails. */
 #include "ops.h"
 
-enum { MOST = 96 };
+enum { MOST = 96 }; /* tokens of most cases; a prompt's longest piece has OP_MOST_TOKENS */
 
 static const size_t token_counts[] = {1, 2, 3, 5, 8, 9, 16, 17, 40, 70};
 enum { COUNTS = sizeof token_counts / sizeof token_counts[0] };
@@ -28,17 +29,18 @@ static void fill_h(bench *b) {
 }
 
 static void open_bench(bench *b, op_context *c, uint32_t type, size_t hidden, size_t n_experts, size_t chosen, size_t ff, size_t n) {
-    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = MOST, .max_logits = MOST, .max_heads = 32,
+    size_t room = n > MOST ? n : MOST;
+    cv_shape s = {.hidden = hidden, .head_dim = 32, .vocab = 300, .n_experts = n_experts, .experts_per_token = chosen, .page_tokens = 16, .chunk = 0, .max_tokens = room, .max_logits = room, .max_heads = 32,
                   .max_kv_heads = 4, .max_ff = ff, .kv_type = type, .norm_eps = 1e-5f, .qk_norm_eps = 1e-6f, .exact = type == CV_F32};
     memset(b, 0, sizeof *b);
     op_open(&b->w, c, &s, NULL, 0);
     if (!b->w.gpu) return;
     size_t widest = hidden > ff ? hidden : ff;
     if (widest < 300) widest = 300;
-    b->h_cpu = op_alloc(b->w.cpu, MOST * hidden * sizeof(float));
-    b->h_gpu = op_alloc(b->w.gpu, MOST * hidden * sizeof(float));
-    b->a_cpu = op_alloc(b->w.cpu, MOST * widest * sizeof(float));
-    b->a_gpu = op_alloc(b->w.gpu, MOST * widest * sizeof(float));
+    b->h_cpu = op_alloc(b->w.cpu, room * hidden * sizeof(float));
+    b->h_gpu = op_alloc(b->w.gpu, room * hidden * sizeof(float));
+    b->a_cpu = op_alloc(b->w.cpu, room * widest * sizeof(float));
+    b->a_gpu = op_alloc(b->w.gpu, room * widest * sizeof(float));
     b->norm = vector_of(c, hidden);
     b->n = n;
     op_plain_batch(&b->w, n);
@@ -132,7 +134,7 @@ static void test_head(op_context *c, uint32_t type, const op_format *f, size_t n
     bench b;
     open_bench(&b, c, type, 256, 0, 0, 256, n);
     cv_weight *head = op_weight(c, f, 1, 300, 256);
-    uint32_t rows[MOST];
+    uint32_t rows[MOST]; /* n_rows */
     for (size_t i = 0; i < n_rows; i++) rows[i] = (uint32_t)op_below(c, n);
     if (b.w.gpu && op_begin(&b.w)) {
         int code = b.w.cpu->ops->head(b.w.cpu, b.h_cpu, rows, n_rows, b.norm, head, b.a_cpu) | b.w.gpu->ops->head(b.w.gpu, b.h_gpu, rows, n_rows, b.norm, head, b.a_gpu);
@@ -200,7 +202,7 @@ int main(int argc, char **argv) {
     char name[128];
     static const uint32_t types[] = {CV_F32, CV_F16, CV_BF16};
     for (int round = 0; round < rounds; round++)
-        for (size_t i = 0; i < OP_FORMATS; i++) {
+        for (size_t i = 0; i < OP_FORMATS && !(argc > 2 && c.checks.failed); i++) {
             const op_format *f = &op_formats[i], *g = &op_formats[op_below(&c, OP_FORMATS)];
             uint32_t type = types[(i + (size_t)round) % 3];
             size_t n = token_counts[(i + (size_t)round) % COUNTS], m = token_counts[op_below(&c, COUNTS)];
@@ -218,7 +220,18 @@ int main(int argc, char **argv) {
             test_head(&c, type, f, m, n);
             cv_end_case(&c.checks);
         }
-    if (!getenv("FAKEMETAL_FAST_MATH")) { /* which the backend turns off for this very reason */
+    for (size_t i = 0; i < 3 && argc < 3; i++) {
+        const op_format *f = &op_formats[5 + i];
+        snprintf(name, sizeof name, "a prompt's piece of %d tokens, %s, %u bits in groups of %u, 16 and 128 experts", OP_MOST_TOKENS, op_type(types[i]), f->bits, f->group);
+        cv_case(&c.checks, name);
+        test_qkv(&c, types[i], (const op_format *[]){f, f, f}, OP_MOST_TOKENS, 128, false);
+        test_linear(&c, types[i], f, OP_MOST_TOKENS - 5, 100, 128, true);
+        test_mlp(&c, types[i], f, f, f, OP_MOST_TOKENS, false);
+        test_experts(&c, types[i], f, f, OP_MOST_TOKENS, i == 1 ? 128 : 16, 1, true);
+        test_head(&c, types[i], f, OP_MOST_TOKENS, 16);
+        cv_end_case(&c.checks);
+    }
+    if (argc < 3 && !getenv("FAKEMETAL_FAST_MATH")) { /* which the backend turns off for this very reason */
         cv_case(&c.checks, "a row has the same bits in a batch as alone");
         for (size_t i = 0; i < 6; i++) test_rows_alone(&c, types[i % 3], &op_formats[5 + i], (const size_t[]){7, 16, 11}[i % 3], i < 3);
         for (size_t i = 0; i < 3; i++) test_experts_alone(&c, types[i], &op_formats[5 + i], i == 0 ? 16 : 5 * i, 1 + i);

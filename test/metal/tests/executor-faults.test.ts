@@ -142,6 +142,31 @@ CASES.forEach(([what, , message], i) => {
   });
 });
 
+const FIRST_WAITS = "if (i == 64) atomic_store_explicit(c, 9u, memory_order_relaxed);";
+const LAST_WAITS = "if (i == 0) atomic_store_explicit(c, 9u, memory_order_relaxed);";
+const WAIT = "while (atomic_load_explicit(c, memory_order_relaxed) != 9u) {}";
+withClang("a kernel that waits for another threadgroup is reported, whichever waits for which", () => {
+  const path = join(dir, "wait.metal");
+  const kernel = (name: string, body: string) =>
+    `kernel void ${name}(${PARAMETERS}) {\n${body}\na[i] = 0;\n}\n`;
+  writeFileSync(
+    path,
+    `#include <metal_stdlib>\nusing namespace metal;\n${kernel("first", `${FIRST_WAITS} if (i == 0) ${WAIT}`)}${kernel("last", `${LAST_WAITS} if (i == 64) ${WAIT}`)}`,
+  );
+  expect(build({ path }, join(dir, "wait.so"), { checked: true })).toEqual([]);
+  const waiting = new KernelLibrary(join(dir, "wait.so"));
+  const lines = (name: string, shuffle: number) =>
+    waiting
+      .run(name, {
+        buffers: [new Float32Array(128), new Float32Array(128), new Uint32Array(2), new Uint32Array(1)],
+        ...{ groups: [2, 1, 1], threads: [64, 1, 1], threadgroupLengths: [256], check: true, shuffle },
+      })
+      .lines.join("\n");
+  expect(lines("first", 2)).toMatch(/SPIN.*another threadgroup/);
+  expect(lines("last", 3)).toMatch(/SPIN.*another threadgroup/);
+  expect([lines("first", 3), lines("last", 2)]).toEqual(["", ""]); // hence both orders
+});
+
 withClang("a shuffled order shows a missing barrier in the result, without checks", () => {
   const path = join(dir, "order.metal");
   writeFileSync(

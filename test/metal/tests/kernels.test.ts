@@ -2,7 +2,15 @@
 // numbers; and faults that are put into the kernels are caught by the tools that should catch them.
 
 import { afterAll, expect, test } from "bun:test";
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { build, check } from "../compiler/compile.ts";
@@ -165,6 +173,63 @@ withClang("a bound that is off by one in a kernel is reported", () => {
   // The row's next element is another row's: only the last row reads outside.
   expect(runNorm(source, "bound").lines.join("\n")).toMatch(/OUT OF BOUNDS: read/);
 });
+
+/** Faults in kernels of the backend, one text of a family replaced, that its operations' tests must catch when they run checked. */
+const PROGRAMS = join(ROOT, "build/metal");
+const BACKEND_FAULTS: [what: string, program: string, from: string, to: string, message: RegExp][] = [
+  [
+    "a missing barrier in decode attention",
+    "attention_test",
+    "threadgroup_barrier(mem_flags::mem_threadgroup);\n  for (uint i = thread_index; i < heads * D",
+    "for (uint i = thread_index; i < heads * D",
+    /RACE|UNINITIALISED/,
+  ],
+  [
+    "a bound of decode attention that is off by one",
+    "attention_test",
+    "const uint to = min(from + size, keys);",
+    "const uint to = min(from + size, keys + 1);",
+    /should be|OUT OF BOUNDS/,
+  ],
+  [
+    "a wrong stride of an 8-bit cache",
+    "attention_test",
+    "ulong(last % p.page_tokens) * cache_token(d)",
+    "ulong(last % p.page_tokens) * d",
+    /should be|differ|RACE/,
+  ],
+  [
+    "a missing barrier in the matrix product",
+    "products_test",
+    "threadgroup_barrier(mem_flags::mem_threadgroup);\n    for (uint kk",
+    "for (uint kk",
+    /RACE|UNINITIALISED/,
+  ],
+  [
+    "a bound of the embedding that is off by one",
+    "products_test",
+    "at.x >= p.a.cols / 16",
+    "at.x > p.a.cols / 16",
+    /OUT OF BOUNDS|RACE/,
+  ],
+];
+const withBackend = test.skipIf(
+  !ready || (process.env.CARAVAN_METAL_LIBRARY ?? "") === "" || !existsSync(join(PROGRAMS, "products_test")),
+);
+for (const [what, program, from, to, message] of BACKEND_FAULTS)
+  withBackend(
+    `${what} fails the backend's tests`,
+    async () => {
+      const run = Bun.spawn([join(PROGRAMS, program), "1", "short"], {
+        ...{ stdout: "pipe", stderr: "pipe" },
+        env: { ...process.env, FAKEMETAL_CHECKED: "1", FAKEMETAL_EDIT: `${from}=>${to}` },
+      });
+      const [out, code] = await Promise.all([run.stdout.text(), run.exited]);
+      expect(code).not.toBe(0);
+      expect(out).toMatch(message);
+    },
+    180_000,
+  );
 
 withClang("a wrong stride in a kernel is reported or gives wrong numbers", () => {
   const source = withFault("stride", "rows.metal", ": row) * p.hidden;", ": row) * (p.hidden - 1);");

@@ -113,9 +113,14 @@ METAL_FUNC void load16(Format f, device const uchar* row, uint chunk, thread flo
         default: unpack16<8>(row, chunk, v);
       }
       break;
-    case FORMAT_MXFP8:
-      for (uint i = 0; i < 16; i++) v[i] = from_e4m3(row[chunk * 16 + i]);
+    case FORMAT_MXFP8: {
+      device const uint* p = (device const uint*)row + chunk * 4;
+      for (uint i = 0; i < 4; i++) {
+        const uint w = p[i];
+        for (uint j = 0; j < 4; j++) v[4 * i + j] = from_e4m3((w >> (8 * j)) & 255u);
+      }
       break;
+    }
     default: {
       device const uint* p = (device const uint*)row + chunk * 2;
       const uint w[2] = {p[0], p[1]};
