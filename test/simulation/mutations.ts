@@ -83,9 +83,9 @@ const MUTATIONS: readonly Mutation[] = [
   },
   {
     name: "an instance is called ready before all of its ranks are",
-    file: "instance-life.ts",
-    find: 'if (ranks.every(({ state }) => state?.phase === "ready")) {',
-    put: 'if (ranks.some(({ state }) => state?.phase === "ready")) {',
+    file: "instance-loading.ts",
+    find: 'if (ranks.every(({ state }) => state?.phase === "ready")) return',
+    put: 'if (ranks.some(({ state }) => state?.phase === "ready")) return',
   },
   {
     name: "runners' news of an earlier epoch counts",
