@@ -5,7 +5,8 @@ import { BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import { ANY_CHARACTER, addRawCharacters, characterSet, inverse } from "./characters.ts";
 import { type Grammar, GrammarBuilder, type Part, writeSpace } from "./grammar.ts";
 import { SchemaError, TooLarge } from "./limits.ts";
-import { colon, SchemaGrammar } from "./schema-grammar.ts";
+import { colon } from "./object-writer.ts";
+import { SchemaGrammar } from "./schema-grammar.ts";
 import type { GrammarSpec } from "./spec.ts";
 
 /** Throws unsupported_parameter, its `param` the specification's and its message with the path in the schema. */
