@@ -11,7 +11,8 @@
 #include "../../engine/error.h"
 #include "../cpu/number_formats.h"
 
-enum { HIDDEN = 256, WIDTH = 128, VOCAB = 300, EXPERTS = 16, TYPES = 3, COUNTS = 4, PAGE = 16, PRODUCTS = CV_SELFTEST_FORMATS * TYPES, DIMS = 4, KINDS = 3, ATTENTIONS = DIMS * TYPES * KINDS };
+enum { HIDDEN = 256, WIDTH = 128, VOCAB = 300, EXPERTS = 16, TYPES = 3, COUNTS = 4, PAGE = 16, PRODUCTS = CV_SELFTEST_FORMATS * TYPES, DIMS = 4, KINDS = 3, ATTENTIONS = DIMS * TYPES * KINDS,
+       CACHES8 = (DIMS - 1) * TYPES * KINDS /* the same with a cache of 8 bits, which heads of 16 do not have */ };
 static const uint32_t types[TYPES] = {CV_F32, CV_F16, CV_BF16};
 static const char *const type_names[TYPES] = {"float32", "float16", "bfloat16"};
 
@@ -155,18 +156,47 @@ static void products(size_t format, uint32_t type, verdict *v) {
 
 /* ---- attention ---- */
 
+/* A cache of 8 bits with random codes, whose scales make them numbers of the order of 1. */
+static void *codes(cv_selftest *t, size_t bytes, size_t head_dim) {
+    size_t token = cv_kv_token_elements(CV_Q8, head_dim);
+    char *p = cv_selftest_memory(t, bytes);
+    for (size_t at = 0; p && at < bytes; at += token) {
+        for (size_t i = 0; i < head_dim; i++) p[at + i] = (char)(int)(cv_selftest_number(t) * 127.0f);
+        for (size_t i = 0; i < head_dim / 32; i++) ((float *)(void *)(p + at + head_dim))[i] = (1.0f + 0.5f * cv_selftest_number(t)) / 127.0f;
+    }
+    return p;
+}
+
+/* The GPU's cache of 8 bits beside the CPU's: rounding in the last place may move a code by one, and no more. The CPU's becomes the GPU's,
+ * so that attention is compared over the same cache. */
+static void compare_codes(verdict *v, char *cpu, const char *gpu, size_t bytes, size_t head_dim) {
+    double worst = 0;
+    for (size_t at = 0; at < bytes; at += cv_kv_token_elements(CV_Q8, head_dim)) {
+        const float *x = (const float *)(const void *)(cpu + at + head_dim), *y = (const float *)(const void *)(gpu + at + head_dim);
+        for (size_t i = 0; i < head_dim; i++) worst = fmax(worst, abs((int)(int8_t)cpu[at + i] - (int)(int8_t)gpu[at + i]) / 1.5);
+        for (size_t i = 0; i < head_dim / 32; i++) worst = fmax(worst, fabs((double)x[i] - y[i]) / (1e-6 * fabs((double)x[i]) + 1e-30));
+    }
+    if (worst > v->worst && worst > 1) {
+        v->worst = worst;
+        snprintf(v->where, sizeof v->where, "the cache's codes and scales");
+    }
+    memcpy(cpu, gpu, bytes);
+}
+
 /* kind 0: a few tokens behind a short context, 1: a long context that is split, 2: a prompt in chunks. Two sequences. */
-static void attention(size_t head_dim, uint32_t type, size_t kind, verdict *v) {
+static void attention(size_t head_dim, uint32_t type, size_t kind, bool q8, verdict *v) {
     enum { KV_HEADS = 2, GROUP = 5, HEADS = KV_HEADS * GROUP, SEQS = CV_SELFTEST_SEQS };
-    const size_t before = kind == 1 ? 600 : kind == 0 ? 21 : 0, now = kind == 2 ? 20 : 1, chunk = kind == 2 ? PAGE : 0, pages = (before + now + PAGE - 1) / PAGE, n = SEQS * now, head = PAGE * head_dim, page = 2 * KV_HEADS * head;
+    const size_t before = kind == 1 ? 600 : kind == 0 ? 21 : 0, now = kind == 2 ? 20 : 1, chunk = kind == 2 ? PAGE : 0, pages = (before + now + PAGE - 1) / PAGE, n = SEQS * now, head = PAGE * cv_kv_token_elements(q8 ? CV_Q8 : type, head_dim), page = 2 * KV_HEADS * head;
     const uint32_t flags = CV_LAYER_ROPE | CV_LAYER_QK_NORM | (kind == 2 ? CV_LAYER_CHUNKED : CV_LAYER_TEMPERATURE);
-    const cv_shape shape = {.hidden = 64, .head_dim = head_dim, .vocab = 16, .vocab_rows = 16, .page_tokens = PAGE, .chunk = chunk, .max_tokens = CV_SELFTEST_TOKENS, .max_logits = 1, .max_heads = HEADS, .max_kv_heads = KV_HEADS,
+    const cv_shape shape = {.hidden = 64, .head_dim = head_dim, .vocab = 16, .vocab_rows = 16, .page_tokens = PAGE, .chunk = chunk, .kv_type = q8 ? CV_Q8 : type, .max_tokens = CV_SELFTEST_TOKENS, .max_logits = 1, .max_heads = HEADS, .max_kv_heads = KV_HEADS,
                             .max_ff = 64, .norm_eps = 1e-5f, .qk_norm_eps = 1e-5f, .attn_scale = 0.1f, .floor_scale = 16};
     cv_selftest t = {0};
     v->code = cv_selftest_open(&t, &shape, type, true, (cv_err){v->text, sizeof v->text});
-    size_t cache = SEQS * pages * page, element = cv_selftest_element(type), values = n * HEADS * head_dim;
-    float *kv = v->code ? NULL : cv_selftest_numbers(&t, type, cache), *q[3] = {NULL}, *out = NULL;
-    void *gpu_kv = v->code ? NULL : cv_selftest_encoded(&t, type, kv, cache), *gpu_q[3] = {NULL}, *gpu_out = NULL;
+    size_t cache = SEQS * pages * page, element = q8 ? 1 : cv_selftest_element(type), cpu_element = q8 ? 1 : sizeof(float), values = n * HEADS * head_dim;
+    float *q[3] = {NULL}, *out = NULL;
+    void *kv = v->code ? NULL : q8 ? codes(&t, cache, head_dim) : (void *)cv_selftest_numbers(&t, type, cache), *gpu_q[3] = {NULL}, *gpu_out = NULL;
+    void *gpu_kv = v->code ? NULL : q8 ? cv_selftest_memory(&t, cache) : cv_selftest_encoded(&t, type, kv, cache);
+    if (q8 && kv && gpu_kv) memcpy(gpu_kv, kv, cache);
     uint32_t *list = v->code ? NULL : cv_selftest_memory(&t, SEQS * pages * sizeof *list);
     for (int i = 0; !v->code && i < 3; i++) {
         q[i] = cv_selftest_numbers(&t, type, values);
@@ -186,10 +216,14 @@ static void attention(size_t head_dim, uint32_t type, size_t kind, verdict *v) {
             }
         }
         t.batch = (cv_batch){.n_seqs = SEQS, .n_tokens = n, .seqs = t.seqs, .tokens = t.tokens, .positions = t.positions, .token_seq = t.token_seq};
-        const cv_kv_layer cpu = {kv, kv + page / 2, page, head}, gpu = {gpu_kv, (char *)gpu_kv + page / 2 * element, page, head};
+        const cv_kv_layer cpu = {kv, (char *)kv + page / 2 * cpu_element, page, head}, gpu = {gpu_kv, (char *)gpu_kv + page / 2 * element, page, head};
         const cv_backend_ops *x = t.cpu->ops, *y = t.gpu->ops;
         if (begin(&t, v)) {
             int code = x->rope_store(t.cpu, flags, HEADS, KV_HEADS, q[0], q[1], q[2], &cpu) | y->rope_store(t.gpu, flags, HEADS, KV_HEADS, gpu_q[0], gpu_q[1], gpu_q[2], &gpu);
+            if (q8 && finish(&t, v, code)) {
+                compare_codes(v, kv, gpu_kv, cache, head_dim);
+                code = !begin(&t, v);
+            }
             if (!code) code = x->attention(t.cpu, flags, HEADS, KV_HEADS, q[0], &cpu, out) | y->attention(t.gpu, flags, HEADS, KV_HEADS, gpu_q[0], &gpu, gpu_out);
             if (finish(&t, v, code)) {
                 compare(&t, v, "rotated queries", n, type, gpu_q[0], q[0], values, bound_of(type));
@@ -206,16 +240,17 @@ int cv_metal_selftest(uint32_t index, uint32_t has_bfloat, char *out, size_t out
     static const size_t dims[DIMS] = {16, 32, 64, 128};
     static const char *const kinds[KINDS] = {"decoding", "decoding behind a long context", "a prompt in chunks"};
     cv_err err = {text, text_size};
-    if (!out || !out_size || index >= PRODUCTS + ATTENTIONS) return cv_fail(err, CV_E_ARGUMENT, "there are %d cases", PRODUCTS + ATTENTIONS);
-    bool product = index < PRODUCTS;
-    size_t i = product ? index : index - PRODUCTS, type = i % TYPES, of = i / TYPES;
+    if (!out || !out_size || index >= PRODUCTS + ATTENTIONS + CACHES8) return cv_fail(err, CV_E_ARGUMENT, "there are %d cases", PRODUCTS + ATTENTIONS + CACHES8);
+    bool product = index < PRODUCTS, q8 = index >= PRODUCTS + ATTENTIONS;
+    size_t i = product ? index : q8 ? index - PRODUCTS - ATTENTIONS : index - PRODUCTS, type = i % TYPES, of = i / TYPES;
+    size_t head_dim = q8 ? dims[1 + of % (DIMS - 1)] : dims[of % DIMS], kind = of / (q8 ? DIMS - 1 : DIMS);
     verdict v = {0};
     bool skipped = types[type] == CV_BF16 && !has_bfloat;
     char name[96];
     if (product) snprintf(name, sizeof name, "weights of %s, %s", cv_selftest_formats[of].name, type_names[type]);
-    else snprintf(name, sizeof name, "attention, heads of %zu, %s, %s", dims[of % DIMS], type_names[type], kinds[of / DIMS]);
+    else snprintf(name, sizeof name, "attention, heads of %zu, %s, %s%s", head_dim, type_names[type], kinds[kind], q8 ? ", 8-bit cache" : "");
     if (product && !skipped) products(of, types[type], &v);
-    else if (!skipped) attention(dims[of % DIMS], types[type], of / DIMS, &v);
+    else if (!skipped) attention(head_dim, types[type], kind, q8, &v);
     snprintf(out, out_size, "name=%s\nskipped=%d\nok=%d\nworst=%.4f\nwhere=%s\nerror=%s\n", name, skipped, !v.code && v.worst <= 1, v.worst, v.where, v.code ? (v.text[0] ? v.text : "an operation was refused") : "");
     return CV_OK;
 }
@@ -229,9 +264,9 @@ static double now(void) {
 }
 
 int cv_metal_speed(uint32_t index, uint64_t bytes, char *out, size_t out_size, char *text, size_t text_size) {
-    enum { COLS = 4096, REPEATS = 4, TRIALS = 5, FORMATS = 5 };
+    enum { COLS = 4096, REPEATS = 4, TRIALS = 5, FORMATS = 6 };
     /* format and tokens of a step */
-    static const struct { size_t format, n; } kinds[FORMATS] = {{0, 1}, {0, 8}, {1, 1}, {11, 1}, {0, 40}};
+    static const struct { size_t format, n; } kinds[FORMATS] = {{0, 1}, {0, 8}, {0, 16}, {1, 1}, {11, 1}, {0, 40}};
     cv_err err = {text, text_size};
     if (!out || !out_size || index >= FORMATS) return cv_fail(err, CV_E_ARGUMENT, "there are %d kernels to time", FORMATS);
     const cv_selftest_format *f = &cv_selftest_formats[kinds[index].format];

@@ -31,7 +31,7 @@ typedef struct {
     uint64_t positions[CV_SELFTEST_TOKENS];
 } cv_selftest;
 
-/* Opens the backends; shape's type is `type`. shared: memory that the GPU is told of. */
+/* Opens the backends; activations, and the cache unless the shape says CV_Q8, are of `type`. */
 int cv_selftest_open(cv_selftest *t, const cv_shape *shape, uint32_t type, bool with_reference, cv_err err);
 void cv_selftest_close(cv_selftest *t);
 

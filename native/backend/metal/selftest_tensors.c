@@ -116,12 +116,13 @@ int cv_selftest_open(cv_selftest *t, const cv_shape *shape, uint32_t type, bool 
     t->type = type;
     t->random = 88172645463325252ull;
     t->gpu_shape = *shape;
-    t->gpu_shape.kv_type = type;
+    if (shape->kv_type != CV_Q8) t->gpu_shape.kv_type = type;
+    t->gpu_shape.act_type = type;
     t->gpu_shape.exact = type == CV_F32;
     t->gpu_shape.inv_freq = t->inv_freq;
     for (size_t i = 0; i < shape->head_dim / 2; i++) t->inv_freq[i] = powf(10000.0f, -2.0f * (float)i / (float)shape->head_dim);
     t->cpu_shape = t->gpu_shape;
-    t->cpu_shape.kv_type = CV_F32;
+    if (shape->kv_type != CV_Q8) t->cpu_shape.kv_type = CV_F32;
     t->cpu_shape.exact = true;
     t->cpu_shape.n_threads = 1;
     int code = cv_backend_metal_open(&t->gpu_shape, NULL, 0, &t->gpu, err.text, err.size);
