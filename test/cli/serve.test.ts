@@ -255,6 +255,11 @@ describe.skipIf(!built)("caravan run beside a node", () => {
     const node = await serve([place.path("elsewhere")]);
     await until(() => node.err().includes("model ready"), "the model is loaded", 10_000);
     const args = ["-n", "8", "-t", "0", "--port", node.port];
+    // By the name that the node has for a folder of its own, which means nothing here.
+    const found = await place.run(["run", "elsewhere", "Hi", ...args]);
+    expect(found.err).toContain(`elsewhere, answered by the node at ${node.url}`);
+    const unknown = await place.run(["run", "nowhere", "Hi", ...args]);
+    expect(unknown).toMatchObject({ code: 1, out: "" });
     const [named, folder, here] = await Promise.all([
       place.run(["run", "first", "Hi", ...args]),
       place.run(["run", place.path("elsewhere"), "Hi", ...args]),
@@ -265,6 +270,7 @@ describe.skipIf(!built)("caravan run beside a node", () => {
     expect(folder.err).toContain(`elsewhere, answered by the node at ${node.url}`);
     expect(here.err).toContain("elsewhere on cpu");
     expect(folder.out).toBe(here.out);
+    expect(found.out).toBe(here.out);
     expect(runnersOf(node.pid)).toHaveLength(2);
   });
 
