@@ -186,7 +186,7 @@ typedef struct { const cv_cpu_kernels *k; float *q, *s, *out; uint16_t *cache; u
 
 static void run_scores(void *context) {
     attention *a = context;
-    a->k->attn_scores(a->q, QUERIES, HEAD, a->cache, CV_BF16, KEYS, HEAD, 0.088388f, a->s, KEYS);
+    a->k->attn_scores(a->q, QUERIES, HEAD, a->cache, CV_BF16, KEYS, HEAD, 0.088388f, a->s, KEYS, NULL);
 }
 static void run_softmax(void *context) {
     attention *a = context;
@@ -195,7 +195,7 @@ static void run_softmax(void *context) {
 }
 static void run_values(void *context) {
     attention *a = context;
-    a->k->attn_values(a->s, QUERIES, KEYS, a->len, a->cache, CV_BF16, HEAD, a->out, HEAD);
+    a->k->attn_values(a->s, QUERIES, KEYS, a->len, a->cache, CV_BF16, HEAD, a->out, HEAD, NULL);
 }
 
 static void report_attention(const cv_cpu_kernels *k, int runs) {

@@ -265,8 +265,8 @@ static void test_attn_scores(context *c) {
         float *q = take_rows(c, n_q, d, ldq, kind), *want, *got;
         void *keys = take_cache(c, type, len * d, kind);
         take_outputs(n_q * lds, &want, &got);
-        c->scalar->attn_scores(q, n_q, ldq, keys, type, len, d, 0.088388f, want, lds);
-        c->set->attn_scores(q, n_q, ldq, keys, type, len, d, 0.088388f, got, lds);
+        c->scalar->attn_scores(q, n_q, ldq, keys, type, len, d, 0.088388f, want, lds, NULL);
+        c->set->attn_scores(q, n_q, ldq, keys, type, len, d, 0.088388f, got, lds, below(c, 2) ? keys : NULL);
         char what[96];
         snprintf(what, sizeof what, "type %u, d %zu, len %zu, queries %zu", (unsigned)type, d, len, n_q);
         same_floats(c, want, got, n_q * lds, what);
@@ -312,8 +312,8 @@ static void test_attn_values(context *c) {
             fill(c, want + q * ldo, d, ORDINARY);
             memcpy(got + q * ldo, want + q * ldo, d * sizeof(float));
         }
-        c->scalar->attn_values(p, n_q, ldp, len, values, type, d, want, ldo);
-        c->set->attn_values(p, n_q, ldp, len, values, type, d, got, ldo);
+        c->scalar->attn_values(p, n_q, ldp, len, values, type, d, want, ldo, NULL);
+        c->set->attn_values(p, n_q, ldp, len, values, type, d, got, ldo, below(c, 2) ? values : NULL);
         char what[96];
         snprintf(what, sizeof what, "type %u, d %zu, len %zu, queries %zu", (unsigned)type, d, most, n_q);
         same_floats(c, want, got, n_q * ldo, what);

@@ -51,11 +51,6 @@ static const void *decode_page(const attn *a, cv_cpu_scratch *s, const char *fro
     return s->page;
 }
 
-/* Asks the cache for `n` bytes that are read next: pages lie anywhere, so the processor cannot guess them. */
-static void ask_for(const char *p, size_t n) {
-    for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 /* One block of n_tokens consecutive tokens' queries: scores, softmax, values. len[q]: keys of the block that q sees.
  * Leaves the block's m and l in part and its unnormalised output in block_out. `follows`: the same queries' next block, all of
  * its positions up to the last query's are in pages, will be computed next. */
@@ -70,9 +65,11 @@ static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv
         uint64_t position = block_start + at;
         size_t in_page = (size_t)(position % p), n = least(p - in_page, longest - at);
         const char *keys = (const char *)a->kv->k + (page_at(a, seq, position, kv_head) + in_page * token) * bytes;
-        if (at + n < longest) ask_for((const char *)a->kv->k + page_at(a, seq, position + n, kv_head) * bytes, least(p, longest - at - n) * token * bytes);
-        else ask_for((const char *)a->kv->v + (page_at(a, seq, block_start, kv_head) + (size_t)(block_start % p) * token) * bytes, least(p, longest) * token * bytes);
-        k->attn_scores(s->queries, n_q, d, q8 ? decode_page(a, s, keys, n) : keys, type, n, d, a->scale, s->scores + at, CV_ATTN_BLOCK);
+        /* the following keys, or the values of the first ones: pages lie anywhere, so the processor cannot guess them */
+        const char *next = at + n < longest ? (const char *)a->kv->k + page_at(a, seq, position + n, kv_head) * bytes
+                                            : (const char *)a->kv->v + (page_at(a, seq, block_start, kv_head) + (size_t)(block_start % p) * token) * bytes;
+        if (q8) cv_prefetch(next, n * token * bytes);
+        k->attn_scores(s->queries, n_q, d, q8 ? decode_page(a, s, keys, n) : keys, type, n, d, a->scale, s->scores + at, CV_ATTN_BLOCK, q8 ? NULL : next);
         at += n;
     }
     for (size_t q = 0; q < n_q; q++) {
@@ -84,11 +81,11 @@ static void block(const attn *a, cv_cpu_scratch *s, const cv_seq *seq, size_t kv
         uint64_t position = block_start + at;
         size_t in_page = (size_t)(position % p), n = least(p - in_page, longest - at);
         const char *values = (const char *)a->kv->v + (page_at(a, seq, position, kv_head) + in_page * token) * bytes;
-        if (at + n < longest) ask_for((const char *)a->kv->v + page_at(a, seq, position + n, kv_head) * bytes, least(p, longest - at - n) * token * bytes);
-        else if (follows) ask_for((const char *)a->kv->k + page_at(a, seq, position + n, kv_head) * bytes, p * token * bytes);
+        const char *next = at + n < longest ? (const char *)a->kv->v + page_at(a, seq, position + n, kv_head) * bytes : follows ? (const char *)a->kv->k + page_at(a, seq, position + n, kv_head) * bytes : NULL;
+        if (q8) cv_prefetch(next, n * token * bytes);
         uint32_t here[CV_ATTN_QUERIES];
         for (size_t q = 0; q < n_q; q++) here[q] = (uint32_t)(len[q] > at ? least(len[q] - at, n) : 0);
-        k->attn_values(s->scores + at, n_q, CV_ATTN_BLOCK, here, q8 ? decode_page(a, s, values, n) : values, type, d, s->block_out, d);
+        k->attn_values(s->scores + at, n_q, CV_ATTN_BLOCK, here, q8 ? decode_page(a, s, values, n) : values, type, d, s->block_out, d, q8 ? NULL : next);
         at += n;
     }
 }

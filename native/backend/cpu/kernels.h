@@ -87,14 +87,16 @@ typedef struct cv_cpu_kernels {
     void (*store_kv)(const float *x, void *out, uint32_t kv_type, size_t n);
 
     /* s[q*lds + t] = scale * dot16(query q, key t), q < n_q, t < len. queries [n_q, ldq] float32; keys [len, d] of kv_type,
-     * contiguous; d a multiple of 16, at most 256. */
-    void (*attn_scores)(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t kv_type, size_t len, size_t d, float scale, float *s, size_t lds);
+     * contiguous; d a multiple of 16, at most 256. next: as many bytes as the keys have, which are read after this; a kernel may
+     * prefetch them. NULL = none. */
+    void (*attn_scores)(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t kv_type, size_t len, size_t d, float scale, float *s, size_t lds, const void *next);
 
     /* In place: m = max(s[0..len)), s[t] = exp(s[t]-m) — zero from len up to cv_pad16(len) — returns sum16 of them. */
     float (*attn_softmax)(float *s, size_t len, float *m);
 
-    /* out[q*ldo + i] = fma(p[q*ldp + t], v[t*d + i], out) for t = 0 … len[q]-1 in ascending order. values [*, d] of kv_type. */
-    void (*attn_values)(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t kv_type, size_t d, float *out, size_t ldo);
+    /* out[q*ldo + i] = fma(p[q*ldp + t], v[t*d + i], out) for t = 0 … len[q]-1 in ascending order. values [*, d] of kv_type.
+     * next: as in attn_scores. */
+    void (*attn_values)(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t kv_type, size_t d, float *out, size_t ldo, const void *next);
 
     /* Index of the largest x (first wins; NaN never wins unless all are NaN: then 0). */
     size_t (*argmax)(const float *x, size_t n);
@@ -115,6 +117,11 @@ const cv_cpu_kernels *cv_kernels_neon_i8mm(void); /* smmla/usmmla */
 
 /* Best set at or below `level` (0 = best of the machine). */
 const cv_cpu_kernels *cv_kernels_pick(uint32_t level);
+
+/* Asks the cache for memory that is read soon. NULL: for none. */
+static inline void cv_prefetch(const void *from, size_t bytes) {
+    for (size_t i = 0; from && i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+}
 
 static inline size_t cv_pad16(size_t n) { return (n + 15) & ~(size_t)15; }
 

@@ -171,7 +171,8 @@ static void store_kv(const float *x, void *out, uint32_t type, size_t n) {
 
 static float load_kv(const void *base, size_t i, uint32_t type) { return cv_scale_to_f32(base, i, type); }
 
-static void attn_scores(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t type, size_t len, size_t d, float scale, float *s, size_t lds) {
+static void attn_scores(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t type, size_t len, size_t d, float scale, float *s, size_t lds, const void *next) {
+    (void)next;
     float key[256];
     for (size_t t = 0; t < len; t++) {
         for (size_t i = 0; i < d; i++) key[i] = load_kv(keys, t * d + i, type);
@@ -188,7 +189,8 @@ static float attn_softmax(float *s, size_t len, float *m) {
     return sum16(s, cv_pad16(len));
 }
 
-static void attn_values(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t type, size_t d, float *out, size_t ldo) {
+static void attn_values(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t type, size_t d, float *out, size_t ldo, const void *next) {
+    (void)next;
     for (size_t q = 0; q < n_q; q++)
         for (size_t t = 0; t < len[q]; t++)
             for (size_t i = 0; i < d; i++) out[q * ldo + i] = fmaf(p[q * ldp + t], load_kv(values, t * d + i, type), out[q * ldo + i]);

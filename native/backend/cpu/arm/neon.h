@@ -27,9 +27,9 @@ void cv_neon_swiglu(const float *gate, const float *up, float *out, size_t n);
 void cv_neon_add(float *x, const float *y, size_t n);
 void cv_neon_rope(float *x, const float *cos, const float *sin, size_t d, int interleaved);
 void cv_neon_store_kv(const float *x, void *out, uint32_t kv_type, size_t n);
-void cv_neon_attn_scores(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t kv_type, size_t len, size_t d, float scale, float *s, size_t lds);
+void cv_neon_attn_scores(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t kv_type, size_t len, size_t d, float scale, float *s, size_t lds, const void *next);
 float cv_neon_attn_softmax(float *s, size_t len, float *m);
-void cv_neon_attn_values(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t kv_type, size_t d, float *out, size_t ldo);
+void cv_neon_attn_values(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t kv_type, size_t d, float *out, size_t ldo, const void *next);
 size_t cv_neon_argmax(const float *x, size_t n);
 
 /* Quantized products that stream weights in the checkpoint's layout (decode): any number of activation rows. */

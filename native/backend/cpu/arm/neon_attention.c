@@ -14,7 +14,8 @@ CV_INLINE void scores(const float *queries, size_t n_q, size_t ldq, const void *
     }
 }
 
-void cv_neon_attn_scores(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t type, size_t len, size_t d, float scale, float *s, size_t lds) {
+void cv_neon_attn_scores(const float *queries, size_t n_q, size_t ldq, const void *keys, uint32_t type, size_t len, size_t d, float scale, float *s, size_t lds, const void *next) {
+    cv_prefetch(next, len * d * (type == CV_F32 ? 4 : 2));
     if (type == CV_F32) scores(queries, n_q, ldq, keys, CV_F32, len, d, scale, s, lds);
     else if (type == CV_F16) scores(queries, n_q, ldq, keys, CV_F16, len, d, scale, s, lds);
     else scores(queries, n_q, ldq, keys, CV_BF16, len, d, scale, s, lds);
@@ -106,7 +107,8 @@ CV_INLINE void values_all(const float *p, size_t n_q, size_t ldp, const uint32_t
     }
 }
 
-void cv_neon_attn_values(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t type, size_t d, float *out, size_t ldo) {
+void cv_neon_attn_values(const float *p, size_t n_q, size_t ldp, const uint32_t *len, const void *values, uint32_t type, size_t d, float *out, size_t ldo, const void *next) {
+    cv_prefetch(next, n_q ? len[n_q - 1] * d * (type == CV_F32 ? 4 : 2) : 0); /* the last query sees most */
     if (type == CV_F32) values_all(p, n_q, ldp, len, values, CV_F32, d, out, ldo);
     else if (type == CV_F16) values_all(p, n_q, ldp, len, values, CV_F16, d, out, ldo);
     else values_all(p, n_q, ldp, len, values, CV_BF16, d, out, ldo);
