@@ -23,7 +23,7 @@ export const MOST_ITEMS = 2000;
 /** Copies that the quantifiers of a pattern make. */
 export const MOST_REPEATS = 2000;
 /** Ways in which the text so far can be read at once. */
-export const MOST_READINGS = 512;
+export const MOST_READINGS = 256;
 /** Time to compile one grammar. */
 export const COMPILE_LIMIT_MS = 2000;
 

@@ -91,6 +91,8 @@ export class GrammarMatcher {
   readonly #automata: Automata;
   readonly #table: TokenTable;
   readonly #mask: Uint32Array;
+  /** One reading's share of a mask. */
+  #own: Uint32Array | undefined;
   #readings: Readings;
   #steps = 0;
   /** Readings that remember what is behind them. */
@@ -218,7 +220,8 @@ export class GrammarMatcher {
     if (this.#readings.all.size === 1) addCounted(mask, inside, least, most);
     else {
       // What does not fit this reading may fit another.
-      const own = new Uint32Array(mask.length);
+      this.#own ??= new Uint32Array(mask.length);
+      const own = this.#own.fill(0);
       addCounted(own, inside, least, most);
       for (let i = 0; i < mask.length; i++) mask[i] = (mask[i] as number) | (own[i] as number);
     }
