@@ -95,7 +95,7 @@ export class LabNode {
     this.#child = child;
     this.#log = "";
     for (const pipe of [child.stdout, child.stderr]) void this.#collect(pipe);
-    await eventually(`${this.name} answers`, 20_000, async () => {
+    await eventually(`${this.name} answers`, 40_000, async () => {
       if (!this.running) throw new Error(`${this.name} ended: ${this.#log}`);
       return (await this.fetch("/health").catch(() => undefined))?.ok === true;
     });

@@ -108,7 +108,13 @@ test.skipIf(!libraryHere)(
     await away.stop();
     await eventually("one is away", 10_000, async () => (await idle.state()).nodes.length === 3);
 
+    const mistyped = command(lab, idle, "cluster", "remove", "nobody");
+    expect(await mistyped.stderr.text()).toContain('no node is called "nobody"');
+    expect(await mistyped.exited).toBe(2);
+    const itself = command(lab, idle, "cluster", "remove", idle.name);
+    expect(await itself.stderr.text()).toContain("a node does not remove itself");
     const stream = await idle.longStream("tiny");
+    const logged = idle.log.length;
     const began = performance.now();
     const cli = command(lab, idle, "cluster", "remove", victim.name);
     const [printed, problem] = await Promise.all([cli.stdout.text(), cli.stderr.text()]);
@@ -129,6 +135,11 @@ test.skipIf(!libraryHere)(
     expect(healed.ranks.map(({ node }) => node)).not.toContain(victimId);
     expect(await idle.say("tiny")).toBe(text);
     await eventually("its ranks have ended", 5000, () => victim.children("rank").length === 0);
+
+    // The new secret cost the members nothing: their links are the ones of before.
+    expect(idle.log.slice(logged)).not.toMatch(
+      new RegExp(`left the cluster|node is gone node=${owner.name}`),
+    );
 
     // The one that was away comes back and learns of it; the removed one is alone and says why.
     await away.start();

@@ -257,7 +257,13 @@ export class ClusterNode {
     const known = withKnownNode(this.#cluster, node);
     if (known === this.#cluster) return;
     this.#cluster = known;
-    saveCluster(this.#options.folder, known);
+    this.#save(known);
+  }
+
+  /** Not where somebody has left the cluster meanwhile, or joined another: the next look at the file sees it. */
+  #save(cluster: ClusterCredentials): void {
+    if (this.#stamp() !== this.#fileStamp) return;
+    saveCluster(this.#options.folder, cluster);
     this.#fileStamp = this.#stamp();
   }
 
@@ -297,8 +303,7 @@ export class ClusterNode {
 
   #renew(cluster: ClusterCredentials): void {
     this.#cluster = cluster;
-    saveCluster(this.#options.folder, cluster);
-    this.#fileStamp = this.#stamp();
+    this.#save(cluster);
     this.#mesh?.renew();
   }
 
