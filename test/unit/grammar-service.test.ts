@@ -143,6 +143,10 @@ class HashEngine implements StepEngine {
   maskedDrafts = 0;
   ahead = 0;
   most = 0;
+  submitted = 0;
+  computed = 0;
+  /** The step with this number (from 1) gives nothing. */
+  failing = 0;
   readonly #given = new Map<Step, Map<number, Uint32Array | undefined>>();
   #before: Promise<unknown> = Promise.resolve();
 
@@ -155,9 +159,10 @@ class HashEngine implements StepEngine {
 
   submit(step: Step): Promise<StepResult> {
     this.#given.set(step, new Map());
+    const fails = ++this.submitted === this.failing;
     const result = this.#before.then(() => this.#compute(step));
     this.#before = result;
-    return result;
+    return fails ? result.then(() => Promise.reject(new Error("the step failed"))) : result;
   }
 
   async #compute(step: Step): Promise<StepResult> {
@@ -182,6 +187,7 @@ class HashEngine implements StepEngine {
       return { token: row.sample ? sample(row.tokens.length - 1) : 0, logprob: 0, top, logits: undefined };
     });
     this.#given.delete(step);
+    this.computed++;
     return { rows: results, computeNs: 1_000_000, queuedNs: 0 };
   }
 }
@@ -194,9 +200,11 @@ interface Run {
 async function run(
   requests: { request: GenerateRequest; grammar?: GrammarMatcher }[],
   drafter?: Drafter,
+  failing = 0,
 ): Promise<Run> {
   const events: GenerateEvent[] = [];
   const engine = new HashEngine();
+  engine.failing = failing;
   const scheduler = new Scheduler({
     geometry: { pageTokens: 4, chunk: 16, fullPages: 400, chunkPages: 400 },
     limits: { maxRows: 8, maxTokens: 64, maxLogits: 64, slots: 8, vocab: SIZE },
@@ -302,6 +310,20 @@ describe("constrained sequences", () => {
     expect(ends.find(({ id }) => id === "broken")).toMatchObject({ type: "error" });
     expect(ends.find(({ id }) => id === "whole")).toMatchObject({ type: "finish", reason: "stop" });
     expect(ends.find(({ id }) => id === "free")).toMatchObject({ type: "finish" });
+  });
+
+  test("leave no step waiting for masks when the step before it fails", async () => {
+    const { events, engine } = await run(
+      [
+        { request: request("x", 1), grammar: small() },
+        { request: request("y", 2), grammar: small() },
+      ],
+      undefined,
+      3,
+    );
+    expect(events.filter(({ type }) => type === "error").map(({ id }) => id)).toEqual(["x", "y"]);
+    await until(() => engine.computed === engine.submitted, "the step behind the failed one is computed");
+    expect(engine.submitted).toBeGreaterThan(3);
   });
 
   test("are refused where end tokens are banned", async () => {
