@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <sys/socket.h>
 
 #include "../engine/error.h"
 #include "clock.h"
@@ -107,7 +108,10 @@ int cv_group_suspect(cv_group *g, uint32_t peer, const char *why);
 
 /* mesh.c: one authenticated connection with every other rank for each channel of [first, last], put into conns[peer][channel - first]. */
 int cv_mesh_connect(cv_group *g, uint32_t first, uint32_t last, cv_conn *const *conns, uint64_t until_ns);
+/* listen.c: listens for the other ranks at g->self, whose port is filled in. prepare: for every socket of a group. address: of a rank, its size. */
 int cv_listen(cv_group *g, cv_err err);
+void cv_socket_prepare(int fd);
+socklen_t cv_socket_address(const cv_address *a, struct sockaddr_storage *out);
 
 /* connect.c */
 int cv_connect_all(cv_group *g, uint64_t until_ns);

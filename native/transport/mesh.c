@@ -1,4 +1,4 @@
-/* mesh.c — sockets between all ranks: each rank dials the lower ones and answers the higher ones on its listening port. A connection
+/* mesh.c — connections between all ranks: each rank dials the lower ones and answers the higher ones on its listening port. A connection
  * counts after three authenticated messages; whoever cannot make them (a port scan, another cluster, another epoch) is dropped
  * after a short time, counted, and never stops the others.
  *
@@ -9,8 +9,6 @@
  * Keys of the two directions are derived from both messages, so frames of one connection mean nothing on another one. */
 #include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -76,63 +74,9 @@ typedef struct {
     uint64_t until;
 } mesh;
 
-static void prepare(int fd) {
-    int one = 1;
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
-    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-#ifdef SO_NOSIGPIPE
-    setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &one, sizeof one);
-#endif
-}
-
 #ifndef MSG_NOSIGNAL
 #define MSG_NOSIGNAL 0
 #endif
-
-static socklen_t socket_address(const cv_address *a, struct sockaddr_storage *out) {
-    memset(out, 0, sizeof *out);
-    if (a->family == 6) {
-        struct sockaddr_in6 *s = (struct sockaddr_in6 *)out;
-        s->sin6_family = AF_INET6;
-        s->sin6_port = htons((uint16_t)a->port);
-        memcpy(&s->sin6_addr, a->ip, 16);
-        return sizeof *s;
-    }
-    struct sockaddr_in *s = (struct sockaddr_in *)out;
-    s->sin_family = AF_INET;
-    s->sin_port = htons((uint16_t)a->port);
-    memcpy(&s->sin_addr, a->ip, 4);
-    return sizeof *s;
-}
-
-int cv_listen(cv_group *g, cv_err err) {
-    struct sockaddr_storage where;
-    socklen_t size = socket_address(&g->self, &where);
-    int fd = socket(g->self.family == 6 ? AF_INET6 : AF_INET, SOCK_STREAM, 0);
-    if (fd < 0) return cv_fail(err, CV_E_IO, "cannot make a socket: %s", strerror(errno));
-    prepare(fd);
-    if (bind(fd, (struct sockaddr *)&where, size)) {
-        /* An address that others use for this host but that no interface has (translated): listen on all of them. */
-        int why = errno;
-        cv_address any = g->self;
-        memset(any.ip, 0, sizeof any.ip);
-        size = socket_address(&any, &where);
-        if (why != EADDRNOTAVAIL || bind(fd, (struct sockaddr *)&where, size)) {
-            close(fd);
-            return cv_fail(err, CV_E_IO, "cannot listen on %s: %s", g->options.host, strerror(why));
-        }
-    }
-    size = sizeof where;
-    if (listen(fd, 128) || getsockname(fd, (struct sockaddr *)&where, &size)) {
-        int why = errno;
-        close(fd);
-        return cv_fail(err, CV_E_IO, "cannot listen on %s: %s", g->options.host, strerror(why));
-    }
-    g->self.port = ntohs(g->self.family == 6 ? ((struct sockaddr_in6 *)&where)->sin6_port : ((struct sockaddr_in *)&where)->sin_port);
-    g->listener = fd;
-    return CV_OK;
-}
 
 /* ---- one attempt ---- */
 
@@ -182,7 +126,7 @@ static int adopt(mesh *m, attempt *a, bool dialler) {
 static void dial(mesh *m, attempt *a) {
     cv_group *g = m->g;
     struct sockaddr_storage where;
-    socklen_t size = socket_address(&g->addresses[a->peer], &where);
+    socklen_t size = cv_socket_address(&g->addresses[a->peer], &where);
     uint64_t now = cv_now();
     a->retry_at = now + RETRY_NS;
     a->until = now + STRANGER_NS;
@@ -192,7 +136,7 @@ static void dial(mesh *m, attempt *a) {
         drop(a, strerror(errno));
         return;
     }
-    prepare(a->fd);
+    cv_socket_prepare(a->fd);
     if (connect(a->fd, (struct sockaddr *)&where, size) && errno != EINPROGRESS && errno != EINTR) drop(a, strerror(errno));
     else a->state = DIALLING;
 }
@@ -336,7 +280,7 @@ static void take_arrivals(mesh *m) {
             if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) poll(NULL, 0, 5); /* the listener stays readable: do not spin */
             return;
         }
-        prepare(fd);
+        cv_socket_prepare(fd);
         attempt *a = place_for_arrival(m);
         if (!a) {
             close(fd);
