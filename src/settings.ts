@@ -131,12 +131,13 @@ const LISTS: readonly string[] = [
   "allowed_hosts",
   "peers",
 ] satisfies SettingName[];
-/** Variables that others read: paths.ts, and CARAVAN_CONFIG below. */
+/** Variables that others read: paths.ts, CARAVAN_CONFIG below, and local-ranks.ts for tests. */
 const OTHER_VARIABLES = new Set([
   "CARAVAN_CONFIG",
   "CARAVAN_DATA_DIR",
   "CARAVAN_CONFIG_DIR",
   "CARAVAN_CACHE_DIR",
+  "CARAVAN_RDMA_QUEUE_PAIRS",
 ]);
 
 function readIfThere(file: string): string | undefined {
