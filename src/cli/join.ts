@@ -10,6 +10,7 @@ import { REMOVED } from "../cluster/net/hello.ts";
 import { clusterFolder, type Identity, loadIdentity, renewIdentity } from "../cluster/net/identity.ts";
 import { askToJoin, JOIN_LIMIT_MS } from "../cluster/net/joining.ts";
 import { CARAVAN_PROTOCOL } from "../cluster/protocol-version.ts";
+import type { NodeId } from "../cluster/types.ts";
 import { asCaravanError, CaravanError } from "../errors.ts";
 import { createLogger } from "../log.ts";
 import { runningNodes } from "../node/running-nodes.ts";
@@ -26,8 +27,12 @@ interface Found {
   address: string;
 }
 
-/** Members of any cluster on the local networks; the first address of each node. */
-async function listenForClusters(port: number): Promise<{ found: Found[]; versions: Set<string> }> {
+/** Members of any cluster on the local networks; the first address of each node. Not this machine's own, which may still be about to
+ * leave its cluster. */
+async function listenForClusters(
+  port: number,
+  ownId: NodeId,
+): Promise<{ found: Found[]; versions: Set<string> }> {
   const found = new Map<string, Found>();
   const versions = new Set<string>();
   const discovery = new Discovery({
@@ -35,7 +40,7 @@ async function listenForClusters(port: number): Promise<{ found: Found[]; versio
     cluster: () => undefined,
     onHeard: (heard, address) => {
       if (heard.kind === "version") versions.add(`protocol ${heard.protocol} (caravan ${heard.version})`);
-      else if (!found.has(heard.beacon.id))
+      else if (heard.beacon.id !== ownId && !found.has(heard.beacon.id))
         found.set(heard.beacon.id, { cluster: heard.beacon.cluster, node: heard.beacon.name, address });
     },
     log: createLogger({ level: "silent" }),
@@ -47,9 +52,9 @@ async function listenForClusters(port: number): Promise<{ found: Found[]; versio
   return { found: [...found.values()], versions };
 }
 
-async function chooseMember(port: number): Promise<string> {
+async function chooseMember(port: number, ownId: NodeId): Promise<string> {
   process.stderr.write("looking for a cluster on the local network …\n");
-  const { found, versions } = await listenForClusters(port);
+  const { found, versions } = await listenForClusters(port, ownId);
   const names = new Set(found.map(({ cluster }) => cluster));
   const [first] = found;
   if (first === undefined) {
@@ -120,7 +125,7 @@ HOST:PORT is a member, for networks that drop multicast.`,
       });
     }
     const port = args.integer("discovery-port", 1, 65535) ?? DISCOVERY_PORT;
-    const address = args.positionals[0] ?? (await chooseMember(port));
+    const address = args.positionals[0] ?? (await chooseMember(port, loadIdentity(folder).id));
     const { identity, channel, peer } = await callMember(folder, address);
     const credentials = await askToJoin({
       channel,
