@@ -9,8 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* How long a step waits for its masks. */
-static const uint64_t MASKS_MOST_NS = 30000000000u;
+/* How long a step waits for its masks. In whole waits, so that a process that was stopped for a while does not count it as waiting. */
+enum { MASK_WAITS = 30, MASK_WAIT_S = 1 };
 
 uint64_t cv_now_ns(void) {
     struct timespec ts;
@@ -178,15 +178,14 @@ int cv_queue_give_masks(cv_queue *q, uint64_t ticket, size_t vocab, size_t row, 
 
 int cv_queue_await_masks(cv_queue *q, cv_job *j, const atomic_bool *stop, cv_err err) {
     if (!j->late.word) return CV_OK;
-    uint64_t start = cv_now_ns(), now = start;
-    int code = CV_OK;
+    uint64_t start = cv_now_ns();
+    int code = CV_OK, waits = 0;
     pthread_mutex_lock(&q->lock);
-    while (j->late.missing && !q->over && !atomic_load(stop) && now - start < MASKS_MOST_NS) {
-        struct timespec until; /* on the clock that can be set, so it is looked at again by the other one */
+    while (j->late.missing && !q->over && !atomic_load(stop) && waits < MASK_WAITS) {
+        struct timespec until;
         clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_sec++;
-        pthread_cond_timedwait(&q->landed, &q->lock, &until);
-        now = cv_now_ns();
+        until.tv_sec += MASK_WAIT_S;
+        waits += pthread_cond_timedwait(&q->landed, &q->lock, &until) == ETIMEDOUT;
     }
     if (q->over) code = cv_fail(err, q->over, "%s", q->over_text);
     else if (j->late.missing && atomic_load(stop)) code = cv_fail(err, CV_E_ABORTED, "the engine was told to stop");
