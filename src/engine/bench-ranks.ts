@@ -11,6 +11,10 @@ export interface ExchangeResult {
   reduce_us: number;
   /** Share of the steps' time that rank 0 spent in all-reduces, 0 to 1. */
   reduce_share: number;
+  /** What rank 0's MACs took, of all that it sent and received over TCP: milliseconds, and as a share of the steps' time. Checksums of shared
+   * memory and RDMA are not timed: 0. */
+  mac_ms: number;
+  mac_share: number;
   /** By rank: share of its steps' time in all exchanges together, waiting for other ranks included. */
   exchange_share: number[];
 }
@@ -31,14 +35,17 @@ export interface RanksResult {
 interface Counted {
   reduces: number;
   reduceNs: number;
+  macNs: number;
   /** By rank. */
   times: RankTimes[];
 }
 
 async function count({ engine, ranks }: LoadedEngine): Promise<Counted> {
   const { exchangeNs, computeNs } = engine.stats();
-  const { reduces, reduceNs } = ranks?.group.stats() ?? { reduces: 0, reduceNs: 0 };
-  return { reduces, reduceNs, times: [{ exchangeNs, computeNs }, ...((await ranks?.times()) ?? [])] };
+  const nothing = { reduces: 0, reduceNs: 0, macNs: 0 };
+  const { reduces, reduceNs, macNs } = ranks?.group.stats() ?? nothing;
+  const times = [{ exchangeNs, computeNs }, ...((await ranks?.times()) ?? [])];
+  return { reduces, reduceNs, macNs, times };
 }
 
 /** Watches a model's ranks while settings are measured. */
@@ -72,6 +79,8 @@ export class RankWatch {
       reduces,
       reduce_us: reduces === 0 ? 0 : round(reduceNs / reduces / 1000, 2),
       reduce_share: share(reduceNs, spent[0]?.computeNs),
+      mac_ms: round((after.macNs - before.macNs) / 1e6, 3),
+      mac_share: share(after.macNs - before.macNs, spent[0]?.computeNs),
       exchange_share: spent.map(({ computeNs, exchangeNs }) => share(exchangeNs, computeNs)),
     });
   }

@@ -107,6 +107,16 @@ describe("caravan", () => {
     }
   }, 30_000);
 
+  test("bench over TCP says what the MACs cost", () => {
+    const settings = ["--prompt-tokens", "16", "--generate", "8", "--streams", "1", "--repeat", "1"];
+    const tcp = ["bench", dir, "--tensor", "2", "--transport", "tcp", "--threads", "1", ...settings];
+    const [{ mac_ms, mac_share }] = JSON.parse(caravan([...tcp, "--json"]).out).ranks.exchange;
+    expect(mac_ms).toBeGreaterThan(0);
+    expect(mac_share).toBeGreaterThan(0);
+    expect(mac_share).toBeLessThan(1);
+    expect(caravan(tcp).out).toMatch(/over tcp,[\s\S]*; MACs of rank 0: [\d.]+ ms, [\d.]+ %/);
+  }, 30_000);
+
   test("refuses more stages than layers, and a transport that this machine has not", () => {
     const many = caravan(["bench", dir, "--pipeline", "60"]);
     expect(many.err).toContain("cannot be split into 60 stages");
