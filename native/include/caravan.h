@@ -383,6 +383,10 @@ CV_API int cv_metal_selftest(uint32_t index, uint32_t has_bfloat, char *out, siz
 /* Speed of a product with a matrix of about `bytes`. Lines: name, bytes, multiply_adds, seconds (the best of five). CV_E_ARGUMENT past the last. */
 CV_API int cv_metal_speed(uint32_t index, uint64_t bytes, char *out, size_t out_size, char *err, size_t err_size);
 
+/* How long a hand-over of 5,120 numbers from the GPU to the host and back takes, in nanoseconds (0: not possible), in each way that a step has for the
+ * sums over ranks. Lines: wait, look, event, spin, taken (the one that steps take). Blocks for about a second. */
+CV_API int cv_metal_hand_over_times(char *out, size_t out_size, char *err, size_t err_size);
+
 /* Cores for compute threads on a Mac, whose others are slow; 0 elsewhere. */
 CV_API uint32_t cv_performance_cores(void);
 /* Keeps the system from sleeping while idle until cv_may_sleep. CV_E_UNSUPPORTED but on macOS. */

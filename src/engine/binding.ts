@@ -60,6 +60,7 @@ const FUNCTIONS = {
   cv_metal_info: { args: [ptr, usize, ptr, usize], returns: i32 },
   cv_metal_selftest: { args: [u32, u32, ptr, usize, ptr, usize], returns: i32 },
   cv_metal_speed: { args: [u32, u64, ptr, usize, ptr, usize], returns: i32 },
+  cv_metal_hand_over_times: { args: [ptr, usize, ptr, usize], returns: i32 },
   cv_performance_cores: { args: [], returns: u32 },
   cv_stay_awake: { args: [ptr, ptr, ptr, usize], returns: i32 },
   cv_may_sleep: { args: [u32], returns: nothing },
@@ -190,6 +191,13 @@ export function metalSelftest(index: number, hasBfloat: boolean): string | undef
 export function metalSpeed(index: number, bytes: number): string | undefined {
   return metalLines((out, error) =>
     library().cv_metal_speed(index, Math.round(bytes), out, out.length, error, error.length),
+  );
+}
+
+/** Lines about how long GPU and host take to hand over to each other. Blocks. */
+export function metalHandOvers(): string {
+  return (
+    metalLines((out, error) => library().cv_metal_hand_over_times(out, out.length, error, error.length)) ?? ""
   );
 }
 

@@ -2,7 +2,7 @@
 // case at a time, so that whoever asked can show progress; each blocks for a moment.
 
 import { CaravanError } from "../errors.ts";
-import { measureBandwidth, metalSelftest, metalSpeed, performanceCores } from "./binding.ts";
+import { measureBandwidth, metalHandOvers, metalSelftest, metalSpeed, performanceCores } from "./binding.ts";
 import { findMetal, type MetalDevice } from "./metal-device.ts";
 
 export interface SelftestCase {
@@ -26,10 +26,20 @@ export interface KernelSpeed {
   seconds: number;
 }
 
+/** A way in which a step that is split over ranks hands sums over to the processor and goes on. */
+export interface HandOver {
+  way: string;
+  /** A hand-over and back; 0 where this system has not got the way. */
+  nanoseconds: number;
+  /** Whether steps take it. */
+  taken: boolean;
+}
+
 export interface Selftest {
   device: MetalDevice;
   cases: SelftestCase[];
   speeds: KernelSpeed[];
+  handOvers: HandOver[];
   /** Bytes a second that the processor's cores read. */
   readBandwidth: number;
 }
@@ -82,10 +92,15 @@ export async function runSelftest({ bytes, quick, onCase }: SelftestOptions): Pr
     onCase?.(cases.length + speeds.length, read("name"));
     await Bun.sleep(0);
   }
+  const readWay = fields(metalHandOvers());
+  const handOvers = ["wait", "look", "event", "spin"].map((way) => ({
+    ...{ way, nanoseconds: Number(readWay(way)), taken: readWay("taken") === way },
+  }));
   return {
     device,
     cases,
     speeds,
+    handOvers,
     readBandwidth: measureBandwidth(Math.max(bytes, SMALLEST_MEASURED), performanceCores() || 1),
   };
 }
@@ -101,7 +116,7 @@ export function passed({ cases }: Selftest): boolean {
 
 /** One page to attach to a report of a fault. */
 export function selftestPage(test: Selftest, version: string): string {
-  const { device, cases, speeds, readBandwidth } = test;
+  const { device, cases, speeds, handOvers, readBandwidth } = test;
   const bad = cases.filter(({ ok, skipped }) => !ok && !skipped);
   const skipped = cases.filter((each) => each.skipped).length;
   const worst = Math.max(...cases.map((each) => each.worst));
@@ -124,6 +139,7 @@ export function selftestPage(test: Selftest, version: string): string {
       const share = `${Math.round((100 * speed) / readBandwidth)} %`;
       return `${name.padEnd(40)} ${gigabytes(speed).padStart(9)}   ${share.padStart(19)}   ${(multiplyAdds / seconds / 1e9).toFixed(1).padStart(17)}`;
     }),
+    `from GPU to processor and back, for sums over ranks: ${handOvers.map(({ way, nanoseconds, taken }) => `${way} ${nanoseconds === 0 ? "not possible" : `${(nanoseconds / 1e3).toFixed(1)} µs`}${taken ? " (taken)" : ""}`).join(", ")}`,
     `the processor's cores read ${gigabytes(readBandwidth)} GB/s; one GPU token needs every active weight once`,
   ];
   return `${lines.join("\n")}\n`;

@@ -51,7 +51,7 @@ if ! find_zig; then
   find_zig || skip "no clang: pip cannot install $ZIG_PACKAGE ($(tail -n 1 "$out/pip.log"))"
 fi
 export ZIG_GLOBAL_CACHE_DIR=$out/zig-cache ZIG_LOCAL_CACHE_DIR=$out/zig-cache
-export MSL_CLANG="$ZIG clang" MSLC="$BUN $PWD/test/metal/compiler/mslc.ts" MSL_CACHE=$out/cache CARAVAN_METAL_LIBRARY=$out/libfakemetal.so
+export MSL_CLANG="$ZIG clang" MSLC="$BUN $PWD/test/metal/compiler/mslc.ts" MSL_CACHE=$out/cache CARAVAN_METAL_LIBRARY=$out/libfakemetal.so CARAVAN_METAL_CACHE=
 # Compiled kernels are kept by the hash of their source alone: those of another compiler, shim or executor must go.
 tools=$(cat test/metal/compiler/*.ts test/metal/shim/*.h test/metal/executor/*.cpp test/metal/executor/*.h | cksum)
 [ "$(cat "$out/cache/tools" 2>/dev/null)" = "$tools" ] || { rm -f "$out"/cache/*.so "$out"/*.o; echo "$tools" >"$out/cache/tools"; }
@@ -85,6 +85,7 @@ check "the fake runtime reports mistakes and behaves like a GPU" program fake_te
 check "GPU and host hand over in every way, late, failing and stopped" program hand_over_test
 check "they hand over without races (ThreadSanitizer)" races
 check "the kernel that hands over stays in bounds and has no races" checked hand_over_test
+check "compiled kernels are kept on disk, and made again where they are not right" program archive_test
 # Whole models and the tools' own tests run beside the programs, on another core.
 "$BUN" test ./test/metal/tests --timeout 240000 >"$out/tests.log" 2>&1 &
 tests=$!

@@ -1,6 +1,8 @@
 // What a Mac's GPU may use, and what a model takes of it: Scout and Maverick in real sizes, with the limit that macOS sets.
 
 import { describe, expect, test } from "bun:test";
+import { evenShares } from "../../src/cluster/even-shares.ts";
+import { shardPlan } from "../../src/cluster/shard.ts";
 import { CaravanError } from "../../src/errors.ts";
 import { parseModelConfig } from "../../src/model/config.ts";
 import { type LoadPlan, makeLoadPlan } from "../../src/model/load-plan.ts";
@@ -57,6 +59,29 @@ describe("a model on a Mac's GPU", () => {
     expect(planMemory(scout, { ...raised, context: 8192, streams: 1 }).context).toBe(8192);
     // No limit makes 48 GB enough.
     expect(refusal(() => planMemory(scout, mac(48))).hint).not.toContain("iogpu");
+  });
+
+  test("split over ranks of one Mac, the ranks' sum counts against the one working set", () => {
+    const shares = evenShares(scout, 2, 1);
+    const ranks = [0, 1].map((rank) => shardPlan(scout, shares, rank));
+    const sizes = { context: 8192, streams: 1 };
+    const [one, both] = [
+      planMemory(scout, { ...mac(96), ...sizes }),
+      planMemory(ranks, { ...mac(96), ...sizes }),
+    ];
+    const alone = ranks.map((rank) => total(planMemory(rank, { ...mac(96), ...sizes })));
+    const sum = alone.reduce((a, b) => a + b, 0);
+    expect(total(both)).toBe(sum);
+    // What both hold (embedding, norms, router) and each one's scratch come on top of the model's own size.
+    expect(total(both)).toBeGreaterThan(total(one));
+    expect(total(both)).toBeLessThan(1.1 * total(one));
+    // A working set that holds each rank, but not both, is refused with their sum.
+    const tight = mac(96);
+    if (tight.gpu !== undefined) tight.gpu.workingSet = sum * 0.9;
+    for (const rank of ranks) expect(planMemory(rank, { ...tight, ...sizes }).context).toBe(8192);
+    const refused = refusal(() => planMemory(ranks, { ...tight, ...sizes }));
+    expect(refused.code).toBe("out_of_memory");
+    expect(refused.message).toContain(`${(sum / 1e9).toFixed(2)} GB`);
   });
 
   test("on a system that is no Mac the machine's free memory limits it too", () => {

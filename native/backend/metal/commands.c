@@ -108,6 +108,7 @@ void cv_metal_complete(cv_metal_device *d) {
 int cv_metal_finish(cv_metal_device *d, size_t *joined, cv_err err) {
     if (!d->pool) return cv_fail(err, CV_E_STEP, "no step was begun");
     cv_metal_complete(d);
+    if (!d->code) cv_metal_archive_step(d);
     d->objc.pool_pop(d->pool);
     d->pool = NULL;
     *joined = d->hand_overs.joined;

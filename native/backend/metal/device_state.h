@@ -44,6 +44,7 @@ typedef struct {
     uint32_t *words;            /* CV_WORD_*, shared with a running kernel */
     uint32_t patience;          /* looks of a spinning kernel */
     uint64_t patience_ns;       /* that the GPU waits for the host */
+    uint64_t spin_ns;           /* that so many looks take, as measured */
     id arrivals, releases;      /* MTLSharedEvent: the GPU has come to a number; the host lets it go on */
     cv_metal_watch *watch;
     uint64_t number;            /* given last */
@@ -57,6 +58,15 @@ typedef struct {
     unsigned stale;             /* times that the GPU did not see the host, though it was in time */
 } cv_metal_hand_overs;
 
+/* Compiled pipelines on disk (archive.c). */
+typedef struct {
+    id archive; /* MTLBinaryArchive; NULL: none is kept */
+    bool looked_for, changed;
+    unsigned unchanged_steps, saves;
+    char folder[768];
+    uint64_t key; /* of the system's build, the GPU and the kernels' text */
+} cv_metal_archive;
+
 struct cv_metal_device {
     cv_objc objc;
     id device, queue, residency;
@@ -66,6 +76,7 @@ struct cv_metal_device {
     cv_metal_region *regions;                        /* by low */
     size_t n_regions, room_regions, used_bytes, working_set, max_buffer;
     cv_metal_hand_overs hand_overs;
+    cv_metal_archive archive;
     /* the step that is being recorded */
     void *pool;
     id commands[CV_METAL_OPEN_COMMANDS], encoder; /* committed ones are retained until finish */
@@ -87,6 +98,12 @@ uint64_t cv_metal_now_ns(void);
 /* memory.c */
 void cv_metal_open_residency(cv_metal_device *d);
 const cv_metal_region *cv_metal_find_region(const cv_metal_device *d, uintptr_t p, size_t bytes);
+
+/* archive.c. None of these fails: without an archive kernels are compiled. */
+id cv_metal_archived_pipeline(cv_metal_device *d, id function); /* the caller's; NULL: not in the archive */
+void cv_metal_archive_add(cv_metal_device *d, id function);
+void cv_metal_archive_step(cv_metal_device *d); /* a step has ended: saves what steps do not add to any more */
+void cv_metal_archive_close(cv_metal_device *d);
 
 /* commands.c */
 void cv_metal_open_commands(cv_metal_device *d);

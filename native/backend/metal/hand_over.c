@@ -214,7 +214,8 @@ void cv_metal_end_hand_overs(cv_metal_device *d) {
     const cv_metal_hand_over *last = &h->joins[h->served - 1]; /* the GPU gives up only where it has come to */
     memcpy(last->x, h->staging, last->n * sizeof *last->x);
     h->calm = CALM_STEPS + 1;
-    if (h->took_ns < h->patience_ns / 2 && ++h->stale >= MOST_STALE) {
+    uint64_t patience_ns = h->way == CV_METAL_SPIN ? h->spin_ns : h->patience_ns;
+    if (h->took_ns < patience_ns / 2 && ++h->stale >= MOST_STALE) {
         h->ns[h->way] = 0;
         h->way = cv_metal_quickest_way(h, h->way);
     }

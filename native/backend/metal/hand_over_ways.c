@@ -1,5 +1,6 @@
 /* hand_over_ways.c — measures on this GPU how long a hand-over to the host and back takes in each way, and takes the quickest. A way that
  * does not work here (a kernel that does not compile, an event that does not come, numbers that are not seen) is not taken. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,7 +9,7 @@
 #include "kernels/params.h"
 
 /* Hand-overs of a trial; looks of a kernel whose time is taken. */
-enum { ROUNDS = 8, TRIALS = 4, FIRST_LOOKS = 2000, LEAST_LOOKS = 1000, MOST_LOOKS = 15 * 1000 * 1000 };
+enum { ROUNDS = 8, TRIALS = 4, FIRST_LOOKS = 2000, LEAST_LOOKS = 1000, MOST_LOOKS = 300 * 1000 * 1000 };
 /* How long the GPU waits for the host: longer than ranks that are well wait for each other, shorter than systems let a command hang. */
 static const uint64_t PATIENCE_NS = 100 * 1000 * 1000;
 
@@ -107,7 +108,9 @@ static uint32_t calibrate(cv_metal_device *d, float *x) {
         if (many > few && many - few > enough_ns) break;
     }
     double each = many > few ? (double)(many - few) / looks : 1, all = (double)h->patience_ns / each;
-    return all < LEAST_LOOKS ? LEAST_LOOKS : all > MOST_LOOKS ? MOST_LOOKS : (uint32_t)all;
+    looks = all < LEAST_LOOKS ? LEAST_LOOKS : all > MOST_LOOKS ? MOST_LOOKS : (uint32_t)all;
+    h->spin_ns = (uint64_t)((double)looks * each);
+    return looks;
 }
 
 /* Whether the environment asks for this way or none. CARAVAN_METAL_HAND_OVER: wait, look, event or spin. */
@@ -176,4 +179,20 @@ cv_metal_way cv_metal_measure_ways(cv_metal_device *d, size_t n, uint64_t ns[CV_
     memcpy(ns, d->hand_overs.ns, sizeof d->hand_overs.ns);
     d->objc.pool_pop(pool);
     return d->hand_overs.way;
+}
+
+int cv_metal_hand_over_times(char *out, size_t out_size, char *text, size_t text_size) {
+    enum { NUMBERS = 5120 };
+    cv_err err = {text, text_size};
+    cv_metal_device *d;
+    uint64_t ns[CV_METAL_WAYS];
+    if (!out || !out_size) return cv_fail(err, CV_E_ARGUMENT, "nowhere to put the times");
+    int code = cv_metal_device_open(&d, err);
+    if (code) return code;
+    cv_metal_way taken = cv_metal_measure_ways(d, NUMBERS, ns);
+    size_t at = 0;
+    for (int way = 0; way < CV_METAL_WAYS && at < out_size; way++) at += (size_t)snprintf(out + at, out_size - at, "%s=%llu\n", cv_metal_way_name((cv_metal_way)way), (unsigned long long)ns[way]);
+    if (at < out_size) at += (size_t)snprintf(out + at, out_size - at, "taken=%s\n", cv_metal_way_name(taken));
+    cv_metal_device_close(d);
+    return at < out_size ? CV_OK : cv_fail(err, CV_E_BUFFER, "the times do not fit into %zu bytes", out_size);
 }

@@ -32,6 +32,15 @@ typedef struct {
     X(set_constant, "setConstantValue:type:atIndex:")                                                                                      \
     X(new_function, "newFunctionWithName:constantValues:error:")                                                                           \
     X(new_pipeline, "newComputePipelineStateWithFunction:error:")                                                                          \
+    X(file_url, "fileURLWithPath:")                                                                                                        \
+    X(set_url, "setUrl:")                                                                                                                  \
+    X(new_archive, "newBinaryArchiveWithDescriptor:error:")                                                                                \
+    X(set_function, "setComputeFunction:")                                                                                                 \
+    X(array_of, "arrayWithObject:")                                                                                                        \
+    X(set_archives, "setBinaryArchives:")                                                                                                  \
+    X(new_pipeline_of, "newComputePipelineStateWithDescriptor:options:reflection:error:")                                                  \
+    X(add_functions, "addComputePipelineFunctionsWithDescriptor:error:")                                                                   \
+    X(serialize, "serializeToURL:error:")                                                                                                  \
     X(max_threads, "maxTotalThreadsPerThreadgroup")                                                                                        \
     X(new_residency, "newResidencySetWithDescriptor:error:")                                                                               \
     X(add_residency, "addResidencySet:")                                                                                                   \

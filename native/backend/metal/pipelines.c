@@ -45,7 +45,11 @@ static void make_pipeline(cv_metal_device *d, cv_metal_pipeline *p) {
     id function = CV_SEND(&d->objc, id, lib, new_function, (id, id, id *), cv_metal_string(d, p->name), values, &error);
     if (!function) cv_metal_fail(d, CV_E_UNSUPPORTED, p->name, error);
     else {
-        p->pipeline = CV_SEND(&d->objc, id, d->device, new_pipeline, (id, id *), function, &error);
+        p->pipeline = cv_metal_archived_pipeline(d, function);
+        if (!p->pipeline) {
+            p->pipeline = CV_SEND(&d->objc, id, d->device, new_pipeline, (id, id *), function, &error);
+            if (p->pipeline) cv_metal_archive_add(d, function);
+        }
         if (!p->pipeline) cv_metal_fail(d, CV_E_UNSUPPORTED, p->name, error);
         else p->max_threads = CV_SEND0(&d->objc, NSUInteger, p->pipeline, max_threads);
     }

@@ -139,7 +139,9 @@ enum { MOST_LOOKS = 20 * 1000 * 1000 };
 static const volatile void* watched;
 static unsigned looks;
 
-static unsigned fences; // of a thread, without another one's turn
+// Fences of a thread without another one's turn. A kernel may wait for its host for a while, so many more than looks are allowed.
+enum { MOST_FENCES = 400 * 1000 * 1000 };
+static unsigned fences;
 
 API void msl_fence(msl_site site) {
   static const gpu_thread* thread;
@@ -148,7 +150,7 @@ API void msl_fence(msl_site site) {
   thread = R.current;
   group = R.group;
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  if (fences <= MOST_LOOKS) return;
+  if (fences <= MOST_FENCES) return;
   msl_report("%s:%u:%u: SPIN: thread %u of group %u has passed a fence %u times: does it wait for another threadgroup?", site.file, site.line, site.column, R.current->at.thread_index, R.group - 1, fences);
   fences = 0;
   R.fatal = true;

@@ -34,7 +34,7 @@ API uint64_t fakemetal_count(const char *what) {
     const struct { const char *name; const uint64_t *value; } all[] = {
         {"allocations", &fake_count.allocations}, {"allocated_bytes", &fake_count.allocated_bytes}, {"libraries", &fake_count.libraries}, {"pipelines", &fake_count.pipelines},
         {"command_buffers", &fake_count.command_buffers}, {"dispatches", &fake_count.dispatches}, {"threadgroups", &fake_count.threadgroups}, {"waits", &fake_count.waits},
-        {"event_waits", &fake_count.event_waits},
+        {"event_waits", &fake_count.event_waits}, {"archive_hits", &fake_count.archive_hits}, {"archives_opened", &fake_count.archives_opened},
     };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         if (!strcmp(all[i].name, what)) return __atomic_load_n(all[i].value, __ATOMIC_SEQ_CST);
@@ -218,8 +218,11 @@ static void write_numbers(FILE *f, const uint64_t numbers[MSL_BUFFERS]) {
 
 /* What a test reads: totals after each command buffer, a JSON object a line. */
 static void write_log(const object *command_buffer, bool failed) {
-    const char *path = getenv("FAKEMETAL_LOG");
-    FILE *f = path ? fopen(path, "a") : NULL;
+    const char *name = getenv("FAKEMETAL_LOG"), *number = name ? strstr(name, "%d") : NULL; /* %d: a file for each process */
+    char path[1024];
+    if (number) snprintf(path, sizeof path, "%.*s%d%s", (int)(number - name), name, (int)getpid(), number + 2);
+    else if (name) snprintf(path, sizeof path, "%s", name);
+    FILE *f = name ? fopen(path, "a") : NULL;
     if (!f) return;
     const command_list *list = command_buffer->extra;
     bool first = true;

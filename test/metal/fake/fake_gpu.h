@@ -51,7 +51,7 @@ enum { NOT_ENQUEUED = 0, COMMITTED = 2, SCHEDULED = 3, COMPLETED = 4, FAILED = 5
 
 /* Totals since the process started; fakemetal_count gives them by name. */
 typedef struct {
-    uint64_t allocations, allocated_bytes, libraries, pipelines, command_buffers, dispatches, threadgroups, waits, event_waits;
+    uint64_t allocations, allocated_bytes, libraries, pipelines, command_buffers, dispatches, threadgroups, waits, event_waits, archive_hits, archives_opened;
 } fake_counters;
 extern fake_counters fake_count HIDDEN;
 

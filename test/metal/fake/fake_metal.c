@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fake_archive.h"
 #include "fake_gpu.h"
 
 typedef unsigned long NSUInteger;
@@ -30,6 +31,7 @@ typedef struct { NSUInteger width, height, depth; } MTLSize;
 
 void fake_dispose(object *o) {
     const char *c = o->isa->name;
+    if (fake_archive_dispose(o)) return;
     if (!strcmp(c, "MTLBuffer")) free(o->extra);
     if (!strcmp(c, "MTLCommandQueue")) {
         fake_queue_close(o);
@@ -64,12 +66,19 @@ static const char *macos_version(void) {
     return version && *version ? version : "15.1";
 }
 
-bool fake_lacks(const char *selector) { return atoi(macos_version()) < 15 && !strcmp(selector, "newResidencySetWithDescriptor:error:"); }
+bool fake_lacks(const char *selector) {
+    if (getenv("FAKEMETAL_NO_ARCHIVES") && !strcmp(selector, "newBinaryArchiveWithDescriptor:error:")) return true;
+    return atoi(macos_version()) < 15 && !strcmp(selector, "newResidencySetWithDescriptor:error:");
+}
+
+const char *fake_build(void) {
+    const char *build = getenv("FAKEMETAL_BUILD");
+    return build && *build ? build : "24B83";
+}
 
 API int sysctlbyname(const char *name, void *out, size_t *size, void *new_value, size_t new_size) {
     UNUSED(new_value), UNUSED(new_size);
-    const char *build = getenv("FAKEMETAL_BUILD");
-    const char *value = !strcmp(name, "kern.osproductversion") ? macos_version() : !strcmp(name, "kern.osversion") ? (build && *build ? build : "24B83") : NULL;
+    const char *value = !strcmp(name, "kern.osproductversion") ? macos_version() : !strcmp(name, "kern.osversion") ? fake_build() : NULL;
     if (!value || strlen(value) + 1 > *size) return -1;
     *size = strlen(value) + 1;
     memcpy(out, value, *size);
@@ -443,6 +452,6 @@ const fake_method fake_methods[] = {
     METHOD("MTLComputeCommandEncoder", "endEncoding", encoder_end),
     {NULL, NULL, NULL},
 };
-const char *const fake_known_classes[] = {"NSString", "NSError", "MTLCompileOptions", "MTLFunctionConstantValues", "MTLResidencySetDescriptor", NULL};
+const char *const fake_known_classes[] = {"NSString", "NSError", "MTLCompileOptions", "MTLFunctionConstantValues", "MTLResidencySetDescriptor", "NSURL", "NSArray", "MTLBinaryArchiveDescriptor", "MTLComputePipelineDescriptor", NULL};
 
 API void *MTLCreateSystemDefaultDevice(void) { return fake_new("MTLDevice"); }

@@ -1,6 +1,6 @@
 /* fake_objc.c — a stand-in for libobjc: objc_msgSend looks a selector up in a table of C functions and jumps there. */
 #define _GNU_SOURCE
-#include "fake_objc.h"
+#include "fake_archive.h"
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -123,8 +123,10 @@ static object *method_autorelease(object *o, SEL s) {
 static bool method_responds(object *o, SEL s, SEL asked) {
     (void)s;
     if (fake_lacks(asked)) return false;
-    for (const fake_method *m = fake_methods; m->class_name; m++)
-        if (!strcmp(m->class_name, o->isa->name) && !strcmp(m->selector, asked)) return true;
+    const fake_method *const tables[] = {fake_methods, fake_archive_methods};
+    for (int t = 0; t < 2; t++)
+        for (const fake_method *m = tables[t]; m->class_name; m++)
+            if (!strcmp(m->class_name, o->isa->name) && !strcmp(m->selector, asked)) return true;
     return false;
 }
 static long method_of_nil(void) { return 0; }
@@ -134,10 +136,12 @@ __attribute__((used)) HIDDEN void *fake_lookup(object *self, SEL s) {
     if (!self) return (void *)method_of_nil;
     fake_class *c = self->isa;
     if (!c->meta && __atomic_load_n(&self->references, __ATOMIC_RELAXED) <= 0) fake_misuse("message %s to a freed %s", s, c->name);
-    for (const fake_method *m = fake_methods; m->class_name && !fake_lacks(s); m++) {
-        bool meta = *m->class_name == '+';
-        if (meta == c->meta && !strcmp(m->class_name + meta, c->name) && !strcmp(m->selector, s)) return m->function;
-    }
+    const fake_method *const tables[] = {fake_methods, fake_archive_methods};
+    for (int t = 0; t < 2; t++)
+        for (const fake_method *m = tables[t]; m->class_name && !fake_lacks(s); m++) {
+            bool meta = *m->class_name == '+';
+            if (meta == c->meta && !strcmp(m->class_name + meta, c->name) && !strcmp(m->selector, s)) return m->function;
+        }
     if (c->meta && !strcmp(s, "alloc")) return (void *)method_alloc;
     if (!c->meta) {
         if (!strcmp(s, "init")) return (void *)method_init;

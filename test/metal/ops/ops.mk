@@ -4,7 +4,7 @@ include Makefile
 
 METAL_OUT := build/metal
 FAKE_SRC := $(wildcard test/metal/fake/*.c)
-OPS := $(addprefix $(METAL_OUT)/,products_test attention_test shapes_test counts_test fake_test hand_over_test)
+OPS := $(addprefix $(METAL_OUT)/,products_test attention_test shapes_test counts_test fake_test hand_over_test archive_test)
 
 .PHONY: metal-tests
 metal-tests: $(METAL_OUT)/libfakemetal.so $(OPS) metal-tsan
@@ -21,7 +21,7 @@ $(METAL_OUT)/%: test/metal/ops/%.c test/metal/ops/ops.h $(NATIVE_OBJ) $(NATIVE_H
 
 # Host and fake GPU under ThreadSanitizer: the two run at the same time and share words.
 TSAN := -O1 -g -w -fsanitize=thread -pthread
-TSAN_SRC := $(addprefix native/backend/metal/,device.c memory.c pipelines.c commands.c hand_over.c hand_over_watch.c hand_over_ways.c kernel_source.c objc.c) native/engine/error.c
+TSAN_SRC := $(addprefix native/backend/metal/,device.c memory.c pipelines.c commands.c archive.c hand_over.c hand_over_watch.c hand_over_ways.c kernel_source.c objc.c) native/engine/error.c
 
 .PHONY: metal-tsan
 metal-tsan: $(METAL_OUT)/tsan/libfakemetal.so $(METAL_OUT)/tsan/hand_over_test

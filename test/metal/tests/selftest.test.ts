@@ -25,6 +25,7 @@ withFake(
     expect(out).toMatch(/^caravan \d+\.\d+\.\d+ GPU self-test\nFake Metal on a CPU, macOS 14\.2 \(24B83\)/);
     expect(out).toContain("residency sets: no (macOS 15 has them); bfloat16: yes");
     expect(out).toMatch(/^(\d+) of \1 cases equal the CPU's arithmetic within rounding/m);
+    expect(out).toMatch(/^from GPU to processor and back.*: wait [\d.]+ µs.*, spin not possible/m);
     expect(out).toMatch(/^4 bits, groups of 64, 1 token +[\d.]+ +\d+ % +[\d.]+$/m);
     expect(code).toBe(0);
     expect(out.split("\n").length).toBeLessThan(25);
