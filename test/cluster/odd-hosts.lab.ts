@@ -70,7 +70,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
 
   beforeAll(async () => {
     lab = new ClusterLab(hosts());
-    await lab.start(30_000);
+    await lab.start(60_000);
   }, SLOW_MS);
   const cleanups: (() => unknown)[] = [];
   afterAll(async () => {
@@ -124,7 +124,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
         } finally {
           run(["nft", "delete table netdev odd"]);
         }
-        await lab.meet(lab.nodes, 30_000);
+        await lab.meet(lab.nodes, 60_000);
         await eventually("one instance is left and ready everywhere", 40_000, async () => {
           const states = await Promise.all(lab.nodes.map((node) => node.state()));
           return states.every(({ instances }) => {
@@ -187,7 +187,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
       Object.assign(host.env, { LD_PRELOAD: library, SHIFT_FILE: shift });
       try {
         await host.start();
-        await lab.meet(lab.nodes, 30_000);
+        await lab.meet(lab.nodes, 60_000);
         expect(host.log).toContain(new Date(Date.now() + 86_400_000).toISOString().slice(0, 10));
         const instance = await placeOn(0, 1);
         const text = await at(2).say("tiny");
@@ -212,7 +212,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
         delete host.env.LD_PRELOAD;
         await host.stop();
         await host.start();
-        await lab.meet(lab.nodes, 30_000);
+        await lab.meet(lab.nodes, 60_000);
       }
     },
     SLOW_MS,
@@ -246,7 +246,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
       cpSync(join(lab.folder, "own"), clusterFolder(data(3)), { recursive: true });
       await at(2).stop();
       await Promise.all([at(2).start(), at(3).start()]);
-      await lab.meet(lab.nodes, 30_000);
+      await lab.meet(lab.nodes, 60_000);
     },
     SLOW_MS,
   );
@@ -325,7 +325,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
       }
       expect(await join_.exited, await join_.stderr.text()).toBe(0);
       await host.start();
-      await lab.meet(lab.nodes, 30_000);
+      await lab.meet(lab.nodes, 60_000);
     },
     SLOW_MS,
   );
@@ -346,7 +346,7 @@ describe.skipIf(inside === undefined)("in the lab", () => {
         const before = { ...env };
         Object.assign(env, { CARAVAN_DATA_DIR: join(disk, "d"), CARAVAN_MODELS_DIR: join(disk, "none") });
         await host.start();
-        await lab.meet(lab.nodes, 30_000);
+        await lab.meet(lab.nodes, 60_000);
         const asked = { model: "tiny", tensor: 2, pipeline: 1, nodes: [idOf(0), idOf(3)] };
         const { id } = (await (await at(0).post("/cluster/instances", asked)).json()) as { id: string };
         let reason = "";
