@@ -83,6 +83,18 @@ describe("the grammar service", () => {
     expect((await grammars.matcher({ ...integers, param: "later" })).complete).toBe(false);
   });
 
+  test("is prepared ahead of the first request, and tells of what it lacks when there is one", async () => {
+    const grammars = service();
+    const { trie } = await grammars.prepare();
+    expect(trie.nodes.length).toBeGreaterThan(100);
+    const began = grammars.workers;
+    expect((await grammars.matcher(integers)).complete).toBe(false);
+    expect([began, grammars.workers]).toEqual([1, 1]);
+    const lacking = service({ dir: "/no/such/folder" });
+    expect(await failureOf(lacking.prepare())).toMatchObject({ code: "bad_file" });
+    expect(await failureOf(lacking.matcher(integers))).toMatchObject({ code: "bad_file" });
+  });
+
   test("tells of a worker that dies, and of a model without a tokenizer", async () => {
     const dying = URL.createObjectURL(new Blob(["self.onmessage = () => process.exit(3);"]));
     const failure = await failureOf(service({ workerUrl: new URL(dying) }).matcher(integers));
