@@ -145,7 +145,8 @@ static char *edited(const char *source) {
 static object *device_library(object *o, SEL s, object *source, object *options, object **e) {
     UNUSED(o), UNUSED(s), UNUSED(options);
     int version = atoi(macos_version());
-    const char *before = version < 14 ? "#undef __HAVE_BFLOAT__\n#undef __METAL_VERSION__\n#define __METAL_VERSION__ 300\n" : version < 15 ? "#undef __METAL_VERSION__\n#define __METAL_VERSION__ 310\n" : "";
+    bool asks = strstr(source->memory, "__METAL_VERSION__") != NULL; /* else one compiled library does for several versions */
+    const char *before = version < 14 ? "#undef __HAVE_BFLOAT__\n#undef __METAL_VERSION__\n#define __METAL_VERSION__ 300\n" : version < 15 && asks ? "#undef __METAL_VERSION__\n#define __METAL_VERSION__ 310\n" : "";
     const char *compiler = getenv("MSLC"), *folder = getenv("MSL_CACHE");
     if (!compiler || !folder) fake_misuse("MSLC (the compiler) and MSL_CACHE (a folder) must be set");
     bool checked = getenv("FAKEMETAL_CHECKED"), fast = getenv("FAKEMETAL_FAST_MATH");
