@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 
 enum {
-    STREAM_TOKENS = 8,        /* up to here kernels stream weights (decode), above they unpack tiles of them (prefill) */
+    STREAM_TOKENS = 32,       /* up to here kernels stream weights (decode), above they unpack tiles of them (prefill) */
     STREAM_BYTES = 224 * 1024, /* weights of a streaming task: below, starting a kernel shows; above, a late thread does */
     TASKS_A_THREAD = 3,       /* but at least so many tasks, where the matrix has the rows */
     TILE_ROWS = 64, TILE_TOKENS = 256

@@ -21,7 +21,7 @@ static size_t scratch_bytes_vnni(size_t cols) {
 }
 
 static void qmatmul_vnni(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
-    if (w->bits == 4 && a->n >= CV_VNNI_BATCH_FROM && a->n <= CV_VNNI_STREAM_ROWS) cv_vnni_batch(w, e, row0, row1, a, out, ldo, scratch);
+    if (w->bits == 4 && a->n >= CV_VNNI_BATCH_FROM && a->n <= CV_VNNI_BATCH_TO) cv_vnni_batch(w, e, row0, row1, a, out, ldo, scratch);
     else if (a->n <= CV_VNNI_STREAM_ROWS) cv_vnni_stream(w, e, row0, row1, a, out, ldo, scratch);
     else cv_vnni_tile(w, e, row0, row1, a, out, ldo, scratch);
 }

@@ -10,16 +10,17 @@
 #define CV_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,f16c,fma,avx2")))
 #define CV_INLINE_VNNI static inline __attribute__((always_inline)) CV_TARGET_VNNI
 
-/* Measured crossovers on Zen 4: up to so many activation rows streaming is faster than unpacking a tile, and from so many on
- * it pays to transpose 4-bit codes on the way. */
-enum { CV_VNNI_STREAM_ROWS = 8, CV_VNNI_BATCH_FROM = 5 };
+/* Measured crossovers on Zen 4. Up to CV_VNNI_STREAM_ROWS activation rows streaming is faster than unpacking a tile. Of 4-bit codes,
+ * from CV_VNNI_BATCH_FROM on it pays to transpose them on the way, for up to CV_VNNI_BATCH_ROWS rows at a time, which the registers
+ * hold, and to do so several times up to CV_VNNI_BATCH_TO. */
+enum { CV_VNNI_STREAM_ROWS = 8, CV_VNNI_BATCH_FROM = 5, CV_VNNI_BATCH_ROWS = 16, CV_VNNI_BATCH_TO = 32 };
 
 /* Few activation rows: weights are streamed once in the checkpoint's layout. Up to CV_VNNI_STREAM_ROWS of them, of 4-bit codes fewer
  * than CV_VNNI_BATCH_FROM. */
 void cv_vnni_stream(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_stream_scratch(size_t cols);
 
-/* CV_VNNI_BATCH_FROM to CV_VNNI_STREAM_ROWS activation rows, 4-bit codes: streamed too, and transposed on the way. */
+/* CV_VNNI_BATCH_FROM to CV_VNNI_BATCH_TO activation rows, 4-bit codes: streamed too, and transposed on the way. */
 void cv_vnni_batch(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_batch_scratch(size_t cols);
 

@@ -18,7 +18,7 @@
 
 #include <string.h>
 
-enum { ROWS = 16, TOKENS = CV_VNNI_STREAM_ROWS, LINE = 64, LINE_COLUMNS = 128, PAIRS = 32, AHEAD_BYTES = 12 * 1024 };
+enum { ROWS = 16, TOKENS = CV_VNNI_BATCH_ROWS, LINE = 64, LINE_COLUMNS = 128, PAIRS = 32, AHEAD_BYTES = 12 * 1024 };
 
 typedef struct {
     int8_t *q;
@@ -90,21 +90,21 @@ CV_INLINE_VNNI void multiply_line(const batch_scratch *s, const __m512i *line, c
 #pragma GCC unroll 4
     for (int part = 0; part < parts; part++, g++) {
         __m512i dot[TOKENS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int t = 0; t < tokens; t++) dot[t] = _mm512_setzero_si512();
 #pragma GCC unroll 16
         for (int d = part * dwords; d < (part + 1) * dwords; d++) {
             const __m512i codes = _mm512_load_si512(line + d), low = _mm512_and_si512(codes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], low, q + (2 * d * tokens + t) * 4);
             if (d % 2 == 0) transpose_piece(next, s->half, next_line, d / 2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], high, q + ((2 * d + 1) * tokens + t) * 4);
         }
         if (g >= s->groups) continue; /* past the end of a last line: its codes are zeros, its scales are not there */
         const __m512 sw = _mm512_load_ps(s->scale + g * ROWS), bw = _mm512_load_ps(s->bias + g * ROWS);
         float *chain = s->chain + (g & 3) * (size_t)tokens * ROWS;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int t = 0; t < tokens; t++) {
             const __m512 a = _mm512_mul_ps(sw, _mm512_set1_ps(scale[(size_t)t * g_stride + g])), b = _mm512_mul_ps(bw, _mm512_set1_ps(sum[(size_t)t * g_stride + g]));
             _mm512_store_ps(chain + t * ROWS, _mm512_add_ps(_mm512_load_ps(chain + t * ROWS), _mm512_fmadd_ps(a, _mm512_cvtepi32_ps(dot[t]), b)));
@@ -118,12 +118,16 @@ typedef void (*line_kernel)(const batch_scratch *s, const __m512i *line, const i
     CV_TARGET_VNNI static void line_##group##_##tokens(const batch_scratch *s, const __m512i *line, const int8_t *q, const line_rows *next, __m512i *next_line, const float *scale, const float *sum, size_t g_stride, size_t g) { \
         multiply_line(s, line, q, next, next_line, scale, sum, g_stride, g, group, tokens); \
     }
-#define BATCH_TOKENS(group) BATCH(group, 5) BATCH(group, 6) BATCH(group, 7) BATCH(group, 8)
+#define BATCH_TOKENS(group) \
+    BATCH(group, 5) BATCH(group, 6) BATCH(group, 7) BATCH(group, 8) BATCH(group, 9) BATCH(group, 10) BATCH(group, 11) BATCH(group, 12) \
+    BATCH(group, 13) BATCH(group, 14) BATCH(group, 15) BATCH(group, 16)
 BATCH_TOKENS(32)
 BATCH_TOKENS(64)
 BATCH_TOKENS(128)
 
-#define KERNELS(group) {line_##group##_5, line_##group##_6, line_##group##_7, line_##group##_8}
+#define KERNELS(group) { \
+    line_##group##_5, line_##group##_6, line_##group##_7, line_##group##_8, line_##group##_9, line_##group##_10, line_##group##_11, line_##group##_12, \
+    line_##group##_13, line_##group##_14, line_##group##_15, line_##group##_16}
 static const line_kernel kernels[3][TOKENS - CV_VNNI_BATCH_FROM + 1] = {KERNELS(32), KERNELS(64), KERNELS(128)};
 
 /* All activation rows into the order of the steps. */
@@ -187,7 +191,8 @@ static cv_weight_rows rows_ahead(const cv_weight *w, size_t e, size_t row0, size
     return (cv_weight_rows){next->data ? next->data + beyond * w->row_bytes : NULL, next->scales ? next->scales + scale : NULL, next->biases ? next->biases + scale : NULL};
 }
 
-CV_TARGET_VNNI void cv_vnni_batch(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
+/* At most TOKENS activation rows. */
+CV_TARGET_VNNI static void few(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
     const size_t groups = w->cols / w->group, n = a->n, lines = lines_of(w->cols), line_groups = LINE_COLUMNS / w->group;
     const batch_scratch s = scratch_at(scratch, w->cols, groups);
     const line_kernel kernel = kernels[w->group == 32 ? 0 : w->group == 64 ? 1 : 2][n - CV_VNNI_BATCH_FROM];
@@ -229,6 +234,21 @@ CV_TARGET_VNNI void cv_vnni_batch(const cv_weight *w, size_t e, size_t row0, siz
             const __m512 sum = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(c), _mm512_load_ps(c + chain)), _mm512_add_ps(_mm512_load_ps(c + 2 * chain), _mm512_load_ps(c + 3 * chain)));
             _mm512_mask_storeu_ps(out + t * ldo + r, left >= ROWS ? 0xffff : (__mmask16)((1u << left) - 1), sum);
         }
+    }
+}
+
+CV_TARGET_VNNI void cv_vnni_batch(const cv_weight *w, size_t e, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch) {
+    const size_t pieces = (a->n + TOKENS - 1) / TOKENS;
+    const cv_weight_rows again = cv_weight_rows_at(w, e, row0);
+    for (size_t i = 0; i < pieces; i++) {
+        const size_t t = i * a->n / pieces;
+        cv_qact piece = *a;
+        piece.q += t * a->q_stride;
+        piece.scale += t * a->g_stride;
+        piece.sum += t * a->g_stride;
+        piece.n = (i + 1) * a->n / pieces - t;
+        if (i + 1 < pieces) piece.next = again;
+        few(w, e, row0, row1, &piece, out + t * ldo, ldo, scratch);
     }
 }
 
