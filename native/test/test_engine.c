@@ -14,6 +14,9 @@ static int run(cv_engine *e, size_t size, char *err) {
     uint64_t ticket, got;
     int code = cv_submit(e, step, size, &ticket, err, 256);
     if (code) return code;
+    /* A damaged step may wait for masks that nobody will make; rows that wait for none refuse them. */
+    char ignored[256];
+    for (uint32_t i = 0; i < ((const cv_step *)(const void *)step)->n_rows; i++) cv_give_masks(e, ticket, i, NULL, 0, ignored, sizeof ignored);
     struct pollfd p = {cv_event_fd(e), POLLIN, 0};
     while ((code = cv_collect(e, ticket, result, RESULT, &got, err, 256)) == CV_E_AGAIN) {
         char byte;
