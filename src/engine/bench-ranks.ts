@@ -37,7 +37,7 @@ interface Counted {
   reduceNs: number;
   macNs: number;
   /** By rank. */
-  times: RankTimes[];
+  times: Omit<RankTimes, "peakResidentBytes">[];
 }
 
 async function count({ engine, ranks }: LoadedEngine): Promise<Counted> {

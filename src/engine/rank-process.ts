@@ -104,8 +104,8 @@ export class RankProcess {
     this.#statuses.push(status.resolve);
     this.#send({ type: "status" });
     const gone = this.ended.then((why) => Promise.reject(why ?? this.#gone("was closed")));
-    const { exchange_ns, compute_ns } = await Promise.race([status.promise, gone]);
-    return { exchangeNs: exchange_ns, computeNs: compute_ns };
+    const { exchange_ns, compute_ns, peak_resident_bytes } = await Promise.race([status.promise, gone]);
+    return { exchangeNs: exchange_ns, computeNs: compute_ns, peakResidentBytes: peak_resident_bytes };
   }
 
   /** Asks the process to leave, and insists after a while. Idempotent. */

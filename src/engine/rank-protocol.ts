@@ -143,5 +143,5 @@ export type RankMessage =
   | { type: "measured"; round_trip_us: number; bandwidth: number }
   | { type: "loading"; bytes: number }
   | { type: "ready"; memory: RankMemory; threads: number; cpu: string }
-  | { type: "status"; rank: number; exchange_ns: number; compute_ns: number }
+  | { type: "status"; rank: number; exchange_ns: number; compute_ns: number; peak_resident_bytes: number }
   | { type: "fatal"; error: ErrorRecord };

@@ -7,6 +7,7 @@ import { shardPlan } from "../cluster/shard.ts";
 import { CaravanError } from "../errors.ts";
 import { readModelConfig } from "../model/config.ts";
 import { makeLoadPlan } from "../model/load-plan.ts";
+import { peakResidentBytes } from "../model/machine-memory.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import { cpuName } from "./binding.ts";
 import { errorRecord } from "./error-record.ts";
@@ -130,6 +131,7 @@ class Rank {
           rank: this.#options.rank,
           exchange_ns: exchangeNs,
           compute_ns: computeNs,
+          peak_resident_bytes: peakResidentBytes(),
         });
         return;
       }

@@ -9,6 +9,8 @@ export interface RankTimes {
   /** In steps, and of that exchanging with other ranks and waiting for them. */
   computeNs: number;
   exchangeNs: number;
+  /** Most memory that the rank's process had resident so far. */
+  peakResidentBytes: number;
 }
 
 export interface Ranks {
@@ -23,7 +25,7 @@ export interface Ranks {
   /** Ends rank 0's engine by `closeEngine`, behind which the other ranks leave in peace, then the group and what this
    * process has started. Idempotent. */
   close(closeEngine: () => Promise<void>): Promise<void>;
-  /** What the engines of ranks > 0 have counted, nanoseconds; empty where their nodes have to be asked. */
+  /** What the processes of ranks > 0 have counted, in order; empty where their nodes have to be asked. */
   times(): Promise<RankTimes[]>;
   /** Ends the processes that this one has started at once, whatever state they are in. */
   kill(): void;

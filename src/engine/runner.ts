@@ -106,6 +106,8 @@ class Runner {
   readonly #loop: StepLoop;
   readonly #gate: GrammarGate;
   #told = { running: 0, waiting: 0, atMs: 0 };
+  /** Of ranks > 0, in order, as far as they have said. */
+  #otherPeaks: number[] = [];
   #dying = false;
 
   private constructor(options: LoadOptions, model: LoadedEngine, writer: MessageWriter) {
@@ -147,6 +149,7 @@ class Runner {
       this.#loop.stop(error);
       this.#die(error);
     });
+    this.#askRanks();
   }
 
   static async load(options: LoadOptions, writer: MessageWriter, remote?: RemoteRanks): Promise<Runner> {
@@ -202,6 +205,7 @@ class Runner {
     const changed = running !== this.#told.running || waiting !== this.#told.waiting;
     if (changed && now - this.#told.atMs >= STATUS_PAUSE_MS) {
       this.#told = { running, waiting, atMs: now };
+      this.#askRanks();
       this.#writer.add({ type: "status", status: this.#status() });
     }
     this.#writer.flush();
@@ -215,6 +219,21 @@ class Runner {
     // A rank that is stopped would not leave by itself.
     this.#model.ranks?.kill();
     this.#writer.end().then(() => process.exit(1));
+  }
+
+  /** What the ranks have used by the time of the next status. A rank that cannot say is lost, and that is reported. */
+  #askRanks(): void {
+    this.#model.ranks?.times().then(
+      (times) => {
+        this.#otherPeaks = times.map(({ peakResidentBytes: peak }) => peak);
+      },
+      () => undefined,
+    );
+  }
+
+  #rankPeaks({ tensor, pipeline }: { tensor: number; pipeline: number }): (number | null)[] {
+    const others = Array.from({ length: tensor * pipeline - 1 }, (_, i) => this.#otherPeaks[i] ?? null);
+    return [peakResidentBytes(), ...others];
   }
 
   #prefixStatus(): NonNullable<EngineStatus["prefix_cache"]> {
@@ -252,6 +271,7 @@ class Runner {
       },
       memory,
       peak_resident_bytes: peakResidentBytes(),
+      ...(ranks === undefined ? {} : { rank_peak_resident_bytes: this.#rankPeaks(ranks.grid) }),
       ...(this.#model.plan.unused.length === 0 ? {} : { unused_tensors: unusedTensors(this.#model) }),
     };
   }

@@ -134,6 +134,9 @@ describe.skipIf(!hasPgrep)("a rank that is killed", () => {
       expect(before.length).toBe((ranks.tensor ?? 1) * (ranks.pipeline ?? 1) - 1);
       const streams = ["a", "b"].map((id) => collect(engine.generate(request(id, 30, 1900))));
       await until(() => engine.status().running === 2, "both streams to run", 10_000);
+      const peaks = engine.status().rank_peak_resident_bytes ?? [];
+      expect(peaks).toHaveLength(before.length + 1);
+      for (const peak of peaks) expect(peak).toBeGreaterThan(1e6);
       const started = performance.now();
       process.kill(before.at(-1) ?? 0, "SIGKILL");
       for (const events of await Promise.all(streams)) {

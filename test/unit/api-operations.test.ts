@@ -257,6 +257,7 @@ describe("measured completions", () => {
       prefill_ms: 1,
       decode_ms: 6,
       peak_memory_bytes: null,
+      rank_peak_memory_bytes: [null],
     });
     expect(stats.ttft_ms).toBeGreaterThan(0);
     expect(stats.itl_ms.p50).toBeLessThanOrEqual(stats.itl_ms.p99 ?? 0);

@@ -58,6 +58,7 @@ const benchReply = v.looseObject({
     ttft_ms: rate,
     itl_ms: v.looseObject({ p50: rate, p90: rate, p99: rate, max: rate }),
     peak_memory_bytes: rate,
+    rank_peak_memory_bytes: v.array(rate),
   }),
 });
 

@@ -1,6 +1,7 @@
 // POST /bench/chat/completions: a whole chat completion together with how fast it was made, so that a benchmark needs
 // no clock of its own. Times begin with the request's arrival at this server.
 
+import type { EngineStatus } from "../../engine/protocol.ts";
 import { CaravanError } from "../../errors.ts";
 import { chatRoute } from "../openai/chat.ts";
 import type { ApiContext } from "../routes.ts";
@@ -22,12 +23,12 @@ export function benchChatRoute(deps: ApiDependencies) {
     const trace = deps.traces.measured(context.get("requestId"));
     if (!reply.ok || trace === undefined) return reply;
     const body = (await reply.json()) as object;
-    const peaks = deps.models.statuses().map(({ model, peak_resident_bytes: peak }) => ({ model, peak }));
-    return Response.json({ ...body, generation_stats: statistics(trace, peaks) });
+    const status = deps.models.statuses().find(({ model }) => model === trace.model);
+    return Response.json({ ...body, generation_stats: statistics(trace, status) });
   };
 }
 
-function statistics(trace: RequestTrace, peaks: { model: string; peak: number | undefined }[]): object {
+function statistics(trace: RequestTrace, status: EngineStatus | undefined): object {
   const { prompt, cached, completion } = trace.usage;
   const timings = trace.timings;
   const longest = (pick: (timing: (typeof timings)[number]) => number): number =>
@@ -35,7 +36,6 @@ function statistics(trace: RequestTrace, peaks: { model: string; peak: number | 
   const prefillMs = longest((timing) => timing.prefill_ms);
   const decodeMs = longest((timing) => timing.decode_ms);
   const intervals = (trace.intervals ?? []).sort((a, b) => a - b);
-  const of = trace.model;
   return {
     prompt_tokens: prompt,
     cached_tokens: cached,
@@ -53,7 +53,9 @@ function statistics(trace: RequestTrace, peaks: { model: string; peak: number | 
       p99: percentile(intervals, 0.99),
       max: intervals.at(-1) ?? null,
     },
-    peak_memory_bytes: peaks.find(({ model }) => model === of)?.peak ?? null,
+    peak_memory_bytes: status?.peak_resident_bytes ?? null,
+    /** Rank 0 first; a model in one piece has one rank. null: on another machine. */
+    rank_peak_memory_bytes: status?.rank_peak_resident_bytes ?? [status?.peak_resident_bytes ?? null],
   };
 }
 
