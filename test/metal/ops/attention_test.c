@@ -106,8 +106,9 @@ static int store(bench *b, size_t n) {
     return b->w.cpu->ops->rope_store(b->w.cpu, a->flags, heads, a->n_kv, b->q, b->k, b->v, &b->cpu_kv) | b->w.gpu->ops->rope_store(b->w.gpu, a->flags, heads, a->n_kv, b->gq, b->gk, b->gv, &b->gpu_kv);
 }
 
-/* Both caches of 8 bits have the same scales and codes, but for a code in a thousand that rounding in the last place moves by one. Both
- * get Metal's then: attention is compared over the same cache. */
+/* Both caches of 8 bits have the same scales and codes, but for a few codes that rounding in the last place moves by one: a code in a thousand;
+ * with fast math one in 250, since values of few bits lie exactly between two codes (half the largest is 63.5) and a division that is off in its last place
+ * decides these the other way. Both get Metal's then: attention is compared over the same cache. */
 static void compare_codes(bench *b) {
     const attention_case *a = b->a;
     size_t token = cv_kv_token_elements(CV_Q8, a->head_dim), moved = 0, n = 0;
@@ -123,7 +124,7 @@ static void compare_codes(bench *b) {
             moved += by > 0;
         }
     }
-    cv_check(&b->w.c->checks, worst <= 1e-6 && moved <= n / 1000, "scales differ by %g of them, %zu of %zu codes by one", worst, moved, n);
+    cv_check(&b->w.c->checks, worst <= 1e-6 && moved <= n / (getenv("FAKEMETAL_FAST_MATH") ? 250 : 1000), "scales differ by %g of them, %zu of %zu codes by one", worst, moved, n);
     memcpy(cpu, gpu, b->cache_bytes);
 }
 

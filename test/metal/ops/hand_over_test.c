@@ -112,10 +112,12 @@ static bool open_rig(cv_checks *c, rig *r, const char *way, const char *patience
     else unsetenv("CARAVAN_METAL_HAND_OVER");
     setenv("CARAVAN_METAL_PATIENCE_MS", patience_ms, 1);
     int code = cv_metal_device_open(&r->d, (cv_err){text, sizeof text});
-    if (!code) code = cv_metal_alloc(r->d, 3 * 4096, &memory, (cv_err){text, sizeof text});
+    float **const buffers[3] = {&r->x[0], &r->x[1], &r->norm}; /* of their own, as a model's are: a kernel writes to one of them only */
+    for (int i = 0; i < 3 && !code; i++) {
+        code = cv_metal_alloc(r->d, 4096, &memory, (cv_err){text, sizeof text});
+        *buffers[i] = memory;
+    }
     if (!cv_check(c, !code, "%s", text)) return false;
-    for (int i = 0; i < 2; i++) r->x[i] = (float *)memory + 1024 * i;
-    r->norm = (float *)memory + 2048;
     for (size_t i = 0; i < N; i++) r->norm[i] = 1;
     return true;
 }
