@@ -127,7 +127,7 @@ static int record(run_state *r, const cv_model *m, size_t joined, const uint32_t
 int cv_graph_run(const cv_model *m, cv_backend *b, cv_activations *a, cv_place *place, const cv_batch *batch, const uint32_t *rows, size_t n_rows, const atomic_bool *stop, uint64_t *kernel_ns, cv_err err) {
     const cv_backend_ops *o = b->ops;
     run_state r = {b, a, place, batch->n_tokens, m->shape.hidden};
-    char text[256] = "";
+    char text[768] = "";
     uint64_t start = now_ns();
     size_t joined = 0;
     int code, finished;
