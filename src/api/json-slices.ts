@@ -77,7 +77,7 @@ function* largeValues(text: string): Steps<Map<number, number>> {
 function* stringEnd(text: string, start: number): Steps<number> {
   let looked = start;
   for (let at = text.indexOf('"', start + 1); at >= 0; at = text.indexOf('"', at + 1)) {
-    if (backslashesBefore(text, at) % 2 === 0) return at + 1;
+    if (backslashesBefore(text, at, start) % 2 === 0) return at + 1;
     if (at - looked < STRIDE) continue;
     looked = at;
     yield;
@@ -85,9 +85,10 @@ function* stringEnd(text: string, start: number): Steps<number> {
   throw new SyntaxError("Unterminated string");
 }
 
-function backslashesBefore(text: string, at: number): number {
+/** How many stand right before `at`, but none before `least`. */
+function backslashesBefore(text: string, at: number, least: number): number {
   let from = at;
-  while (from > 0 && text.charCodeAt(from - 1) === BACKSLASH) from--;
+  while (from > least && text.charCodeAt(from - 1) === BACKSLASH) from--;
   return at - from;
 }
 
@@ -115,7 +116,7 @@ class LargeParser {
   *#string(start: number, end: number): Steps<string> {
     const parts: string[] = [];
     for (let from = start + 1; from < end - 1; ) {
-      const to = Math.min(end - 1, this.#behindEscape(from + PIECE));
+      const to = Math.min(end - 1, this.#behindEscape(from + PIECE, from));
       parts.push(String(JSON.parse(`"${this.#text.slice(from, to)}"`)));
       from = to;
       yield;
@@ -123,12 +124,12 @@ class LargeParser {
     return parts.join("");
   }
 
-  /** `at`, or the end of the escape that it is in. */
-  #behindEscape(at: number): number {
+  /** `at`, or the end of the escape that it is in. No escape reaches over `least`, so nothing before it is looked at again. */
+  #behindEscape(at: number, least: number): number {
     const text = this.#text;
-    if (backslashesBefore(text, at) % 2 === 1) return at + (text.charCodeAt(at) === LETTER_U ? 5 : 1);
+    if (backslashesBefore(text, at, least) % 2 === 1) return at + (text.charCodeAt(at) === LETTER_U ? 5 : 1);
     for (let back = 1; back <= 4; back++)
-      if (text.charCodeAt(at - back) === LETTER_U && backslashesBefore(text, at - back) % 2 === 1)
+      if (text.charCodeAt(at - back) === LETTER_U && backslashesBefore(text, at - back, least) % 2 === 1)
         return at - back + 5;
     return at;
   }

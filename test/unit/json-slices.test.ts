@@ -120,6 +120,23 @@ describe("JSON in slices", () => {
     );
   }, 20_000);
 
+  test("looks at each of many backslashes a few times only", async () => {
+    const text = JSON.stringify("\\".repeat(1_000_000));
+    const charCodeAt = String.prototype.charCodeAt;
+    let looks = 0;
+    String.prototype.charCodeAt = function (index) {
+      looks++;
+      return charCodeAt.call(this, index);
+    };
+    try {
+      expect(await parseInSlices(text)).toHaveLength(1_000_000);
+    } finally {
+      String.prototype.charCodeAt = charCodeAt;
+    }
+    expect(looks).toBeGreaterThan(0);
+    expect(looks).toBeLessThan(4 * text.length);
+  });
+
   test("lets the event loop turn while it works", async () => {
     const text = JSON.stringify(Array.from({ length: 400_000 }, (_, i) => `text ${i}`));
     let turns = 0;
