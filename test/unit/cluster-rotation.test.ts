@@ -11,7 +11,14 @@ import {
   newCluster,
   secretName,
 } from "../../src/cluster/net/cluster-file.ts";
-import { forNewNode, isRemoved, merged, secretsOf, withoutNode } from "../../src/cluster/net/rotation.ts";
+import {
+  forNewNode,
+  isKnown,
+  isRemoved,
+  merged,
+  secretsOf,
+  withoutNode,
+} from "../../src/cluster/net/rotation.ts";
 
 const idOf = (i: number) => i.toString(16).repeat(64).slice(0, 64);
 const nodeOf = (i: number) => ({ id: idOf(i), name: `node ${i}`, addresses: [] });
@@ -142,4 +149,96 @@ test("members that removed nodes in parts of a split network come to one secret,
     ),
     { numRuns: 400 },
   );
+});
+
+test("whatever a removed node tells members that were away, the members' secret is none that it can have", () => {
+  const COUNT = 5;
+  const [R, SECOND] = [COUNT - 1, 77];
+  const [members, away] = [
+    [0, 1],
+    [2, 3],
+  ];
+  const ids = fc.uniqueArray(fc.constantFrom(0, 1, 2, 3, R, SECOND, 80, 81), { maxLength: 6 });
+  const lie = fc.record({
+    kind: fc.constant("lie" as const),
+    to: fc.constantFrom(...away),
+    secret: fc.constantFrom("e1", "e2", "e3"),
+    generation: fc.constantFrom(1, 2, 1000, 1_000_000_000),
+    previous: fc.uniqueArray(fc.constantFrom("first", "e1", "e2", "e3"), { maxLength: 4 }),
+    removed: ids,
+    nodes: ids,
+  });
+  const meeting = fc.record({
+    kind: fc.constant("meeting" as const),
+    i: fc.constantFrom(0, 1, 2, 3),
+    j: fc.constantFrom(0, 1, 2, 3),
+  });
+  fc.assert(
+    fc.property(fc.array(fc.oneof(lie, meeting), { maxLength: 12 }), (steps) => {
+      const own = cluster(COUNT);
+      const at = (i: number): ClusterCredentials => {
+        const found = own[i];
+        if (found === undefined) throw new Error("no such node");
+        return found;
+      };
+      const made = (called: string) =>
+        called === "first" ? first : Buffer.alloc(32, called).toString("base64");
+      const { secret: first } = at(0);
+      const knows = new Set([first, made("e1"), made("e2"), made("e3")]);
+      const derived: { from: [string, string]; secret: string }[] = [];
+      // What it can compute from what it knows, and what those tell it that still take it, or its second key, for a member.
+      const spy = () => {
+        for (const i of away) {
+          const trusts = [R, SECOND].some((k) => isKnown(at(i), idOf(k)) && !isRemoved(at(i), idOf(k)));
+          if (trusts) for (const secret of secretsOf(at(i))) knows.add(secret);
+        }
+        for (const { from, secret } of derived) if (from.every((each) => knows.has(each))) knows.add(secret);
+      };
+      own[0] = withoutNode(at(0), nodeOf(R));
+      own[1] = merged(idOf(1), at(1), told(at(0), 0));
+      for (const step of steps) {
+        if (step.kind === "lie") {
+          const said: ClusterCredentials = {
+            ...{ name: "home", secret: made(step.secret), generation: step.generation },
+            previous: step.previous.map(made),
+            removed: step.removed.map((k) => ({ id: idOf(k), name: "removed" })),
+            nodes: step.nodes.map(nodeOf),
+          };
+          const trusts = [R, SECOND].some((k) => isKnown(at(step.to), idOf(k)));
+          if (trusts && !isRemoved(said, idOf(step.to)))
+            own[step.to] = merged(idOf(step.to), at(step.to), said);
+        } else {
+          const [a, b] = [at(step.i), at(step.j)];
+          const common = secretsOf(a).some((each) => secretsOf(b).includes(each));
+          if (step.i === step.j || !common || isRemoved(a, idOf(step.j)) || isRemoved(b, idOf(step.i)))
+            continue;
+          const [next, others] = [
+            merged(idOf(step.i), a, told(b, step.j)),
+            merged(idOf(step.j), b, told(a, step.i)),
+          ];
+          own[step.i] = next;
+          own[step.j] = others;
+          if (next.secret === others.secret && ![a.secret, b.secret].includes(next.secret))
+            derived.push({ from: [a.secret, b.secret], secret: next.secret });
+        }
+        spy();
+        for (const i of members) {
+          expect(knows.has(at(i).secret)).toBe(false);
+          expect(isKnown(at(i), idOf(SECOND))).toBe(false);
+          expect(isRemoved(at(i), idOf(R))).toBe(true);
+        }
+      }
+    }),
+    { numRuns: 1500 },
+  );
+});
+
+test("a count of secrets at its limit still makes a file that can be read", () => {
+  const [own, other] = cluster(3);
+  if (own === undefined || other === undefined) throw new Error("three");
+  const most = { ...own, generation: 1_000_000_000 };
+  const next = withoutNode(most, nodeOf(2));
+  expect(v.parse(CredentialsSchema, next)).toEqual(next);
+  expect(v.parse(CredentialsSchema, merged(idOf(1), other, told(next, 0))).secret).toBe(next.secret);
+  expect(v.safeParse(CredentialsSchema, { ...own, generation: Number.MAX_SAFE_INTEGER }).success).toBe(false);
 });

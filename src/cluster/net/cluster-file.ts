@@ -29,7 +29,7 @@ export interface ClusterCredentials {
   name: string;
   /** 32 random bytes, base64. Who has it, and was not removed, is a member. */
   secret: string;
-  /** Counts secrets: every removal makes a new one. */
+  /** Counts secrets: every removal makes a new one. For people: it decides nothing. */
   generation: number;
   /** Secrets before this one, the latest first. Good only for nodes that are known here and missed the change. */
   previous: string[];
@@ -41,6 +41,7 @@ const MAX_NODES = 256;
 /** Secrets that are kept: a node that missed more removals in a row has to join again. */
 export const MAX_PREVIOUS = 8;
 export const MAX_REMOVED = 1024;
+export const MAX_GENERATION = 1_000_000_000;
 
 export const ClusterNameSchema = v.pipe(
   v.string(),
@@ -62,7 +63,7 @@ const SecretSchema = v.pipe(
 export const CredentialsSchema = v.object({
   name: ClusterNameSchema,
   secret: SecretSchema,
-  generation: v.optional(v.pipe(v.number(), v.safeInteger(), v.minValue(1)), 1),
+  generation: v.optional(v.pipe(v.number(), v.safeInteger(), v.minValue(1), v.maxValue(MAX_GENERATION)), 1),
   previous: v.optional(v.pipe(v.array(SecretSchema), v.maxLength(MAX_PREVIOUS)), []),
   removed: v.optional(
     v.pipe(v.array(v.object({ id: NodeIdSchema, name: NameSchema })), v.maxLength(MAX_REMOVED)),
