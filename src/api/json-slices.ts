@@ -140,7 +140,8 @@ class LargeParser {
       if (stretch === undefined) yield;
       else if (!stretch.large) {
         const piece = JSON.parse(`[${this.#text.slice(stretch.from, stretch.to)}]`) as unknown[];
-        if (piece.length === 0) throw new SyntaxError("Unexpected comma in a list");
+        if (piece.length === 0 && !isAll(stretch, start, end))
+          throw new SyntaxError("Unexpected comma in a list");
         for (const each of piece) list.push(each);
         yield;
       } else {
@@ -159,11 +160,13 @@ class LargeParser {
       else if (!stretch.large) {
         const piece = JSON.parse(`{${this.#text.slice(stretch.from, stretch.to)}}`) as object;
         const entries = Object.entries(piece);
-        if (entries.length === 0) throw new SyntaxError("Unexpected comma in an object");
+        if (entries.length === 0 && !isAll(stretch, start, end))
+          throw new SyntaxError("Unexpected comma in an object");
         for (const [key, value] of entries) put(object, key, value);
         yield;
       } else {
-        const head = JSON.parse(`{${this.#text.slice(stretch.before, stretch.from)}0}`) as object;
+        // `null` goes on with nothing that may have begun before it, as a digit would.
+        const head = JSON.parse(`{${this.#text.slice(stretch.before, stretch.from)}null}`) as object;
         const [key, ...more] = Object.keys(head);
         if (key === undefined || more.length > 0) throw new SyntaxError("Unexpected text in an object");
         put(object, key, yield* this.value(stretch.from, stretch.to));
@@ -222,6 +225,11 @@ class LargeParser {
 type Stretch =
   | { large: false; from: number; to: number }
   | { large: true; before: number; from: number; to: number };
+
+/** Whether a stretch is all that stands between the brackets at `start` and before `end`: only then may it be blank. */
+function isAll({ from, to }: Stretch, start: number, end: number): boolean {
+  return from === start + 1 && to === end - 1;
+}
 
 /** Whether a colon follows the string that ends at `end`. */
 function isKey(text: string, end: number): boolean {

@@ -120,6 +120,73 @@ describe("JSON in slices", () => {
     );
   }, 20_000);
 
+  test("takes large lists and objects of blanks, and no blanks for an element", async () => {
+    const blanks = " \n\t\r".repeat(20_000);
+    for (const text of [`[${blanks}]`, `{${blanks}}`, `[[${blanks}],{${blanks}}]`, `{"a":{${blanks}}}`]) {
+      expect(expected(text)).not.toBe("refused");
+      await agrees(text);
+    }
+    for (const text of [`[${blanks},]`, `[1,${blanks}]`, `{${blanks},}`, `["${LONG}",${blanks}]`]) {
+      expect(expected(text)).toBe("refused");
+      await agrees(text);
+    }
+  });
+
+  test("refuses a large value behind the beginning of another one", async () => {
+    for (const begun of ["1", "-", "1e", "1.", "0", "nul", "tru", "null", '"b"', "[]"])
+      for (const large of [`"${LONG}"`, `["${LONG}"]`, `{"b":"${LONG}"}`])
+        for (const text of [`{"a":${begun}${large}}`, `{"a":${begun} ${large}}`, `[${begun}${large}]`]) {
+          expect(expected(text)).toBe("refused");
+          expect({ begun, was: await outcome(text) }).toEqual({ begun, was: "refused" });
+        }
+  });
+
+  test("agrees with JSON.parse on large values with any token put in, left out or replaced", async () => {
+    const blanks = " ".repeat(70_000);
+    const scalar = fc.constantFrom("1", "-0.5e3", "true", "null", '"s"', `"${LONG}"`, '"\\\\"');
+    const gap = fc.constantFrom("", "", "", " ", blanks);
+    const { value } = fc.letrec<{ value: string[] }>((tie) => ({
+      value: fc.oneof(
+        { maxDepth: 3, withCrossShrink: true },
+        scalar.map((text) => [text]),
+        fc.tuple(gap, fc.array(tie("value"), { maxLength: 3 })).map(([blank, all]) => {
+          return ["[", blank, ...all.flatMap((each, i) => (i === 0 ? each : [",", ...each])), "]"];
+        }),
+        fc
+          .tuple(
+            gap,
+            fc.array(fc.tuple(fc.constantFrom("a", "b", "__proto__", LONG), tie("value")), { maxLength: 3 }),
+          )
+          .map(([blank, all]) => {
+            const entries = all.map(([key, each]) => [`"${key}"`, ":", ...each]);
+            return ["{", blank, ...entries.flatMap((each, i) => (i === 0 ? each : [",", ...each])), "}"];
+          }),
+      ),
+    }));
+    const token = fc.constantFrom(
+      ...["", ",", ":", "[", "]", "{", "}", "1", "-", "1e", "1.", "nul", "null", '"', "\\", '"a"', "x"],
+      ...[blanks, `"${LONG}"`, `["${LONG}"]`, `[${blanks}]`, `{${blanks}}`],
+    );
+    const change = fc.record({ where: fc.nat(), token, replaces: fc.boolean() });
+    let valid = 0;
+    let refused = 0;
+    await fc.assert(
+      fc.asyncProperty(value, fc.array(change, { maxLength: 2 }), async (tokens, changes) => {
+        const changed = [...tokens];
+        for (const { where, token: other, replaces } of changes)
+          changed.splice(where % changed.length, replaces ? 1 : 0, other);
+        const text = changed.join("");
+        const right = expected(text);
+        if (text.length > 65_536) right === "refused" ? refused++ : valid++;
+        expect(JSON.stringify(await outcome(text))).toBe(JSON.stringify(right));
+      }),
+      { numRuns: 1500 },
+    );
+    // The large ones are what this is about.
+    expect(valid).toBeGreaterThan(50);
+    expect(refused).toBeGreaterThan(50);
+  }, 20_000);
+
   test("looks at each of many backslashes a few times only", async () => {
     const text = JSON.stringify("\\".repeat(1_000_000));
     const charCodeAt = String.prototype.charCodeAt;
