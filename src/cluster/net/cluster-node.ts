@@ -218,7 +218,8 @@ export class ClusterNode {
   }
 
   /** Removes a node, by id (or its beginning) or name: the others get a new secret, those that are away at the next contact.
-   * Rejects with invalid_argument where no node, or more than one, is called so. */
+   * Rejects with invalid_argument where no node, or more than one, is called so; with disk_full or bad_file where this node cannot
+   * write it down: it holds until this one restarts, and for all that have heard of it. */
   async remove(called: string): Promise<RemovalReport> {
     if (this.#cluster === undefined || this.#mesh === undefined) throw noCluster();
     // Whoever is not on the list that goes with the new secret has to join again.
@@ -227,8 +228,14 @@ export class ClusterNode {
         if (node.id !== this.identity.id && !isKnown(this.#cluster, node.id)) this.#remember(node);
     const node = this.#nodeCalled(called);
     this.#options.log.warn("removing a node from the cluster", { node: node.name, id: node.id.slice(0, 8) });
-    this.#renew(withoutNode(this.#cluster, node));
-    const told = await this.#tell();
+    const next = withoutNode(this.#cluster, node);
+    let told: Set<NodeId>;
+    try {
+      this.#renew(next);
+    } finally {
+      // Also where the file cannot be written: the others keep it.
+      told = await this.#tell();
+    }
     const away = this.#cluster.nodes.filter(({ id }) => !told.has(id));
     return {
       name: node.name,
@@ -288,23 +295,31 @@ export class ClusterNode {
 
   /** Takes over what another member knows of the cluster; tells it on where it is news. */
   #learn(theirs: ClusterCredentials): void {
+    const { log } = this.#options;
     const own = this.#cluster;
     if (own === undefined) return;
     if (isRemoved(theirs, this.identity.id)) {
-      this.#options.log.error("this node was removed from the cluster");
+      log.error("this node was removed from the cluster");
       return;
     }
     const next = merged(this.identity.id, own, theirs);
     if (next === own) return;
-    this.#options.log.info("the cluster has a new secret", { removed: next.removed.length });
-    this.#renew(next);
-    void this.#tell();
+    log.info("the cluster has a new secret", { removed: next.removed.length });
+    try {
+      this.#renew(next);
+    } catch (thrown) {
+      log.error("the cluster's new secret cannot be written down", asCaravanError(thrown).toJSON());
+    }
+    this.#tell().catch((thrown) =>
+      log.error("the cluster's new secret was not told on", asCaravanError(thrown).toJSON()),
+    );
   }
 
+  /** Throws where the file cannot be written, when all else is done: a full disk keeps no removed node in. */
   #renew(cluster: ClusterCredentials): void {
     this.#cluster = cluster;
-    this.#save(cluster);
     this.#mesh?.renew();
+    this.#save(cluster);
   }
 
   /** Who has taken the secret over. A link on which that fails ends: the hello of the next one sees to it. */

@@ -1,0 +1,74 @@
+// Removal where something goes wrong at that moment: the cluster's file cannot be written.
+
+import { afterEach, expect, setDefaultTimeout, test } from "bun:test";
+import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { loadCluster, newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
+import { ClusterNode } from "../../src/cluster/net/cluster-node.ts";
+import { createLogger } from "../../src/log.ts";
+import { until } from "../tools/until.ts";
+
+// Of a busy machine; each waits for what it needs and no longer.
+setDefaultTimeout(60_000);
+const LIMIT_MS = 15_000;
+
+const cleanups: (() => unknown)[] = [];
+afterEach(async () => {
+  for (const cleanup of cleanups.splice(0).reverse()) await cleanup();
+});
+
+interface Started {
+  node: ClusterNode;
+  path: string;
+}
+
+/** Nodes of one cluster, all linked; the first is called by the others. */
+async function linked(...names: string[]): Promise<Started[]> {
+  const home = newCluster("home");
+  const started: Started[] = [];
+  for (const name of names) {
+    const path = mkdtempSync(join(tmpdir(), "caravan-removal-"));
+    cleanups.push(() => rmSync(path, { recursive: true, force: true }));
+    saveCluster(path, home);
+    const node = await ClusterNode.start({
+      ...{ folder: path, port: 0, host: "127.0.0.1", discovery: false, name },
+      peers: started.map((each) => `127.0.0.1:${each.node.mesh?.port ?? 0}`),
+      log: createLogger({ level: "silent" }),
+    });
+    cleanups.push(() => node.close());
+    started.push({ node, path });
+  }
+  const all = () => started.every(({ node }) => node.view().reachable.length === names.length - 1);
+  await until(all, "all are linked", LIMIT_MS);
+  return started;
+}
+
+/** From now on nothing can be written to the cluster's file: a folder is where its new content would be put together. */
+function blockWrites(path: string): void {
+  mkdirSync(join(path, `cluster.json.${process.pid}.partial`));
+}
+
+function namesAt({ node }: Started): string[] {
+  return node
+    .view()
+    .reachable.map(({ name }) => name)
+    .sort();
+}
+
+test("a removal that cannot be written down is said to fail, but ends the node's links and reaches the others", async () => {
+  const [a, b, c] = await linked("a", "b", "c");
+  if (a === undefined || b === undefined || c === undefined) throw new Error("three");
+  blockWrites(a.path);
+  await expect(a.node.remove("c")).rejects.toThrow();
+  expect(loadCluster(b.path)?.removed.map(({ name }) => name)).toEqual(["c"]);
+  await until(() => namesAt(a).join() === "b" && namesAt(b).join() === "a", "c is out", LIMIT_MS);
+});
+
+test("a member that cannot write the new secret down takes it over all the same", async () => {
+  const [a, b, c] = await linked("a", "b", "c");
+  if (a === undefined || b === undefined || c === undefined) throw new Error("three");
+  blockWrites(b.path);
+  expect(await a.node.remove("c")).toEqual({ name: "c", told: ["b"], away: [] });
+  await until(() => namesAt(a).join() === "b" && namesAt(b).join() === "a", "c is out", LIMIT_MS);
+});
