@@ -39,7 +39,7 @@ export interface Grammar {
 /** A way on from a node: `lead` and white space, then `text`, then what `write` adds; what is absent is empty, but not
  * everything is. Parts of a term share what they begin with, which keeps its automaton small. */
 export interface Part {
-  /** Names the language together with lead and text. */
+  /** Names the language together with lead and text, in the whole builder. */
   key?: string;
   lead?: string;
   text?: string;
@@ -57,9 +57,15 @@ export class GrammarBuilder {
   readonly #budget: BuildBudget;
   readonly #edges: Edge[][] = [];
   readonly #accepts: boolean[] = [];
+  #serials = 0;
 
   constructor(budget: BuildBudget) {
     this.#budget = budget;
+  }
+
+  /** A number for the keys of one who writes into the builder beside others; each gets another. */
+  serial(): number {
+    return this.#serials++;
   }
 
   node(accepts = false): number {

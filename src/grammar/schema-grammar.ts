@@ -35,10 +35,13 @@ export class SchemaGrammar {
   readonly #reader: SchemaReader;
   readonly #rules = new Map<string, number>();
   readonly #opposites = new Map<object, unknown>();
+  /** Tells its flats, which have numbers of their own, from those of other schemas in the builder. */
+  readonly #serial: number;
   #enumValues = 0;
 
   constructor(builder: GrammarBuilder, budget: BuildBudget, schema: unknown) {
     this.#builder = builder;
+    this.#serial = builder.serial();
     this.#budget = budget;
     this.#reader = new SchemaReader(schema);
   }
@@ -305,7 +308,11 @@ export class SchemaGrammar {
     const names = [...declared, ...absent];
     const nameAutomaton =
       nameSchemas.length === 0 ? undefined : this.#lazy(path, () => this.#names([...nameSchemas]));
-    const namesKey = nameSchemas.map(([, at]) => at);
+    // Names of other schemas, and of other grammars in the same builder, may have the same path.
+    const namesKey =
+      nameSchemas.length === 0
+        ? []
+        : [this.#serial, this.#reader.alternatives(nameSchemas).map((flats) => flats.map(({ id }) => id))];
     if (patterns.length > MOST_NAME_PATTERNS)
       throw new SchemaError(`${path}/patternProperties`, `more than ${MOST_NAME_PATTERNS} patterns together`);
     for (const pattern of patterns) this.#checkPattern(pattern, `${path}/patternProperties`);

@@ -114,7 +114,8 @@ export class SchemaReader {
   readonly #root: unknown;
   readonly #flats = new Map<object, Flat>();
   readonly #anchors = new Map<string, [value: unknown, path: string]>();
-  readonly #disjoint = new Map<string, boolean>();
+  /** By the keywords that oneOf is among: schemas that are made of others may have one path. */
+  readonly #disjoint = new Map<object, boolean>();
   /** Schemas that are made of others, by what they are made of. */
   readonly #derived = new Map<object, Map<string, unknown[]>>();
   #negations = 0;
@@ -284,7 +285,7 @@ export class SchemaReader {
   #exactlyOne(keywords: Flat["keywords"], path: string, trail: readonly object[]): Conjunction[] {
     const parts = listOf(keywords.oneOf);
     const branches = parts.map((part, i) => this.#flatten(part, `${path}/${i}`, trail));
-    if (this.#areDisjoint(branches, path)) return branches.flat();
+    if (this.#areDisjoint(branches, keywords, path)) return branches.flat();
     try {
       return branches.flatMap((branch, i) =>
         parts.reduce<Conjunction[]>((left, part, j) => {
@@ -303,14 +304,14 @@ export class SchemaReader {
     }
   }
 
-  #areDisjoint(branches: readonly Conjunction[][], path: string): boolean {
-    let disjoint = this.#disjoint.get(path);
+  #areDisjoint(branches: readonly Conjunction[][], owner: object, path: string): boolean {
+    let disjoint = this.#disjoint.get(owner);
     disjoint ??= branches.every((branch, i) =>
       branches
         .slice(i + 1)
         .every((other) => this.#product(branch, other, path).every((both) => surelyEmpty(both, this))),
     );
-    this.#disjoint.set(path, disjoint);
+    this.#disjoint.set(owner, disjoint);
     return disjoint;
   }
 
