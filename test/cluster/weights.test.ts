@@ -227,6 +227,43 @@ describe("the part of a rank", () => {
     expect((await fetch(first.bytes / 2)).done).toBe(false);
     expect((await fetch(Number.POSITIVE_INFINITY)).done).toBe(true);
   });
+
+  test("is fetched again when other weights of the same size were written over those of the holder", async () => {
+    const models = folder();
+    const original = join(writeTinyChatModel(join(models, "tiny"), 1), "model.safetensors");
+    const plan = await planOf(join(models, "tiny"));
+    const shares = evenShares(plan, 2, 1);
+    const parts = folder();
+    const fetch = async () => {
+      const { ask } = await source((name) => join(models, name));
+      const options = { source: await ask(), model: "tiny", shares, rank: 0, onProgress: () => undefined };
+      return await fetchShard(parts, { ...options, signal: new AbortController().signal });
+    };
+    const dir = await fetch();
+    const content = readFileSync(original);
+    const headerEnd = 8 + Number(content.readBigUint64LE(0));
+    content.subarray(headerEnd).forEach((byte, i, all) => {
+      all[i] = byte ^ 1;
+    });
+    writeFileSync(original, content);
+    utimesSync(original, 1e9, 1e9);
+    expect(await fetch()).toBe(dir);
+    const here = readFileSync(join(dir, "model.safetensors"));
+    const ranges = readPartNote(dir)?.files["model.safetensors"]?.ranges ?? [];
+    expect(totalBytes(ranges)).toBeGreaterThan(headerEnd);
+    for (const [start, end] of ranges)
+      expect(here.subarray(start, end).equals(content.subarray(start, end))).toBe(true);
+  });
+
+  test("ends when the holder's weights are written over while they come", async () => {
+    const models = folder();
+    const original = join(writeTinyChatModel(join(models, "tiny"), 1), "model.safetensors");
+    const { ask } = await source((name) => join(models, name));
+    const from = await ask();
+    await from.read("model.safetensors", 0, 8);
+    utimesSync(original, 1e9, 1e9);
+    await expect(from.read("model.safetensors", 0, 8)).rejects.toMatchObject({ code: "bad_file" });
+  });
 });
 
 describe("what the hub states of a file", () => {

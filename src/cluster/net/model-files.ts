@@ -1,20 +1,22 @@
 // Gives other nodes the files of a model that is here: a list, then any ranges, each with its hash. On a connection of purpose
 // "file". Only models by name, only files in the model's folder, only those that a model is made of.
 //
-//   asker: {model}                        holder: {files: [{name, size, hash?}]}
+//   asker: {model}                        holder: {files: [{name, size, hash?, stamp?}]}
 //   asker: {name, start, end} …           holder: bytes …, {sha256}
 //   asker: {verify: name}                 holder: {reading: bytes} …, {verified: name}
 //
 // hash: what the hub states of the whole file, where the file came from there. The holder vouches for it only when asked to verify.
+// stamp: of any other file, by which the asker sees that it is no longer the file that it has ranges of.
 
 import { createHash } from "node:crypto";
+import type { Stats } from "node:fs";
 import { open, readdir, readlink, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import * as v from "valibot";
 import { asCaravanError, CaravanError } from "../../errors.ts";
 import { type Channel, MAX_BYTES_FRAME } from "./channel.ts";
 import type { FileVerdicts } from "./file-verdicts.ts";
-import { type FileHash, FileHashSchema } from "./part-note.ts";
+import { type FileHash, FileHashSchema, FileStampSchema } from "./part-note.ts";
 
 /** Longest range of one request. */
 export const MOST_RANGE_BYTES = 16 * 1024 * 1024;
@@ -32,7 +34,14 @@ const Ask = v.object({ model: v.pipe(v.string(), v.minLength(1), v.maxLength(512
 const Wish = v.union([v.object({ name: fileName, start: size, end: size }), v.object({ verify: fileName })]);
 const Files = v.object({
   files: v.pipe(
-    v.array(v.object({ name: fileName, size, hash: v.exactOptional(FileHashSchema) })),
+    v.array(
+      v.object({
+        name: fileName,
+        size,
+        hash: v.exactOptional(FileHashSchema),
+        stamp: v.exactOptional(FileStampSchema),
+      }),
+    ),
     v.maxLength(MOST_FILES),
   ),
 });
@@ -45,6 +54,8 @@ export interface ModelFile {
   /** Bytes. */
   size: number;
   hash?: FileHash;
+  /** Where there is no hash. */
+  stamp?: string;
 }
 
 export interface HolderOptions {
@@ -80,9 +91,13 @@ async function listFiles(folder: string): Promise<ModelFile[]> {
     const found = await stat(join(folder, name));
     if (!found.isFile()) continue;
     const hash = await statedHash(join(folder, name));
-    files.push({ name, size: found.size, ...(hash === undefined ? {} : { hash }) });
+    files.push({ name, size: found.size, ...(hash === undefined ? { stamp: stampOf(found) } : { hash }) });
   }
   return files;
+}
+
+function stampOf({ mtimeMs, ino }: Stats): string {
+  return `${mtimeMs} ${ino}`;
 }
 
 /** In the hub's cache a model's file is a link to a blob whose name is the content's hash, as the hub stated it. */
@@ -137,6 +152,10 @@ async function sendRange(
       await channel.sendBytes(read);
       at += bytesRead;
     }
+    if (file.stamp !== undefined && stampOf(await handle.stat()) !== file.stamp)
+      throw new CaravanError("bad_file", "the file was changed while it was being given away", {
+        where: name,
+      });
     channel.send({ sha256: hash.digest("hex") });
   } finally {
     await handle.close();

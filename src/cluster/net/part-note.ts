@@ -25,6 +25,8 @@ export interface PartFile {
   /** What has arrived; sorted, without overlaps. */
   ranges: ByteRange[];
   hash?: FileHash;
+  /** Of a file without a hash: what the holder's file looked like when these ranges came. */
+  stamp?: string;
   checked?: Checked;
 }
 
@@ -38,6 +40,8 @@ export interface PartNote {
 const NOTE_NAME = "part.json";
 
 const bytes = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
+/** Changes when a file is written or replaced; compared, never read. */
+export const FileStampSchema = v.pipe(v.string(), v.maxLength(100));
 export const FileHashSchema = v.variant("kind", [
   v.object({ kind: v.literal("sha256"), value: v.pipe(v.string(), v.regex(/^[0-9a-f]{64}$/)) }),
   v.object({ kind: v.literal("git"), value: v.pipe(v.string(), v.regex(/^[0-9a-f]{40}$/)) }),
@@ -51,6 +55,7 @@ const NoteSchema = v.object({
       size: bytes,
       ranges: v.array(v.strictTuple([bytes, bytes])),
       hash: v.exactOptional(FileHashSchema),
+      stamp: v.exactOptional(FileStampSchema),
       checked: v.exactOptional(v.picklist(["whole", "source"])),
     }),
   ),

@@ -306,15 +306,13 @@ async function writeAll(handle: FileHandle, bytes: Uint8Array, at: number, path:
 /** The note for the files as the other node has them now: what it says of other contents counts for nothing. */
 function reconciled(note: PartNote | undefined, model: string, files: readonly ModelFile[]): PartNote {
   const fresh: PartNote = { model, idleHours: 0, files: {} };
-  for (const { name, size, hash } of files) {
+  for (const { name, size, hash, stamp } of files) {
     const known = note?.files[name];
-    const same =
-      known?.size === size &&
-      (hash === undefined || known.hash === undefined || known.hash.value === hash.value);
-    // Fetched when nobody stated a hash: its check is still to come.
-    fresh.files[name] = same
-      ? { ...known, ...(hash === undefined ? {} : { hash }) }
-      : { size, ranges: [], ...(hash === undefined ? {} : { hash }) };
+    // Files of other weights have the same names and sizes. Ranges without a hash are of no file that has one: the check at the
+    // holder would say nothing of them.
+    const same = known?.size === size && known.hash?.value === hash?.value && known.stamp === stamp;
+    const stated = { ...(hash === undefined ? {} : { hash }), ...(stamp === undefined ? {} : { stamp }) };
+    fresh.files[name] = same ? known : { size, ranges: [], ...stated };
   }
   return fresh;
 }
