@@ -43,7 +43,7 @@ export function writePrivateFile(path: string, text: string, purpose: string): v
     rmSync(partial, { force: true });
     const file = openSync(partial, "wx", 0o600);
     try {
-      writeSync(file, text);
+      writeAll(file, Buffer.from(text), path);
       fsyncSync(file);
     } finally {
       closeSync(file);
@@ -52,5 +52,19 @@ export function writePrivateFile(path: string, text: string, purpose: string): v
   } catch (cause) {
     rmSync(partial, { force: true });
     throw writeError(path, cause);
+  }
+}
+
+/** A disk that is nearly full takes a part and says no error: that part alone must not replace the file. */
+function writeAll(file: number, bytes: Buffer, path: string): void {
+  let done = 0;
+  while (done < bytes.length) {
+    const written = writeSync(file, bytes, done, bytes.length - done);
+    if (written === 0)
+      throw new CaravanError("disk_full", "nothing more can be written", {
+        where: path,
+        hint: "Free some space, and start again.",
+      });
+    done += written;
   }
 }
