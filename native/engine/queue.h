@@ -12,7 +12,7 @@
 #include "late_masks.h"
 #include "place.h"
 
-enum { CV_QUEUE_MOST = 64, CV_TEXT = 256 };
+enum { CV_QUEUE_MOST = 64, CV_TEXT = 768 };
 
 typedef enum { CV_JOB_WAITING, CV_JOB_RUNNING, CV_JOB_FLYING, CV_JOB_DONE } cv_job_state;
 

@@ -157,8 +157,9 @@ kernel void attention_prefill(device const T* q [[buffer(0)]], device const ucha
   for (uint key = 0; key < all_keys; key += KEYS) {
     const ulong at = cache_bytes<T>(ulong(list[key / p.page_tokens]) * p.page_stride + kv_head * p.head_stride + ulong(key % p.page_tokens) * cache_token(D));
     const ulong token_bytes = cache_bytes<T>(cache_token(D));
+    const uint last = all_keys - 1 - key; // past it the last key stands again, with weight 0
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint i = thread_index; i < KEYS * D; i += S * 32) ks[i / D * STRIDE + i % D] = key + i / D < all_keys ? T(cache_value<T>(cache_k + at + i / D * token_bytes, D, i % D)) : T(0.0f);
+    for (uint i = thread_index; i < KEYS * D; i += S * 32) ks[i / D * STRIDE + i % D] = T(cache_value<T>(cache_k + at + min(i / D, last) * token_bytes, D, i % D));
     threadgroup_barrier(mem_flags::mem_threadgroup);
     simdgroup_matrix<float, 8, 8> s[2];
     for (uint j = 0; j < 2; j++) s[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
@@ -172,7 +173,7 @@ kernel void attention_prefill(device const T* q [[buffer(0)]], device const ucha
     }
     for (uint j = 0; j < 2; j++) simdgroup_store(s[j], my_scores + 8 * j, ROW);
     threadgroup_barrier(mem_flags::mem_threadgroup); // keys are read, scores are there
-    for (uint i = thread_index; i < KEYS * D; i += S * 32) kv[i / D * STRIDE + i % D] = key + i / D < all_keys ? cache_value<T>(cache_v + at + i / D * token_bytes, D, i % D) : 0.0f;
+    for (uint i = thread_index; i < KEYS * D; i += S * 32) kv[i / D * STRIDE + i % D] = cache_value<T>(cache_v + at + min(i / D, last) * token_bytes, D, i % D);
     float v[4], m = top;
     for (uint i = 0; i < 4; i++) {
       v[i] = my_scores[row * ROW + column + i] * p.scale;
