@@ -5,7 +5,7 @@ import { readFileSync, statSync } from "node:fs";
 import { open } from "node:fs/promises";
 import { dirname } from "node:path";
 import * as v from "valibot";
-import { CaravanError } from "../../errors.ts";
+import { asCaravanError, CaravanError } from "../../errors.ts";
 import { AtomicFile } from "../../model/atomic-file.ts";
 import { hashFile } from "../../model/download/part-file.ts";
 import { makeFolder } from "../../paths.ts";
@@ -25,6 +25,8 @@ export class FileVerdicts {
   readonly #path: string;
   readonly #running = new Map<string, Check>();
   #remembered: v.InferOutput<typeof Remembered> | undefined;
+  /** One at a time: two writers of one file are in each other's way. */
+  #writing: Promise<void> = Promise.resolve();
 
   /** path: of the file that remembers. */
   constructor(path: string) {
@@ -81,6 +83,16 @@ export class FileVerdicts {
   async #remember(path: string, stamp: string, hash: string): Promise<void> {
     const all = Object.entries(this.#known()).filter(([name]) => name !== path);
     this.#remembered = Object.fromEntries([...all.slice(-(MOST_REMEMBERED - 1)), [path, { stamp, hash }]]);
+    this.#writing = this.#writing.catch(() => undefined).then(() => this.#write());
+    try {
+      await this.#writing;
+    } catch (thrown) {
+      // The verdict stands all the same; after a restart it costs another reading.
+      if (asCaravanError(thrown).code === "internal_error") throw thrown;
+    }
+  }
+
+  async #write(): Promise<void> {
     makeFolder(dirname(this.#path), "remember which files were checked");
     const file = await AtomicFile.create(this.#path);
     await file.write(Buffer.from(JSON.stringify(this.#remembered)), 0);

@@ -73,10 +73,25 @@ export function readPartNote(folder: string): PartNote | undefined {
   return parsed.success ? parsed.output : undefined;
 }
 
+/** The latest writing of each folder's note: two ranks of one model may fetch at one time, and one writer is in the other's way. */
+const writing = new Map<string, Promise<void>>();
+
 /** Rejects with disk_full or bad_file; the note before stays then. */
 export async function writePartNote(folder: string, note: PartNote): Promise<void> {
+  const content = Buffer.from(JSON.stringify(note));
+  const before = writing.get(folder) ?? Promise.resolve();
+  const mine = before.catch(() => undefined).then(() => writeNote(folder, content));
+  writing.set(folder, mine);
+  try {
+    await mine;
+  } finally {
+    if (writing.get(folder) === mine) writing.delete(folder);
+  }
+}
+
+async function writeNote(folder: string, content: Uint8Array): Promise<void> {
   const file = await AtomicFile.create(join(folder, NOTE_NAME));
-  await file.write(Buffer.from(JSON.stringify(note)), 0);
+  await file.write(content, 0);
   await file.commit();
 }
 
