@@ -1,11 +1,12 @@
-// Removal where something goes wrong at that moment: the cluster's file cannot be written.
+// Removal and leaving where something goes wrong at that moment: a file that cannot be written, news that comes too late.
 
 import { afterEach, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { loadCluster, newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
+import { forgetCluster, loadCluster, newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
 import { ClusterNode } from "../../src/cluster/net/cluster-node.ts";
+import { withoutNode } from "../../src/cluster/net/rotation.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
 
@@ -72,3 +73,33 @@ test("a member that cannot write the new secret down takes it over all the same"
   expect(await a.node.remove("c")).toEqual({ name: "c", told: ["b"], away: [] });
   await until(() => namesAt(a).join() === "b" && namesAt(b).join() === "a", "c is out", LIMIT_MS);
 });
+
+for (const what of ["left its cluster", "joined another one"])
+  test(`a new secret that arrives while a node leaves does not write the cluster back: it has ${what}`, async () => {
+    const [a, b] = await linked("a", "b");
+    const [mesh, other] = [b?.node.mesh, a?.node.mesh];
+    const home = a === undefined ? undefined : loadCluster(a.path);
+    if (a === undefined || b === undefined || mesh === undefined || home === undefined)
+      throw new Error("two");
+    // Its leaving takes as long as this says.
+    const gate = Promise.withResolvers<void>();
+    const close = mesh.close.bind(mesh);
+    mesh.close = async () => {
+      await gate.promise;
+      await close();
+    };
+    try {
+      const office = newCluster("office");
+      if (what === "left its cluster") forgetCluster(b.path);
+      else saveCluster(b.path, office);
+      await until(() => b.node.mesh === undefined, "b leaves", LIMIT_MS);
+      const gone = { id: "9".repeat(64), name: "gone", addresses: [] };
+      const told = { ...withoutNode(home, gone) };
+      await expect(other?.call(b.node.identity.id, "cluster.secret", told)).rejects.toThrow(
+        "this node is in no cluster",
+      );
+      expect(loadCluster(b.path)?.secret).toBe(what === "left its cluster" ? undefined : office.secret);
+    } finally {
+      gate.resolve();
+    }
+  });

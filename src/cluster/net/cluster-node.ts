@@ -293,11 +293,12 @@ export class ClusterNode {
     );
   }
 
-  /** Takes over what another member knows of the cluster; tells it on where it is news. */
+  /** Takes over what another member knows of the cluster; tells it on where it is news. Throws where there is no mesh. */
   #learn(theirs: ClusterCredentials): void {
     const { log } = this.#options;
     const own = this.#cluster;
-    if (own === undefined) return;
+    // Refused rather than passed over: it leaves just now, or only begins, and has to hear it on another connection.
+    if (own === undefined || this.#mesh === undefined) throw noCluster();
     if (isRemoved(theirs, this.identity.id)) {
       log.error("this node was removed from the cluster");
       return;
@@ -344,15 +345,17 @@ export class ClusterNode {
     const stamp = this.#stamp();
     if (this.#closed || (stamp === this.#fileStamp && (stamp === "") === (this.#mesh === undefined))) return;
     const cluster = loadCluster(this.#options.folder);
-    this.#fileStamp = stamp;
     const before = this.#cluster;
     const same = cluster?.name === before?.name && before !== undefined && cluster !== undefined;
     if (same && secretsOf(cluster).includes(before.secret) && this.#mesh !== undefined) {
+      this.#fileStamp = stamp;
       this.#cluster = cluster;
       this.#mesh.renew();
       return;
     }
+    // Until this is over #save must not write the old cluster over what the file says now.
     await this.#leaveMesh();
+    this.#fileStamp = stamp;
     this.#cluster = cluster;
     if (cluster !== undefined) await this.#enterMesh(cluster);
   }
