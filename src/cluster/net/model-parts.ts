@@ -60,6 +60,8 @@ export class ModelParts {
   #parts: Map<string, Part> | undefined;
   /** Models that are being fetched. */
   readonly #fetching = new Map<string, number>();
+  /** Folders that are being removed. */
+  readonly #dropping = new Set<Promise<void>>();
   #agedAt: number | undefined;
   #aging = false;
 
@@ -81,6 +83,8 @@ export class ModelParts {
     this.#fetching.set(model, (this.#fetching.get(model) ?? 0) + 1);
     let last: unknown = missing;
     try {
+      // The model's own folder may be on its way out.
+      await Promise.allSettled(this.#dropping);
       for (const holder of holders(model)) {
         try {
           const source = await ModelSourceChannel.ask(await open(holder, signal), model);
@@ -118,10 +122,10 @@ export class ModelParts {
 
   /** Drops parts that no rank reads, of one model or of all; the bytes that come free. */
   async clean(model?: string): Promise<number> {
-    const used = this.#used();
     let bytes = 0;
     for (const part of [...this.#all().values()]) {
-      if (used.has(part.note.model) || (model !== undefined && part.note.model !== model)) continue;
+      // Asked anew each time: while one goes, another may come into use.
+      if (this.#used().has(part.note.model) || (model !== undefined && part.note.model !== model)) continue;
       bytes += await this.#drop(part, "it was asked for");
     }
     return bytes;
@@ -166,20 +170,24 @@ export class ModelParts {
 
   /** Unused parts go, those first that have been so for longest. */
   async #makeRoom(bytes: number): Promise<void> {
-    const used = this.#used();
-    const idle = [...this.#all().values()]
-      .filter(({ note }) => !used.has(note.model))
-      .sort((a, b) => b.note.idleHours - a.note.idleHours);
+    const idle = [...this.#all().values()].sort((a, b) => b.note.idleHours - a.note.idleHours);
     for (let freed = 0; freed < bytes; ) {
       const part = idle.shift();
       if (part === undefined) return;
+      if (this.#used().has(part.note.model)) continue;
       freed += await this.#drop(part, "its room is needed");
     }
   }
 
   async #drop({ path, note }: Part, reason: string): Promise<number> {
     this.#parts?.delete(path);
-    await rm(path, { recursive: true, force: true });
+    const removal = rm(path, { recursive: true, force: true });
+    this.#dropping.add(removal);
+    try {
+      await removal;
+    } finally {
+      this.#dropping.delete(removal);
+    }
     const bytes = partBytes(note);
     this.#options.log.info("dropped a part of a model", { model: note.model, bytes, reason });
     return bytes;
