@@ -1,5 +1,6 @@
 // Whether a value satisfies a schema: for the values of enum and const, which must satisfy what stands beside them.
 
+import { mayBeOfFormat } from "./formats.ts";
 import { isRecord } from "./schema-keywords.ts";
 import type { Flat, SchemaReader } from "./schema-reader.ts";
 import { arraysOf, numbersOf, objectsOf, type Placed, type Shape, shapeOf, stringsOf } from "./shape.ts";
@@ -38,7 +39,9 @@ function acceptsShape(shape: Shape, value: unknown, reader: SchemaReader): boole
     if (excluded.includes(value) || unmatched.some(found)) return false;
     const length = [...value].length;
     if (length < min || length > max) return false;
-    return patterns.every(([pattern]) => found(pattern));
+    return patterns.every(([pattern, , format]) =>
+      format === undefined ? found(pattern) : mayBeOfFormat(value, format),
+    );
   }
   if (Array.isArray(value)) {
     if (!types.has("array")) return false;

@@ -1,6 +1,7 @@
 // What a conjunction of schemas allows, by type of value: the sum of its keywords.
 
 import type { Json } from "../chat/messages.ts";
+import { formatPattern, isHint } from "./formats.ts";
 import { SchemaError } from "./limits.ts";
 import { ABSENT, MEMBERS, NOT_FOUND, NOT_STRINGS, TYPES_ONLY } from "./negation.ts";
 import type { NumberRange } from "./numbers.ts";
@@ -89,8 +90,9 @@ export interface StringShape {
   min: number;
   /** Infinity = none. */
   max: number;
-  /** With the paths of their keywords. */
-  patterns: [pattern: string, path: string][];
+  /** With the paths of their keywords. A format's is narrower than the format: whether a string that is given may be of it
+   * is for formats.ts to say. */
+  patterns: [pattern: string, path: string, format?: string][];
   /** What it is not, and patterns that are not found in it. */
   excluded: string[];
   unmatched: string[];
@@ -105,62 +107,14 @@ export function stringsOf({ flats }: Shape): StringShape {
     if (typeof keywords.minLength === "number") shape.min = Math.max(shape.min, keywords.minLength);
     if (typeof keywords.maxLength === "number") shape.max = Math.min(shape.max, keywords.maxLength);
     if (typeof keywords.pattern === "string") shape.patterns.push([keywords.pattern, `${path}/pattern`]);
-    if (typeof keywords.format === "string" && !HINTS.has(keywords.format))
-      shape.patterns.push([formatPattern(keywords.format, `${path}/format`), `${path}/format`]);
+    if (typeof keywords.format === "string" && !isHint(keywords.format)) {
+      const at = `${path}/format`;
+      shape.patterns.push([formatPattern(keywords.format, at), at, keywords.format]);
+    }
     shape.excluded.push(...listOf(keywords[NOT_STRINGS]).map(String));
     shape.unmatched.push(...listOf(keywords[NOT_FOUND]).map(String));
   }
   return shape;
-}
-
-const DATE =
-  "(?:\\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8])))";
-const TIME = "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d{1,6})?(?:Z|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)";
-const BYTE = "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)";
-const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,20}[A-Za-z0-9])?";
-const WORDS = "[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*";
-const POINTER = "(?:/(?:[A-Za-z0-9_.-]|~[01])*)*";
-const URI = `https?://${LABEL}(?:\\.${LABEL}){0,4}(?::[1-9]\\d{0,3})?(?:/[A-Za-z0-9_.~-]*)*(?:\\?[A-Za-z0-9_.~=&-]*)?`;
-const EMAIL = `^[A-Za-z0-9_+-]+(?:\\.[A-Za-z0-9_+-]+)*@(?:${WORDS}\\.)+[A-Za-z]{2,8}$`;
-const HOST = `^${LABEL}(?:\\.${LABEL}){0,4}$`;
-const BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$";
-/** Formats that say how a string is to be handled, not what it may be. */
-const HINTS: ReadonlySet<string> = new Set(["password", "binary"]);
-/** Strings that are surely of the format; not every one that is. */
-const FORMATS: ReadonlyMap<string, string> = new Map([
-  ["date", `^${DATE}$`],
-  ["time", `^${TIME}$`],
-  ["date-time", `^${DATE}T${TIME}$`],
-  [
-    "duration",
-    "^P(?:\\d{1,4}Y(?:\\d{1,2}M(?:\\d{1,2}D)?)?|\\d{1,4}[DW]|T\\d{1,4}(?:H(?:\\d{1,2}M(?:\\d{1,2}S)?)?|M|S))$",
-  ],
-  ["email", EMAIL],
-  ["idn-email", EMAIL],
-  ["hostname", HOST],
-  ["idn-hostname", HOST],
-  ["ipv4", `^${BYTE}(?:\\.${BYTE}){3}$`],
-  ["ipv6", "^(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}$"],
-  ["uuid", "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"],
-  ["uri", `^${URI}$`],
-  ["iri", `^${URI}$`],
-  ["uri-reference", `^(?:${URI}|(?:/[A-Za-z0-9_.~-]+)+)$`],
-  ["iri-reference", `^(?:${URI}|(?:/[A-Za-z0-9_.~-]+)+)$`],
-  ["uri-template", `^${URI}(?:/\\{[a-z]{1,20}\\})*$`],
-  ["json-pointer", `^${POINTER}$`],
-  ["relative-json-pointer", `^(?:0|[1-9]\\d{0,3})(?:#|${POINTER})$`],
-  ["regex", "^[A-Za-z0-9 _-]*$"],
-  ["byte", BASE64],
-  ["base64", BASE64],
-]);
-
-/** Formats that can be enforced. */
-export const FORMAT_NAMES: readonly string[] = [...FORMATS.keys()];
-
-function formatPattern(format: string, path: string): string {
-  const pattern = FORMATS.get(format);
-  if (pattern !== undefined) return pattern;
-  throw new SchemaError(path, `the format ${JSON.stringify(format.slice(0, 64))} cannot be enforced`);
 }
 
 export interface ArrayShape {
