@@ -79,3 +79,18 @@ test("hostile beacons cannot make the book grow or push out what a person named"
   expect(due.length).toBe(512);
   expect(due.some(({ address }) => address === "mine:1")).toBe(true);
 });
+
+test("a hint adds an address, and takes none from another node nor the room of those that are known", () => {
+  const book = new AddressBook();
+  book.learn("h:1", A, false, 0);
+  book.hint("h:1", B, 0);
+  book.hint("i:1", B, 0);
+  expect(book.addressesOf(A)).toEqual(["h:1"]);
+  expect(book.addressesOf(B)).toEqual(["i:1"]);
+  for (let i = 0; i < 2000; i++) book.hint(`10.0.0.1:${i + 1}`, B, 1);
+  expect(book.addressesOf(B).length).toBe(255);
+  expect(book.addressesOf(A)).toEqual(["h:1"]);
+  // What a member says of itself counts more.
+  book.learn("i:1", A, false, 2);
+  expect(book.addressesOf(A).sort()).toEqual(["h:1", "i:1"]);
+});

@@ -1,10 +1,22 @@
 // Beacons: what is believed, and that nothing on the network can break the reader.
 
 import { expect, test } from "bun:test";
+import { createSocket } from "node:dgram";
 import fc from "fast-check";
-import { decodeBeacon, encodeBeacon, MAX_BEACON_BYTES, ReplayFilter } from "../../src/cluster/net/beacon.ts";
+import {
+  type Beacon,
+  type BeaconCluster,
+  decodeBeacon,
+  encodeBeacon,
+  type Heard,
+  MAX_BEACON_BYTES,
+  ReplayFilter,
+} from "../../src/cluster/net/beacon.ts";
 import { newCluster } from "../../src/cluster/net/cluster-file.ts";
+import { Discovery } from "../../src/cluster/net/discovery.ts";
 import { CARAVAN_PROTOCOL } from "../../src/cluster/protocol-version.ts";
+import { createLogger } from "../../src/log.ts";
+import { until } from "../tools/until.ts";
 
 const HOME = newCluster("home");
 const BEACON = {
@@ -18,7 +30,75 @@ const BEACON = {
 };
 
 test("a member's beacon comes through unchanged", () => {
-  expect(decodeBeacon(encodeBeacon(BEACON, HOME.secret), HOME)).toEqual({ kind: "member", beacon: BEACON });
+  expect(decodeBeacon(encodeBeacon(BEACON, HOME.secret), HOME)).toEqual({
+    ...{ kind: "member", beacon: BEACON, earlier: false },
+  });
+});
+
+test("a beacon of an earlier secret says so", () => {
+  const now = { ...newCluster("home"), previous: [newCluster("home").secret, HOME.secret] };
+  expect(decodeBeacon(encodeBeacon(BEACON, HOME.secret), now)).toMatchObject({
+    kind: "member",
+    earlier: true,
+  });
+  expect(decodeBeacon(encodeBeacon(BEACON, now.secret), now)).toMatchObject({
+    kind: "member",
+    earlier: false,
+  });
+});
+
+/** What a listener hears of beacons that are sent to it one after the other; each has to be heard before the next is sent. */
+async function listener(cluster: () => BeaconCluster): Promise<{
+  send(beacon: Beacon, secret: string): Promise<Heard>;
+  stop(): void;
+}> {
+  const sender = createSocket("udp4");
+  await new Promise<void>((resolve) => sender.bind(0, "127.0.0.1", resolve));
+  const probe = createSocket("udp4");
+  await new Promise<void>((resolve) => probe.bind(0, resolve));
+  const { port } = probe.address();
+  await new Promise<void>((resolve) => probe.close(() => resolve()));
+  const heard: Heard[] = [];
+  const discovery = new Discovery({
+    announce: () => undefined,
+    cluster,
+    onHeard: (each) => heard.push(each),
+    log: createLogger({ level: "silent" }),
+    port,
+  });
+  await discovery.start();
+  return {
+    async send(beacon, secret) {
+      const before = heard.length;
+      sender.send(encodeBeacon(beacon, secret), port, "127.0.0.1");
+      await until(() => heard.length > before || discovery.status.dropped > 0, "the beacon arrives");
+      const last = heard[before];
+      if (last === undefined) throw new Error("the beacon was dropped");
+      return last;
+    },
+    stop() {
+      discovery.stop();
+      sender.close();
+    },
+  };
+}
+
+test("counts under a secret that a removed node knows do not silence a member's beacons", async () => {
+  const next = newCluster("home");
+  let cluster: BeaconCluster = HOME;
+  const { send, stop } = await listener(() => cluster);
+  try {
+    const most = { incarnation: Number.MAX_SAFE_INTEGER, count: Number.MAX_SAFE_INTEGER };
+    // As a member of before, and then with the secret of before.
+    expect(await send({ ...BEACON, ...most }, HOME.secret)).toMatchObject({ kind: "member" });
+    cluster = { name: "home", secret: next.secret, previous: [HOME.secret] };
+    expect(await send({ ...BEACON, ...most }, HOME.secret)).toMatchObject({ kind: "member" });
+    expect(await send(BEACON, next.secret)).toMatchObject({ kind: "member", beacon: BEACON });
+    // Nor those of a member that was away.
+    expect(await send({ ...BEACON, count: 1 }, HOME.secret)).toMatchObject({ kind: "member" });
+  } finally {
+    stop();
+  }
 });
 
 test("a beacon of another secret, another cluster or another version says so and is no member's", () => {

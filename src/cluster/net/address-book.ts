@@ -8,6 +8,8 @@ const LONGEST_PAUSE_MS = 10_000;
 /** An address that only beacons know is forgotten after so long without one. */
 const BEACON_LIFE_MS = 30_000;
 const MAX_ADDRESSES = 512;
+/** Beyond so many, hints are not taken. */
+const MAX_HINTED = 256;
 
 export interface Candidate {
   readonly address: string;
@@ -50,6 +52,13 @@ export class AddressBook {
     known.id = id;
     known.nextTryMs = nowMs;
     known.failures = 0;
+  }
+
+  /** What may be a lie about `id`: takes no address from another node, and no room from addresses that are known. */
+  hint(address: string, id: NodeId, nowMs: number): void {
+    const known = this.#candidates.get(address);
+    if (known === undefined ? this.#candidates.size < MAX_HINTED : known.id === id)
+      this.learn(address, id, false, nowMs);
   }
 
   /** Addresses to try now: those of nodes that are not `linked`, one of a node at a time. */

@@ -38,9 +38,10 @@ const Schema = v.object({
   mac: v.pipe(v.string(), v.maxLength(64)),
 });
 
-/** What a datagram turned out to be. "stranger": of another cluster, or made without our secret. */
+/** What a datagram turned out to be. "stranger": of another cluster, or made without our secret. `earlier`: made with a secret of
+ * before, which nodes that were removed know too, so that its id may be anybody's. */
 export type Heard =
-  | { kind: "member"; beacon: Beacon }
+  | { kind: "member"; beacon: Beacon; earlier: boolean }
   | { kind: "stranger"; beacon: Beacon; reason: "name" | "secret" }
   | { kind: "version"; protocol: number; version: string }
   | { kind: "garbage" };
@@ -84,9 +85,10 @@ export function decodeBeacon(datagram: Uint8Array, ours: BeaconCluster | undefin
   const { mac: given, ...beacon } = parsed.output;
   if (ours === undefined || beacon.cluster !== ours.name) return { kind: "stranger", beacon, reason: "name" };
   const { secret, previous = [] } = ours;
-  if (![secret, ...previous].some((each) => sameMac(given, mac(each, beacon))))
-    return { kind: "stranger", beacon, reason: "secret" };
-  return { kind: "member", beacon };
+  if (sameMac(given, mac(secret, beacon))) return { kind: "member", beacon, earlier: false };
+  if (previous.some((each) => sameMac(given, mac(each, beacon))))
+    return { kind: "member", beacon, earlier: true };
+  return { kind: "stranger", beacon, reason: "secret" };
 }
 
 /** Lets a beacon pass only when it is newer than the last of its node. Bounded; one a network. */

@@ -52,7 +52,9 @@ export class Discovery {
   readonly status: DiscoveryStatus = { networks: [], sent: 0, heard: 0, dropped: 0, problems: new Map() };
   readonly #options: DiscoveryOptions;
   readonly #sockets: { family: 4 | 6; socket: Socket; joined: Set<string> }[] = [];
-  readonly #filter = new ReplayFilter();
+  /** Of beacons under `#secret`. Begun anew with every secret: the counts of before may come from a node that was removed. */
+  #filter = new ReplayFilter();
+  #secret: string | undefined;
   readonly #port: number;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #count = 0;
@@ -186,10 +188,17 @@ export class Discovery {
       this.status.dropped++;
       return;
     }
-    const heard = decodeBeacon(datagram, this.#options.cluster());
+    const ours = this.#options.cluster();
+    if (ours?.secret !== this.#secret) {
+      this.#secret = ours?.secret;
+      this.#filter = new ReplayFilter();
+    }
+    const heard = decodeBeacon(datagram, ours);
     const said = this.#options.announce()?.beacon;
     if ("beacon" in heard && heard.beacon.id === said?.id) return; // our own
-    if (heard.kind === "garbage" || (heard.kind === "member" && !this.#filter.accept(heard.beacon, from))) {
+    // Counts of an earlier secret say nothing, and none may silence a node: what such a beacon may do is bounded where it is used.
+    const replayed = heard.kind === "member" && !heard.earlier && !this.#filter.accept(heard.beacon, from);
+    if (heard.kind === "garbage" || replayed) {
       this.status.dropped++;
       return;
     }

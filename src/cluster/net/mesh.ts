@@ -58,6 +58,8 @@ export interface Stranger {
 }
 
 const MAX_STRANGERS = 64;
+const EARLIER =
+  "has an earlier secret and is not known here: `caravan cluster leave` and `caravan join` there";
 const DOUBLE =
   "another running node has this node's identity: its key file was copied; delete cluster/node.pem on one of them and join again";
 
@@ -225,6 +227,11 @@ export class Mesh {
       onHeard: (heard, address) => {
         if (heard.kind === "member" && isRemoved(cluster(), heard.beacon.id)) {
           this.#note({ address, name: heard.beacon.name, reason: "was removed from this cluster" });
+        } else if (heard.kind === "member" && heard.earlier) {
+          // A node that missed a change of the secret; any other one would be refused.
+          if (isKnown(cluster(), heard.beacon.id))
+            this.#book.hint(address, heard.beacon.id, performance.now());
+          else this.#note({ address, name: heard.beacon.name, reason: EARLIER });
         } else if (heard.kind === "member") {
           this.#book.learn(address, heard.beacon.id, false, performance.now());
           this.#strangers.delete(address);
