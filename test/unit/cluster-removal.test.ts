@@ -6,6 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { forgetCluster, loadCluster, newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
 import { ClusterNode } from "../../src/cluster/net/cluster-node.ts";
+import { loadIdentity } from "../../src/cluster/net/identity.ts";
 import { withoutNode } from "../../src/cluster/net/rotation.ts";
 import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
@@ -102,4 +103,43 @@ for (const what of ["left its cluster", "joined another one"])
     } finally {
       gate.resolve();
     }
+  });
+
+for (const victims of [[], ["8".repeat(64)]])
+  test(`a member that a removed node gave a secret meets the others under another one; ${victims.length} more were named as removed`, async () => {
+    const home = newCluster("home");
+    const paths = ["a", "b"].map((name) => {
+      const path = mkdtempSync(join(tmpdir(), "caravan-removal-"));
+      cleanups.push(() => rmSync(path, { recursive: true, force: true }));
+      return { name, path, id: loadIdentity(path).id };
+    });
+    const [a, b] = paths;
+    if (a === undefined || b === undefined) throw new Error("two");
+    const [gone, second] = ["9", "7"].map((digit) => ({ id: digit.repeat(64), name: "gone", addresses: [] }));
+    if (gone === undefined || second === undefined) throw new Error("two");
+    const known = ({ id, name }: { id: string; name: string }) => ({ id, name, addresses: [] });
+    const kept = withoutNode({ ...home, nodes: [known(b), gone] }, gone);
+    const evil = newCluster("home").secret;
+    saveCluster(a.path, kept);
+    saveCluster(b.path, {
+      ...{ name: "home", secret: evil, generation: 1000, previous: [home.secret] },
+      removed: [gone.id, ...victims].map((id) => ({ id, name: "gone" })),
+      nodes: [known(a), second],
+    });
+    const nodes: ClusterNode[] = [];
+    for (const { name, path } of paths) {
+      const node = await ClusterNode.start({
+        ...{ folder: path, port: 0, host: "127.0.0.1", discovery: false, name },
+        peers: nodes.map(({ mesh }) => `127.0.0.1:${mesh?.port ?? 0}`),
+        log: createLogger({ level: "silent" }),
+      });
+      cleanups.push(() => node.close());
+      nodes.push(node);
+    }
+    await until(() => nodes.every((node) => node.view().reachable.length === 1), "they are linked", LIMIT_MS);
+    const [ofA, ofB] = [loadCluster(a.path), loadCluster(b.path)];
+    expect(ofA?.secret).toBe(ofB?.secret ?? "");
+    expect([home.secret, evil]).not.toContain(ofA?.secret);
+    expect(ofB?.nodes.map(({ name }) => name)).toEqual(["a"]);
+    expect(ofA?.removed.map(({ id }) => id)).toEqual([gone.id, ...victims]);
   });
