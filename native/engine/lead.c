@@ -133,7 +133,7 @@ static void run(cv_engine *e, cv_job *j) {
     if (!code && ends_here) code = cv_pass_fill(p, j->result, err);
     uint64_t end = cv_now_ns();
     j->exchange_ns = atomic_load(&place->exchange_ns) - exchanged;
-    if (!code) learn(e, tokens, end - j->started_ns);
+    if (!code) learn(e, tokens, end - j->started_ns - j->mask_ns); /* waiting for a grammar says nothing about ranks */
     cv_engine_count(e, code ? 0 : tokens, end - j->started_ns);
     if (!code && !ends_here) code = tell_later_stages(e, j, err);
     bool flies = !code && !ends_here;

@@ -70,11 +70,18 @@ bool cv_reread_in_huge_pages(int fd, void *memory, size_t bytes, const atomic_bo
     if (posix_fadvise(fd, (off_t)(first - (uint8_t *)memory), TRIAL, POSIX_FADV_DONTNEED)) return false;
     const uint64_t start = now_ms();
     touch(first, TRIAL);
-    const uint64_t took = now_ms() - start;
+    const uint64_t took = now_ms() - start + 1; /* rounded up */
     if (cv_in_huge_pages(memory, bytes) * 2 < TRIAL || took * (bytes / TRIAL) > CV_REREAD_MS) return false;
     (void)madvise(memory, bytes, MADV_DONTNEED);
     (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-    for (size_t i = 0; i < bytes && !atomic_load_explicit(stop, memory_order_relaxed); i += PIECE) touch((uint8_t *)memory + i, bytes - i < PIECE ? bytes - i : PIECE);
+    /* A disk that turns out slower than its trial does not hold up the start: the rest comes when it is used. What was read stays in
+     * memory without being mapped, so that a rank's memory counts what it uses. */
+    const uint64_t until = now_ms() + 2 * CV_REREAD_MS;
+    for (size_t i = 0; i < bytes && now_ms() < until && !atomic_load_explicit(stop, memory_order_relaxed); i += PIECE) {
+        const size_t n = bytes - i < PIECE ? bytes - i : PIECE;
+        touch((uint8_t *)memory + i, n);
+        (void)madvise((uint8_t *)memory + i, n, MADV_DONTNEED);
+    }
     return true;
 }
 

@@ -151,17 +151,31 @@ export class GrammarMatcher {
     const all = new Uint32Array(length * (drafts.length + 1));
     const here = this.#readings;
     try {
-      for (let i = 0; i <= drafts.length; i++) {
-        // Where the answer is complete nothing will be taken of what comes behind.
-        if (i > 0 && this.complete) all.fill(0xffffffff, i * length);
-        else all.set(this.mask(ends), i * length);
-        this.#steps = 0;
-        this.#readings = this.#behindToken(this.#readings, drafts[i] ?? 0);
+      all.set(this.mask(ends));
+      for (const [i, draft] of drafts.entries()) {
+        const own = this.#maskBehind(draft, ends);
+        if (own === undefined) {
+          all.fill(0xffffffff, (i + 1) * length);
+          break;
+        }
+        all.set(own, (i + 1) * length);
       }
     } finally {
       this.#readings = here;
     }
     return all;
+  }
+
+  /** Takes a drafted token and gives the mask behind it; undefined where nothing will be taken of what comes behind: the answer
+   * is complete, or cannot be followed there. The model may refuse the draft, so that is no error yet. */
+  #maskBehind(draft: number, ends: Iterable<number>): Uint32Array | undefined {
+    try {
+      this.#steps = 0;
+      this.#readings = this.#behindToken(this.#readings, draft);
+      return this.complete ? undefined : this.mask(ends);
+    } catch {
+      return undefined;
+    }
   }
 
   /** [(vocab + 31) / 32] Bit set = the token may come next; `ends` are those that end the answer. Valid until the next

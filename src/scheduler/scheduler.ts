@@ -412,7 +412,7 @@ export class Scheduler {
     const room = this.#finalLength(sequence) - sequence.total - 1;
     const stepMs = this.#budget.streamsMs(rows);
     const guesses = this.speculation.draft(sequence, Math.min(most, room), rows, stepMs);
-    const drafts = sequence.grammar?.fitting(guesses) ?? guesses;
+    const drafts = fittingDrafts(sequence, guesses);
     if (drafts.length < guesses.length) this.speculation.forbidden(sequence);
     if (drafts.length === 0) return drafts;
     const count = sequence.pages.fitting(sequence.computed, 1 + drafts.length);
@@ -642,4 +642,14 @@ function commonTokens(a: Sequence, b: Sequence, most: number): number {
 
 function holdsPages(sequence: Sequence): boolean {
   return (sequence.pages.full?.count ?? 0) + (sequence.pages.chunked?.count ?? 0) > 0;
+}
+
+/** Looking ahead fails nobody: what the grammar cannot judge is not drafted. */
+function fittingDrafts({ grammar }: Sequence, guesses: readonly number[]): readonly number[] {
+  if (grammar === undefined || guesses.length === 0) return guesses;
+  try {
+    return grammar.fitting(guesses);
+  } catch {
+    return [];
+  }
 }

@@ -56,6 +56,7 @@ typedef struct {
     bool late;                  /* the GPU has gone on without the host */
     unsigned calm;              /* steps to go in the plain way after a late one */
     unsigned stale;             /* times that the GPU did not see the host, though it was in time */
+    unsigned seen;              /* steps since then whose hand-overs all went well; many make such times forgotten */
 } cv_metal_hand_overs;
 
 /* Compiled pipelines on disk (archive.c). */

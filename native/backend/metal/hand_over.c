@@ -15,7 +15,7 @@
 /* The host looks for the GPU without a pause at first, then now and then, and looks whether it has failed. */
 enum { LOOK_NS = 20 * 1000 * 1000, PAUSE_NS = 50 * 1000, LOOKS_A_CLOCK = 64 };
 /* Steps in the plain way after a late one; times that the GPU may miss the host's word before the way is given up. */
-enum { CALM_STEPS = 16, MOST_STALE = 2 };
+enum { CALM_STEPS = 16, MOST_STALE = 2, FORGET_STEPS = 1000 };
 
 typedef enum { CAME, GAVE_UP, FAILED } arrival;
 
@@ -210,7 +210,9 @@ void cv_metal_end_hand_overs(cv_metal_device *d) {
     cv_metal_hand_overs *h = &d->hand_overs;
     if (d->code) return;
     if (h->n_joins && h->way == CV_METAL_SPIN && word(h, CV_WORD_GAVE_UP)) h->late = true;
+    if (!h->late && h->n_joins && h->stale && ++h->seen >= FORGET_STEPS) h->stale = 0;
     if (!h->late || !h->served) return;
+    h->seen = 0;
     const cv_metal_hand_over *last = &h->joins[h->served - 1]; /* the GPU gives up only where it has come to */
     memcpy(last->x, h->staging, last->n * sizeof *last->x);
     h->calm = CALM_STEPS + 1;
