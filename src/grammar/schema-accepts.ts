@@ -1,6 +1,7 @@
 // Whether a value satisfies a schema: for the values of enum and const, which must satisfy what stands beside them.
 
 import { mayBeOfFormat } from "./formats.ts";
+import { SchemaError } from "./limits.ts";
 import { isRecord } from "./schema-keywords.ts";
 import type { Flat, SchemaReader } from "./schema-reader.ts";
 import { arraysOf, numbersOf, objectsOf, type Placed, type Shape, shapeOf, stringsOf } from "./shape.ts";
@@ -35,12 +36,12 @@ function acceptsShape(shape: Shape, value: unknown, reader: SchemaReader): boole
   if (typeof value === "string") {
     if (!types.has("string")) return false;
     const { min, max, patterns, excluded, unmatched } = stringsOf(shape);
-    const found = (pattern: string): boolean => new RegExp(pattern, "u").test(value);
-    if (excluded.includes(value) || unmatched.some(found)) return false;
+    const found = (pattern: string, at: string): boolean => expression(pattern, at).test(value);
+    if (excluded.includes(value) || unmatched.some((pattern) => found(pattern, "not/pattern"))) return false;
     const length = [...value].length;
     if (length < min || length > max) return false;
-    return patterns.every(([pattern, , format]) =>
-      format === undefined ? found(pattern) : mayBeOfFormat(value, format),
+    return patterns.every(([pattern, at, format]) =>
+      format === undefined ? found(pattern, at) : mayBeOfFormat(value, format),
     );
   }
   if (Array.isArray(value)) {
@@ -69,4 +70,13 @@ export function canonicalJson(value: unknown): string {
   if (!isRecord(value)) return JSON.stringify(value);
   const names = Object.keys(value).sort();
   return `{${names.map((name) => `${JSON.stringify(name)}:${canonicalJson(value[name])}`).join()}}`;
+}
+
+/** Throws SchemaError for what is no pattern. */
+function expression(pattern: string, at: string): RegExp {
+  try {
+    return new RegExp(pattern, "u");
+  } catch {
+    throw new SchemaError(at, "this is no pattern");
+  }
 }

@@ -108,3 +108,11 @@ test("whatever is written for a format may be of it", () => {
     expect([format, answers > 0]).toEqual([format, true]);
   }
 });
+
+test("an ill-formed pattern beside given values is refused by its place", () => {
+  for (const schema of [
+    { enum: ["a"], pattern: "[" },
+    { const: "a", not: { type: "string", pattern: "[" } },
+  ])
+    expect(() => matcherSource(bySchema(schema), vocabulary)).toThrow(/pattern/);
+});
