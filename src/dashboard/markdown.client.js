@@ -2,12 +2,15 @@
 // piece of text becomes a text node, so nothing that a model writes is ever markup of ours; images are never fetched.
 // @ts-check
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)[^`]*$/;
-const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
+// Each of these takes time in proportion to the line, whatever the line: a model may write anything.
+const FENCE = /^ {0,3}(`{3,}|~{3,})/;
+const LANGUAGE = /^\s*([\w+#.-]*)/;
+const HEADING = /^(#{1,6})\s/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/s;
+/** Without its blanks. */
+const RULE = /^(?:-{3,}|\*{3,}|_{3,})$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
-const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const TABLE_RULE = /^:?-+:?$/;
 /** Lists and quotes deeper than this are shown as text. */
 const MAX_DEPTH = 6;
 
@@ -60,18 +63,21 @@ function blank(line) {
 /** Behind the last line of the block that begins at `i`. @param {string[]} lines @param {number} i */
 function endOf(lines, i) {
   const first = lines[i] ?? "";
-  const fence = FENCE.exec(first)?.[1];
+  const fence = fenceOf(first)?.mark;
   let end = i + 1;
   if (fence !== undefined) {
     while (end < lines.length && !isClosing(lines[end] ?? "", fence)) end += 1;
     return Math.min(end + 1, lines.length);
   }
-  if (HEADING.test(first) || RULE.test(first)) return end;
+  if (headingOf(first) !== undefined || isRule(first)) return end;
   if (ITEM.test(first)) {
     // Blank lines belong to the list when an item or something indented follows.
+    let text = end; // the first line from `end` on that is not blank
     while (end < lines.length) {
       const line = lines[end] ?? "";
-      const next = blank(line) ? lines.slice(end).find((each) => !blank(each)) : line;
+      text = Math.max(text, end);
+      while (text < lines.length && blank(lines[text])) text += 1;
+      const next = lines[text];
       if (
         next === undefined ||
         !(ITEM.test(next) || /^\s{2,}\S/.test(next) || (!blank(line) && !begins(line)))
@@ -94,6 +100,43 @@ function endOf(lines, i) {
   return end;
 }
 
+/** The fence that a line opens: its marks, and the language behind them. @param {string} line */
+function fenceOf(line) {
+  const found = FENCE.exec(line);
+  if (found === null) return undefined;
+  const rest = line.slice(found[0].length);
+  if (rest.includes("`")) return undefined;
+  return { mark: found[1] ?? "```", language: LANGUAGE.exec(rest)?.[1] ?? "" };
+}
+
+/** The heading that a line is. @param {string} line */
+function headingOf(line) {
+  const level = HEADING.exec(line)?.[1]?.length;
+  if (level === undefined) return undefined;
+  let end = line.length;
+  while (line[end - 1] === "#") end -= 1;
+  return { level, text: line.slice(level, end).trim() };
+}
+
+/** @param {string} line */
+function isRule(line) {
+  return /^ {0,3}[-*_]/.test(line) && RULE.test(line.replace(/\s+/g, ""));
+}
+
+/** @param {string} line */
+function isTableRule(line) {
+  return cells(line).every((cell) => TABLE_RULE.test(cell));
+}
+
+/** Those of a table's line. @param {string} line */
+function cells(line) {
+  return line
+    .trim()
+    .replace(/^\||\|$/g, "")
+    .split("|")
+    .map((cell) => cell.trim());
+}
+
 /** @param {string} line @param {string} fence */
 function isClosing(line, fence) {
   const trimmed = line.trim();
@@ -102,24 +145,26 @@ function isClosing(line, fence) {
 
 /** Whether a line ends the paragraph before it. @param {string} line */
 function begins(line) {
-  return FENCE.test(line) || HEADING.test(line) || ITEM.test(line) || QUOTE.test(line) || RULE.test(line);
+  return (
+    fenceOf(line) !== undefined || HEADING.test(line) || ITEM.test(line) || QUOTE.test(line) || isRule(line)
+  );
 }
 
 /** @param {string[]} lines @param {number} i */
 function isTable(lines, i) {
   const rule = lines[i + 1] ?? "";
-  return (lines[i] ?? "").includes("|") && rule.includes("-") && rule.includes("|") && TABLE_RULE.test(rule);
+  return (lines[i] ?? "").includes("|") && rule.includes("-") && rule.includes("|") && isTableRule(rule);
 }
 
 /** @param {string[]} lines @param {number} depth @returns {Element} */
 function block(lines, depth) {
   const first = lines[0] ?? "";
-  const fence = FENCE.exec(first);
-  if (fence !== null) return code(lines, fence[1] ?? "```", fence[2] ?? "");
-  const heading = HEADING.exec(first);
+  const fence = fenceOf(first);
+  if (fence !== undefined) return code(lines, fence.mark, fence.language);
+  const heading = headingOf(first);
   // The page has its own first and second levels.
-  if (heading !== null) return filled(`h${Math.min(6, (heading[1] ?? "").length + 2)}`, heading[2] ?? "");
-  if (RULE.test(first)) return document.createElement("hr");
+  if (heading !== undefined) return filled(`h${Math.min(6, heading.level + 2)}`, heading.text);
+  if (isRule(first)) return document.createElement("hr");
   if (ITEM.test(first) && depth < MAX_DEPTH) return listOf(lines, depth);
   if (QUOTE.test(first) && depth < MAX_DEPTH) {
     const quote = document.createElement("blockquote");
@@ -203,12 +248,6 @@ function listOf(lines, depth) {
 
 /** @param {string[]} lines */
 function tableOf(lines) {
-  const cells = (/** @type {string} */ line) =>
-    line
-      .trim()
-      .replace(/^\||\|$/g, "")
-      .split("|")
-      .map((cell) => cell.trim());
   const wrap = document.createElement("div");
   wrap.className = "wide";
   wrap.tabIndex = 0;
@@ -237,7 +276,7 @@ function filled(name, text) {
 
 /** Code, strong, emphasis, links; the first that matches at each place. No part of it can be slow on any text. */
 const INLINE =
-  /(`+)([^`]+)\1(?!`)|\*\*([^*\n]+)\*\*|__([^_\n]+)__|\*([^*\s][^*\n]*)\*|\[([^[\]\n]{1,500})\]\((https?:\/\/[^\s()<>]{1,2000})\)/g;
+  /(`{1,8})([^`]+)\1(?!`)|\*\*([^*\n]+)\*\*|__([^_\n]+)__|\*([^*\s][^*\n]*)\*|\[([^[\]\n]{1,500})\]\((https?:\/\/[^\s()<>]{1,2000})\)/g;
 
 /** @param {string} text @returns {(string | Element)[]} */
 function inline(text) {
