@@ -3,6 +3,15 @@
 // the parser; this only has to count no less than the parser would build.
 
 import { CaravanError } from "../errors.ts";
+import {
+  BACKSLASH,
+  CLOSE_LIST,
+  CLOSE_OBJECT,
+  COMMA,
+  OPEN_LIST,
+  OPEN_OBJECT,
+  QUOTE,
+} from "./json-characters.ts";
 
 export interface JsonLimits {
   /** Values in lists and objects together. */
@@ -13,14 +22,6 @@ export interface JsonLimits {
 
 /** A second at most to parse and check the worst of them; a prompt of a million token ids still fits. */
 export const JSON_LIMITS: JsonLimits = { maxValues: 1_000_000, maxObjects: 100_000, maxDepth: 128 };
-
-const QUOTE = 0x22;
-const BACKSLASH = 0x5c;
-const COMMA = 0x2c;
-const OPEN_LIST = 0x5b;
-const CLOSE_LIST = 0x5d;
-const OPEN_OBJECT = 0x7b;
-const CLOSE_OBJECT = 0x7d;
 
 export class JsonBounds {
   #inString = false;

@@ -2,6 +2,16 @@
 // The text is cut at the commas of its large lists and objects; what lies between goes to JSON.parse, which thereby judges
 // the syntax of everything but the cuts.
 
+import {
+  BACKSLASH,
+  CLOSE_LIST,
+  CLOSE_OBJECT,
+  COMMA,
+  OPEN_LIST,
+  OPEN_OBJECT,
+  QUOTE,
+} from "./json-characters.ts";
+
 /** Longest stretch that is parsed at once, in UTF-16 units. Worst known: 40 ns a unit, for short texts that all differ. */
 const PIECE = 1 << 16;
 /** Time for one slice. */
@@ -9,13 +19,6 @@ const SLICE_MS = 4;
 /** Characters that are looked at between two looks at the clock. */
 const STRIDE = 1 << 14;
 
-const QUOTE = 0x22;
-const BACKSLASH = 0x5c;
-const COMMA = 0x2c;
-const OPEN_LIST = 0x5b;
-const CLOSE_LIST = 0x5d;
-const OPEN_OBJECT = 0x7b;
-const CLOSE_OBJECT = 0x7d;
 const LETTER_U = 0x75;
 
 type Steps<T> = Generator<void, T, void>;

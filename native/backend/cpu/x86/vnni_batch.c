@@ -180,10 +180,6 @@ static void rows_at(const uint8_t *base, size_t row_bytes, size_t r, size_t row1
     for (size_t i = 0; i < ROWS; i++) row[i] = base + (r + i < row1 ? r + i : row1 - 1) * row_bytes;
 }
 
-static void prefetch(const uint8_t *from, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i, 0, 2);
-}
-
 /* What to prefetch in place of row r: the row itself, or, past the last one, as many rows into what comes next. */
 static cv_weight_rows rows_ahead(const cv_weight *w, size_t e, size_t row0, size_t row1, size_t r, const cv_weight_rows *next) {
     if (r < row1) return cv_weight_rows_at(w, e, r);
@@ -200,9 +196,9 @@ CV_TARGET_VNNI static void few(const cv_weight *w, size_t e, size_t row0, size_t
     const size_t last = w->cols - (lines - 1) * LINE_COLUMNS;
     const __mmask16 last_columns = last == LINE_COLUMNS ? 0xffff : (__mmask16)((1u << last / 8) - 1);
     const size_t block_bytes = ROWS * w->row_bytes, far = AHEAD_BYTES / block_bytes + 1, first = row1 - row0 < far * ROWS ? row1 - row0 : far * ROWS;
-    prefetch(scales + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
-    prefetch(biases + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
-    prefetch(data + row0 * w->row_bytes, first * w->row_bytes);
+    cv_prefetch(scales + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
+    cv_prefetch(biases + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
+    cv_prefetch(data + row0 * w->row_bytes, first * w->row_bytes);
     pack(a, s.q);
     const uint8_t *row[2][ROWS], *scale_row[ROWS];
     rows_at(data, w->row_bytes, row0, row1, row[0]);
@@ -218,8 +214,8 @@ CV_TARGET_VNNI static void few(const cv_weight *w, size_t e, size_t row0, size_t
         load_scales(scale_row, w->scale_type, groups, s.scale);
         rows_at(biases, w->scale_row_bytes, r, row1, scale_row);
         load_scales(scale_row, w->scale_type, groups, s.bias);
-        if (ahead.scales) prefetch(ahead.scales, ROWS * w->scale_row_bytes);
-        if (ahead.biases) prefetch(ahead.biases, ROWS * w->scale_row_bytes);
+        cv_prefetch(ahead.scales, ROWS * w->scale_row_bytes);
+        cv_prefetch(ahead.biases, ROWS * w->scale_row_bytes);
         memset(s.chain, 0, n * 4 * ROWS * sizeof(float));
         for (size_t line = 0; line < lines; line++) {
             if (line + 1 < lines) next = (line_rows){row[block], (line + 1) * LINE, row[block][0], line + 2 == lines ? last_columns : 0xffff};
