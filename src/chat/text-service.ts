@@ -63,6 +63,7 @@ export class TextService {
   readonly #slow = new SlowRenderer(workerUrl());
   #nextId = 1;
   #closed = false;
+  #closedFor = new CaravanError("shutting_down", "the model's text worker is closed");
   #watch: ReturnType<typeof setInterval> | null = null;
 
   private constructor(dir: string, options: TextServiceOptions) {
@@ -116,17 +117,18 @@ export class TextService {
     return (await this.#request({ op: "decode", ids: new Uint32Array(ids) }, options)).text;
   }
 
-  /** Stops the worker; unfinished requests fail with shutting_down. */
-  close(): void {
+  /** Stops the worker; unfinished and later requests fail with `reason`. */
+  close(reason: CaravanError = this.#closedFor): void {
     if (this.#closed) return;
     this.#closed = true;
+    this.#closedFor = reason;
     this.#drop();
     this.#slow.close();
-    this.#rejectAll(new CaravanError("shutting_down", "the model's text worker is closed"));
+    this.#rejectAll(reason);
   }
 
   async #request(job: Job, options: TextRequestOptions): Promise<JobResult> {
-    if (this.#closed) throw new CaravanError("shutting_down", "the model's text worker is closed");
+    if (this.#closed) throw this.#closedFor;
     const { signal } = options;
     if (signal?.aborted) throw new CaravanError("cancelled", "the request was cancelled");
     const id = this.#nextId++;
@@ -254,7 +256,7 @@ export class TextService {
     }
     if (this.#closed) {
       worker.terminate();
-      throw new CaravanError("shutting_down", "the model's text worker is closed");
+      throw this.#closedFor;
     }
     this.#live = live;
     for (const id of this.#pending.keys()) this.#sendJob(live, id);

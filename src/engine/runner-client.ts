@@ -60,6 +60,8 @@ export class RunnerClient implements Engine {
   #poll: ReturnType<typeof setInterval> | undefined;
   #heardMs = 0;
   #closed = false;
+  /** Why it takes no more requests, where somebody said so. */
+  #over: CaravanError | undefined;
 
   constructor(options: RunnerClientOptions) {
     this.model = options.model;
@@ -78,7 +80,7 @@ export class RunnerClient implements Engine {
 
   /** Starts the runner if it is not running. */
   ready(): Promise<void> {
-    if (this.#closed) return Promise.reject(closedError());
+    if (this.#over !== undefined || this.#closed) return Promise.reject(this.#over ?? closedError());
     // It has said that it is ending: only its successor can answer, once its memory is free.
     if (this.#fatal !== undefined && this.#settleStart === undefined && this.#runner !== undefined)
       return this.#runner.ended.then(() => this.ready());
@@ -136,11 +138,17 @@ export class RunnerClient implements Engine {
     await runner?.ended;
   }
 
+  /** Every request ends with `error`, those to come too: what follows is close(). */
+  endRequests(error: CaravanError): void {
+    this.#over ??= error;
+    this.#endAll(error);
+  }
+
   async close(): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
     clearInterval(this.#poll);
-    this.#endAll(closedError());
+    this.#endAll(this.#over ?? closedError());
     await this.#runner?.close();
     this.#status = { ...this.#status, state: "closed", running: 0, waiting: 0 };
   }

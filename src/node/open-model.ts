@@ -45,6 +45,8 @@ export interface OpenOptions
 
 export interface OpenModel extends LoadedModel {
   readonly engine: Engine;
+  /** Every request ends with `error`, those to come too: it is about to be closed. */
+  endRequests(error: CaravanError): void;
   close(): Promise<void>;
 }
 
@@ -116,6 +118,10 @@ function assemble(model: InstalledModel, engine: RunnerClient, text: TextService
     ...(status.policy === undefined ? {} : { policy: status.policy }),
     newDetokenizer: (options) => new Detokenizer(table, options),
     newStopMatcher: (stops) => new StopMatcher([...stops]),
+    endRequests(error) {
+      engine.endRequests(error);
+      text.close(error);
+    },
     async close() {
       text.close();
       await engine.close();

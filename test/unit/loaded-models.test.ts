@@ -84,7 +84,7 @@ class Machine {
     const close = async () => {
       this.closed.push(name);
     };
-    return { ...scripted, id: name, engine, close };
+    return { ...scripted, id: name, engine, endRequests: () => {}, close };
   }
 }
 

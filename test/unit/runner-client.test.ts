@@ -5,6 +5,7 @@ import { EventStream } from "../../src/engine/event-stream.ts";
 import { LineSplitter } from "../../src/engine/line-splitter.ts";
 import { type GenerateEvent, type GenerateRequest, GREEDY } from "../../src/engine/protocol.ts";
 import { RunnerClient, type RunnerClientOptions } from "../../src/engine/runner-client.ts";
+import { CaravanError } from "../../src/errors.ts";
 
 const FAKE = [process.execPath, new URL("fake-runner.ts", import.meta.url).pathname];
 const clients: RunnerClient[] = [];
@@ -66,6 +67,20 @@ describe("a runner client", () => {
     const after = await collect(engine.generate(request("c", 5, 2)));
     expect(tokensOf(after)).toEqual([5, 6]);
     await until(() => engine.status().running === 0, "the runner to have stopped b");
+  });
+
+  test("ends what runs and what comes later for the reason given, whatever closes it then", async () => {
+    const engine = client("ok");
+    const running = collect(engine.generate(request("a", 0, 1_000_000)));
+    await engine.ready();
+    engine.endRequests(new CaravanError("cluster_degraded", "b is gone", { retryAfterSeconds: 2 }));
+    const later = collect(engine.generate(request("b", 0, 10)));
+    await engine.close();
+    for (const events of [await running, await later])
+      expect(events.at(-1)).toMatchObject({
+        type: "error",
+        error: { code: "cluster_degraded", message: "b is gone" },
+      });
   });
 
   test("cancels a request that still waits for the model", async () => {

@@ -260,8 +260,11 @@ export class ClusterDriver implements ClusterWork {
         this.#failRequest.delete(id);
         fail?.(error);
       },
-      // Requests of other nodes' clients run in this node's API: they end with the runner's own error.
-      endRequests: () => undefined,
+      // Those of other nodes' clients too: they run in this node's API.
+      endRequests: (instance, epoch, error) => {
+        const open = this.#open.get(instance);
+        if (open?.order.epoch === epoch) open.model.endRequests(error);
+      },
     });
     for (const link of mesh.links) this.#logic.membership.peerUp(link.peer.id);
     this.#timer = setInterval(() => this.#tick(), BEAT_MS);
