@@ -2,14 +2,11 @@
 // which idle instances went. From the nodes' records alone, so any node can tell it of all. Pure.
 
 import { PLANNED_SHARE } from "../model/memory-plan.ts";
-import type { ModelTerms } from "./instance-placer.ts";
 import type { Member } from "./membership.ts";
 import { MemoryLedger } from "./memory-ledger.ts";
-import { rankWorks } from "./model-profile.ts";
-import { DEFAULT_CONTEXT, STEP_TOKENS, usableBytes } from "./placement.ts";
-import { longestContext, rankMemory } from "./rank-memory.ts";
+import { contextFor, type ModelNeed, neededBytes } from "./model-need.ts";
+import { usableBytes } from "./placement.ts";
 import type { InstanceState, NodeId } from "./types.ts";
-import { sharesOf } from "./uneven-shares.ts";
 
 /** Bytes. */
 export interface NodeLedger {
@@ -44,10 +41,10 @@ export interface NextModel {
   missing: number;
 }
 
-/** models: whose headers are known, by name. */
+/** models: what is known of them, by name. */
 export function ledgersOf(
   members: readonly Member[],
-  models: ReadonlyMap<string, ModelTerms>,
+  models: ReadonlyMap<string, ModelNeed>,
 ): Map<NodeId, NodeLedger> {
   const instances = new Map<string, InstanceState>();
   for (const { record } of members)
@@ -55,7 +52,6 @@ export function ledgersOf(
       const other = instances.get(state.spec.id);
       if (other === undefined || state.epoch > other.epoch) instances.set(state.spec.id, state);
     }
-  const needs = [...models].map(([model, terms]) => ({ model, ...needOf(terms) }));
   return new Map(
     members.map(({ record: { info } }) => {
       const free = usableBytes(info);
@@ -71,12 +67,13 @@ export function ledgersOf(
           ...{ key: instance, label: model, bytes, busy },
           usedAt: instances.get(instance)?.usedAt ?? 0,
         });
-      const next = needs.map(({ model, fixed, kv, context, longest }): NextModel => {
-        const bytes = fixed + kv;
+      const next = [...models].map(([model, need]): NextModel => {
+        const bytes = neededBytes(need, need.defaultContext);
         const unload = bytes <= free ? [] : ledger.wouldUnload(bytes);
         const idle = loaded.reduce((sum, rank) => sum + (rank.busy ? 0 : rank.bytes), 0);
         return {
-          ...{ model, bytes, default_context: context, context_that_fits: longest(free - fixed) },
+          ...{ model, bytes, default_context: need.defaultContext },
+          context_that_fits: contextFor(need, free),
           unload: unload?.map(({ key }) => key) ?? [],
           missing: unload === undefined ? bytes - free - idle : 0,
         };
@@ -89,35 +86,4 @@ export function ledgersOf(
 /** As the owners of instances judge (instance-life.ts): ready, and nothing runs. */
 function isIdle(state: InstanceState | undefined): boolean {
   return state?.phase === "ready" && state.outstandingTokens === 0;
-}
-
-/** What the whole model takes on one node: beside its cache, its cache at the default context, and the context for a room in bytes. */
-function needOf(terms: ModelTerms): Need {
-  const known = NEEDS.get(terms) ?? measure(terms);
-  NEEDS.set(terms, known);
-  return known;
-}
-
-interface Need {
-  fixed: number;
-  kv: number;
-  context: number;
-  longest: (room: number) => number;
-}
-
-/** Adding up a model's tensors takes a millisecond, and states are asked for often. */
-const NEEDS = new WeakMap<ModelTerms, Need>();
-
-function measure({ profile, kvType, threads }: ModelTerms): Need {
-  const { config } = profile;
-  const works = rankWorks(profile, sharesOf([0, config.layers.length], [[1]]));
-  const [whole] = works;
-  const context = Math.min(DEFAULT_CONTEXT, config.contextLength);
-  if (whole === undefined) return { fixed: 0, kv: 0, context, longest: () => 0 };
-  const terms = { context, streams: 1, kvType, threads, maxTokens: STEP_TOKENS, maxLogits: 1 };
-  const { weights, kv, scratch } = rankMemory(profile, whole, terms);
-  return {
-    ...{ fixed: weights + scratch, kv, context },
-    longest: (room) => (room <= 0 ? 0 : longestContext(profile, works, [room], terms)),
-  };
 }

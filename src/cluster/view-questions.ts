@@ -2,7 +2,7 @@
 
 import type { Member } from "./membership.ts";
 import { hasModel } from "./orphans.ts";
-import type { NodeId, RdmaSurvey } from "./types.ts";
+import type { ModelPresence, NodeId, RdmaSurvey } from "./types.ts";
 
 /** Other nodes with a link to this one that have all of the model. */
 export function holdersOf(members: readonly Member[], model: string): NodeId[] {
@@ -10,6 +10,13 @@ export function holdersOf(members: readonly Member[], model: string): NodeId[] {
     .filter(({ self, direct }) => !self && direct)
     .map(({ record }) => record.info.id)
     .filter((id) => hasModel(id, model, members));
+}
+
+/** Models that other nodes with a link to this one have all of. */
+export function wholeModelsOf(members: readonly Member[]): ModelPresence[] {
+  return members
+    .filter(({ self, direct }) => !self && direct)
+    .flatMap(({ record }) => record.info.models.filter(({ bytes, total }) => bytes >= total));
 }
 
 /** Models of instances that have, or had last, a rank on the node. */

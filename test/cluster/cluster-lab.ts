@@ -29,7 +29,14 @@ export interface StateView {
   cluster: string | null;
   conflict?: string;
   self: { id: string };
-  nodes: { id: string; name: string; reachable: boolean; round_trip_us?: number; bandwidth?: number }[];
+  nodes: {
+    id: string;
+    name: string;
+    reachable: boolean;
+    round_trip_us?: number;
+    bandwidth?: number;
+    ledger?: { next: { model: string; context_that_fits: number }[] };
+  }[];
   instances: InstanceView[];
   parts?: { model: string; bytes: number; in_use: boolean; idle_hours: number }[];
 }

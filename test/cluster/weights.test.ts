@@ -515,6 +515,14 @@ test.skipIf(!libraryHere)(
     expect(await b.say("tiny", 30)).toBe(alone);
     const plan = await (await b.fetch("/cluster/plan?model=tiny&tensor=2&pipeline=1")).json();
     expect((plan as { placements: unknown[] }).placements.length).toBe(1);
+    // Nor has it the headers: a says what the model needs.
+    await eventually("b knows what would fit on each node", 15_000, async () => {
+      const told = (await b.state()).nodes.map(({ ledger }) => ledger?.next ?? []);
+      return (
+        told.length === 2 &&
+        told.every((next) => next.some((each) => each.model === "tiny" && each.context_that_fits > 0))
+      );
+    });
     const instance = await lab.place(b, { tensor: 2, pipeline: 1 });
     expect(instance.ranks.length).toBe(2);
     expect(await b.say("tiny", 30)).toBe(alone);

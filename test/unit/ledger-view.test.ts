@@ -5,13 +5,17 @@ import { ledgerLines } from "../../src/cli/ledger-text.ts";
 import type { ModelTerms } from "../../src/cluster/instance-placer.ts";
 import { ledgersOf } from "../../src/cluster/ledger-view.ts";
 import type { Member } from "../../src/cluster/membership.ts";
+import { contextFor, modelNeed, neededBytes } from "../../src/cluster/model-need.ts";
+import { rankWorks } from "../../src/cluster/model-profile.ts";
+import { longestContext, rankMemory } from "../../src/cluster/rank-memory.ts";
 import type { InstanceState, NodeInfo } from "../../src/cluster/types.ts";
+import { sharesOf } from "../../src/cluster/uneven-shares.ts";
 import { PLANNED_SHARE } from "../../src/model/memory-plan.ts";
 import { nodeInfo } from "../tools/membership-mesh.ts";
 import { llama4Profile } from "../tools/published-clusters.ts";
 
 const scout: ModelTerms = { profile: llama4Profile("scout", 4), kvType: "bf16", threads: 4 };
-const models = new Map([["scout", scout]]);
+const models = new Map([["scout", modelNeed(scout)]]);
 
 function instance(id: string, node: string, bytes: number, more: Partial<InstanceState> = {}): InstanceState {
   return {
@@ -47,6 +51,28 @@ const only = (each: Member) => {
   if (ledger === undefined) throw new Error("no ledger");
   return ledger;
 };
+
+describe("what a model needs", () => {
+  for (const kvType of ["bf16", "q8"] as const)
+    test(`is told in a few numbers that say what its headers say: ${kvType}`, () => {
+      const terms = { ...scout, kvType };
+      const need = modelNeed(terms);
+      const { profile } = terms;
+      const works = rankWorks(profile, sharesOf([0, profile.layers.length], [[1]]));
+      for (const context of [1, 64, 8191, 8192, 8193, 100_000, 10_485_760]) {
+        const [work] = works;
+        if (work === undefined) throw new Error("no rank");
+        const asked = { context, streams: 1, kvType, threads: 4, maxTokens: 512, maxLogits: 1 };
+        const { weights, kv, scratch } = rankMemory(profile, work, asked);
+        expect(neededBytes(need, context)).toBe(weights + kv + scratch);
+      }
+      for (const room of [0, 1e6, 1e9, 30e9, 1e13])
+        expect(contextFor(need, need.fixed + room)).toBe(
+          longestContext(profile, works, [room], { kvType, streams: 1 }),
+        );
+      expect(contextFor(need, need.fixed - 1)).toBe(0);
+    });
+});
 
 describe("a node's ledger", () => {
   test("says what is loaded, left, and how long a context fits there", () => {

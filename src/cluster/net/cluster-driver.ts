@@ -9,7 +9,7 @@ import { availableMemory } from "../../model/machine-memory.ts";
 import type { InstalledModel } from "../../model/store.ts";
 import type { OpenModel, RunOptions } from "../../node/open-model.ts";
 import { ClusterLogic } from "../cluster-logic.ts";
-import { type ModelTerms, ProfilePlacer } from "../instance-placer.ts";
+import { ProfilePlacer } from "../instance-placer.ts";
 import { ledgersOf, type NodeLedger } from "../ledger-view.ts";
 import { BEAT_MS, type Member } from "../membership.ts";
 import { MemoryLedger } from "../memory-ledger.ts";
@@ -17,7 +17,7 @@ import { CARAVAN_PROTOCOL } from "../protocol-version.ts";
 import type { RankOrder } from "../rank-host.ts";
 import type { RunningRequest } from "../requests.ts";
 import type { Link, ModelPresence, NodeId, NodeSpeed } from "../types.ts";
-import { holdersOf, isFetching, modelsOfRanks, neighboursOf } from "../view-questions.ts";
+import { holdersOf, isFetching, modelsOfRanks, neighboursOf, wholeModelsOf } from "../view-questions.ts";
 import type { Channel } from "./channel.ts";
 import type { ClusterWork } from "./cluster-node.ts";
 import { FileVerdicts } from "./file-verdicts.ts";
@@ -26,6 +26,7 @@ import { InstanceDesk } from "./instance-desk.ts";
 import type { Link as PeerLink } from "./link.ts";
 import type { Mesh } from "./mesh.ts";
 import { serveModelFiles } from "./model-files.ts";
+import { ModelNeeds } from "./model-needs.ts";
 import { ModelParts } from "./model-parts.ts";
 import { ModelTermsCache } from "./model-source.ts";
 import { OwnRecord } from "./own-record.ts";
@@ -39,8 +40,6 @@ const REFRESH_MS = 2000;
 const REFRESH_BEATS = Math.round(REFRESH_MS / BEAT_MS);
 /** How much of a request's work counts where only the number of requests is known. */
 const TOKENS_A_REQUEST = 512;
-/** Models that every node's ledger tells of. */
-const MOST_LEDGER_MODELS = 32;
 /** Reading a large model's headers takes a moment. */
 const ASK_LIMIT_MS = 20_000;
 
@@ -82,6 +81,7 @@ export class ClusterDriver implements ClusterWork {
   readonly #ledger: MemoryLedger;
   readonly #record: OwnRecord;
   readonly #terms: ModelTermsCache;
+  readonly #needs: ModelNeeds;
   readonly #open = new Map<string, OpenInstance>();
   readonly #verdicts: FileVerdicts;
   /** Plans and instances that somebody asks for. */
@@ -119,6 +119,15 @@ export class ClusterDriver implements ClusterWork {
       options.run,
       () => this.#logic?.turn(),
     );
+    this.#needs = new ModelNeeds({
+      own: options.models,
+      others: () => wholeModelsOf(this.members()),
+      source: this.#terms.source,
+      holders: (model) => this.#holdersOf(model),
+      ask: (node, method, params) => this.#ask(node, method, params),
+      onChange: options.onChange,
+      log: options.log,
+    });
     this.desk = new InstanceDesk({
       id: options.id,
       logic: () => this.#cluster(),
@@ -189,14 +198,9 @@ export class ClusterDriver implements ClusterWork {
     return [...this.#open.values()];
   }
 
-  /** Every node's memory, for people; with models of this node whose headers are read by then. */
+  /** Every node's memory, for people; with the cluster's models of which is known by then what they need. */
   ledgers(): Map<NodeId, NodeLedger> {
-    const models = new Map<string, ModelTerms>();
-    for (const { model } of this.#options.models().slice(0, MOST_LEDGER_MODELS)) {
-      const found = this.#terms.source(model);
-      if (found.kind === "known") models.set(model, found.terms);
-    }
-    return ledgersOf(this.members(), models);
+    return ledgersOf(this.members(), this.#needs.all());
   }
 
   /** Process ids of ranks > 0. */
@@ -289,7 +293,8 @@ export class ClusterDriver implements ClusterWork {
   }
 
   onCall(_from: NodeId, method: string, params: unknown): Promise<unknown> | undefined {
-    return this.#logic === undefined ? undefined : this.desk.onCall(method, params);
+    if (this.#logic === undefined) return undefined;
+    return this.#needs.onCall(method, params) ?? this.desk.onCall(method, params);
   }
 
   onChannel(channel: Channel, peer: Peer, purpose: Purpose): boolean {
