@@ -1,9 +1,10 @@
 // The cluster as a picture and tables that follow its events; letting machines in; placing a model and ending it.
 // @ts-check
 
+import { showLedgers } from "/ledger.js";
 import { askApi, element, gigabytes, messageOf, row, svg } from "/requests.js";
 
-/** @typedef {{ id: string, name: string, reachable: boolean, chip?: string, memory?: { total: number, available: number }, models?: { model: string, bytes: number, total: number }[], round_trip_us?: number, bandwidth?: number }} Node */
+/** @typedef {{ id: string, name: string, reachable: boolean, chip?: string, memory?: { total: number, available: number }, ledger?: import("/ledger.js").Ledger, models?: { model: string, bytes: number, total: number }[], round_trip_us?: number, bandwidth?: number }} Node */
 /** @typedef {{ from: string, to: string, kind: string, round_trip_us: number, bandwidth: number }} Link */
 /** @typedef {{ id: string, model: string, owner: string, phase: string, progress: number, reason: string, tensor: number, pipeline: number, context: number, outstanding_tokens: number, ranks: { node: string, rank: number, bytes: number }[] }} Instance */
 /** @typedef {{ cluster: { name: string } | string | null, self?: { id: string, name: string }, nodes?: Node[], away?: { id: string, name: string }[], conflict?: string, links?: Link[], instances?: Instance[], join_requests?: { name: string, from: string, waiting_seconds: number }[], problems?: unknown[] }} State */
@@ -48,6 +49,7 @@ function show(state) {
   draw(nodes, state.links ?? [], state.self?.id);
   const away = (state.away ?? []).map((node) => ({ ...node, reachable: false }));
   body("nodes").replaceChildren(...[...nodes, ...away].map((node) => nodeRow(node, state.self?.id)));
+  showLedgers(nodes);
   if (state.conflict !== undefined) say(`Other nodes do not want this one: ${state.conflict}.`);
   const waiting = state.join_requests ?? [];
   element("joining", HTMLDivElement).hidden = waiting.length === 0;

@@ -3,6 +3,7 @@
 
 import clusterProgram from "./cluster.client.js" with { type: "text" };
 import figuresProgram from "./figures.client.js" with { type: "text" };
+import ledgerProgram from "./ledger.client.js" with { type: "text" };
 import markdownProgram from "./markdown.client.js" with { type: "text" };
 import modelsProgram from "./models.client.js" with { type: "text" };
 import pageProgram from "./page.client.js" with { type: "text" };
@@ -25,6 +26,7 @@ export const PAGE_FILES: Record<string, () => Response> = {
   "/page.css": () => file(String(pageStyle), "text/css"),
   "/page.js": () => file(String(pageProgram), "text/javascript"),
   "/cluster.js": () => file(String(clusterProgram), "text/javascript"),
+  "/ledger.js": () => file(String(ledgerProgram), "text/javascript"),
   "/markdown.js": () => file(String(markdownProgram), "text/javascript"),
   "/models.js": () => file(String(modelsProgram), "text/javascript"),
   "/figures.js": () => file(String(figuresProgram), "text/javascript"),

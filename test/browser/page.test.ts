@@ -33,6 +33,37 @@ const FLAGS = [
 
 const NODE_IDS = ["a", "b", "c"].map((letter) => letter.repeat(64));
 
+/** A busy model and one that is idle on the first node, nothing on the others; two models that could come. */
+function scriptedLedger(node: number) {
+  const gigabyte = 1e9;
+  const planned = [360, 360, 90][node] ?? 0;
+  const loaded =
+    node > 0
+      ? []
+      : [
+          { instance: "i1", model: "llama-4-maverick", rank: 0, bytes: 226 * gigabyte, busy: true },
+          { instance: "i2", model: "smollm2", rank: 1, bytes: 80 * gigabyte, busy: false },
+        ];
+  const reserved = loaded.reduce((sum, { bytes }) => sum + bytes, 0);
+  const free = planned * gigabyte - reserved;
+  const scout = 112 * gigabyte;
+  return {
+    ...{ planned: planned * gigabyte, reserved, free, loaded },
+    next: [
+      {
+        ...{ model: "llama-4-scout", bytes: scout, default_context: 8192 },
+        context_that_fits: free > scout ? 1_048_576 : 0,
+        unload: node === 0 ? ["i2"] : [],
+        missing: node === 2 ? scout - free : 0,
+      },
+      {
+        ...{ model: "tiny", bytes: gigabyte, default_context: 2048, context_that_fits: 2048 },
+        ...{ unload: [], missing: 0 },
+      },
+    ],
+  };
+}
+
 /** Three nodes, one of which wants in; what the page asks for is written down and takes place at once. */
 function scriptedCluster() {
   const calls: unknown[] = [];
@@ -49,6 +80,7 @@ function scriptedCluster() {
       nodes: NODE_IDS.map((id, i) => ({
         ...{ id, name: `studio-${i + 1}`, reachable: i < 2, chip: "Apple M3 Ultra", models: [] },
         memory: { total: 512 * gigabyte, available: (400 - 100 * i) * gigabyte },
+        ledger: scriptedLedger(i),
         ...(i === 0 ? {} : { round_trip_us: 40 + i, bandwidth: 5e9 }),
       })),
       links: [
@@ -307,6 +339,44 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(asked.filter((address) => !address.startsWith(url) && !address.startsWith("data:"))).toEqual([]);
   }, 30_000);
 
+  test("draws each node's memory: what is loaded, what would go for the next model, the context that fits", async () => {
+    const { service } = scriptedCluster();
+    const { page } = await open(sayScript("Hi."), {}, {}, service);
+    await page.click("#to-cluster");
+    await page.waitForSelector("#ledgers li:nth-of-type(3)");
+    const said = (node: number) => page.textContent(`#ledgers li:nth-of-type(${node})`);
+    const kinds = (node: number) =>
+      page
+        .locator(`#ledgers li:nth-of-type(${node}) rect`)
+        .evaluateAll((all) => all.map((each) => each.getAttribute("class")));
+    expect(await page.locator("#next-model option").allTextContents()).toEqual(["llama-4-scout", "tiny"]);
+    expect(await said(1)).toContain("54 GB of 360 GB left");
+    expect(await said(1)).toContain("llama-4-maverick, 226 GB, in use; smollm2, rank 1, 80 GB, idle");
+    expect(await said(1)).toContain(
+      "llama-4-scout with a context of 8,192 takes 112 GB and fits after unloading smollm2.",
+    );
+    expect(await kinds(1)).toEqual(["room", "busy", "goes", "comes"]);
+    expect(await said(2)).toContain("Nothing is loaded.");
+    expect(await said(2)).toContain("contexts up to 1,048,576 fit");
+    expect(await kinds(2)).toEqual(["room", "comes"]);
+    expect(await said(3)).toContain("22 GB missing");
+    expect(await kinds(3)).toEqual(["room", "misses"]);
+    // Where it comes begins behind what stays, and is as wide as it is large on a common scale.
+    const place = await page
+      .locator("#ledgers .comes")
+      .first()
+      .evaluate((rect) => ({
+        x: Number(rect.getAttribute("x")),
+        width: Number(rect.getAttribute("width")),
+      }));
+    expect(place.x).toBeCloseTo((226 / 360) * 1000, 6);
+    expect(place.width).toBeCloseTo((112 / 360) * 1000, 6);
+    await page.selectOption("#next-model", "tiny");
+    expect(await kinds(1)).toEqual(["room", "busy", "idle", "comes"]);
+    expect(await said(3)).toContain("tiny with a context of 2,048 takes 1.0 GB; contexts up to 2,048 fit.");
+    expect(complaints).toEqual([]);
+  }, 30_000);
+
   test("shows nodes and links, lets a machine in, places a model and ends it", async () => {
     const { service, calls } = scriptedCluster();
     const { page } = await open(sayScript("Hi."), {}, {}, service);
@@ -434,6 +504,8 @@ describe.skipIf(program === undefined)("the page", () => {
       await page.click("#place button[type=submit]");
       await page.waitForSelector("#placements tbody tr");
       await look("cluster");
+      await page.locator("#memory").evaluate((part) => part.scrollIntoView());
+      await look("memory");
       await page.click("#to-figures");
       await page.waitForSelector("#plots figure:nth-of-type(4)");
       await look("figures");
