@@ -104,7 +104,7 @@ run: dist/caravan $(SMOLLM2)/config.json ## answer PROMPT with the default model
 	./dist/caravan run $(SMOLLM2) "$(PROMPT)"
 
 test: dist/caravan native-tests ## build and pass all tests
-	$(BUN) test --timeout 30000
+	$(BUN) test --timeout 120000
 
 check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as errors
 	$(BUN) x tsc -p .
