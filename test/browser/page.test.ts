@@ -150,7 +150,7 @@ describe.skipIf(program === undefined)("the page", () => {
 
   beforeAll(async () => {
     browser = await chromium.launch({ executablePath: program ?? "", args: FLAGS });
-  }, 60_000);
+  }, 120_000);
 
   afterAll(async () => {
     await browser?.close();
@@ -209,7 +209,7 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(await page.textContent(".turn.assistant .stats")).toContain("tokens written");
     expect(models.engine.requests).toHaveLength(1);
     expect(complaints).toEqual([]);
-  }, 30_000);
+  }, 120_000);
 
   test("keeps the conversation, regenerates, and starts a new one", async () => {
     const { page, models } = await open(sayScript("Yes."));
@@ -226,7 +226,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.click("#clear");
     expect(await page.locator(".turn").count()).toBe(0);
     expect(complaints).toEqual([]);
-  }, 30_000);
+  }, 120_000);
 
   test("stops an answer, which cancels it in the engine", async () => {
     const { page, models } = await open({
@@ -240,7 +240,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.click("#stop");
     await page.waitForSelector(".turn.assistant .stats:text-is('stopped')");
     expect(models.engine.cancelled).toHaveLength(1);
-  }, 30_000);
+  }, 120_000);
 
   test("shows hostile text as text", async () => {
     const hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script>';
@@ -251,7 +251,7 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(await page.textContent(".turn.assistant .text")).toBe(hostile);
     expect(await page.locator("#log img, #log script").count()).toBe(0);
     expect(await page.title()).toBe("caravan");
-  }, 30_000);
+  }, 120_000);
 
   test("shows Markdown as elements, with code to copy, and keeps the conversation over a reload", async () => {
     const answer = [
@@ -290,7 +290,7 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(await page.textContent(".turn.user .text")).toBe("Show off");
     expect(await page.isEnabled("#again")).toBe(true);
     expect(complaints).toEqual([]);
-  }, 30_000);
+  }, 120_000);
 
   test("says how much of the prompt is read before the answer begins", async () => {
     let go: () => void = () => {};
@@ -311,7 +311,7 @@ describe.skipIf(program === undefined)("the page", () => {
     go();
     await page.waitForSelector(".turn.assistant .stats:not(:empty)");
     expect(await page.isVisible(".turn.assistant .work")).toBe(false);
-  }, 30_000);
+  }, 120_000);
 
   test("asks for the key and works with it", async () => {
     const { page } = await open(sayScript("Open."), { apiKeys: ["sesame"] });
@@ -327,7 +327,7 @@ describe.skipIf(program === undefined)("the page", () => {
     expect(await page.evaluate("document.cookie")).toBe("");
     await page.reload();
     await page.waitForSelector("#send:not([disabled])");
-  }, 30_000);
+  }, 120_000);
 
   test("asks nobody else for anything", async () => {
     const { page, url } = await open(sayScript("Hi."));
@@ -337,7 +337,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.waitForSelector("#send:not([disabled])");
     expect(asked.length).toBeGreaterThan(2);
     expect(asked.filter((address) => !address.startsWith(url) && !address.startsWith("data:"))).toEqual([]);
-  }, 30_000);
+  }, 120_000);
 
   test("draws each node's memory: what is loaded, what would go for the next model, the context that fits", async () => {
     const { service } = scriptedCluster();
@@ -416,7 +416,7 @@ describe.skipIf(program === undefined)("the page", () => {
       { stop: "one" },
     ]);
     expect(complaints).toEqual([]);
-  }, 30_000);
+  }, 120_000);
 
   test("downloads a model with progress, stops a download, and unloads a model", async () => {
     let stopped = false;
@@ -452,7 +452,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.waitForSelector("#pull-state:has-text('org/fine is here')");
     await page.click("#models button[aria-label='Unload test/scripted']");
     await page.waitForSelector("#models li:has-text('test/scripted: available')");
-  }, 30_000);
+  }, 120_000);
 
   test("plots throughput and latency, and lists the last requests", async () => {
     const { page } = await open(sayScript("It scatters."));
@@ -472,7 +472,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.check("#spans input[value='360']");
     await page.waitForSelector("#plots svg[aria-label*='the last 60 minutes']");
     expect(complaints).toEqual([]);
-  }, 30_000);
+  }, 120_000);
 
   for (const [name, context] of Object.entries({
     "light, on a desktop": { colorScheme: "light", viewport: { width: 1000, height: 700 } },
@@ -509,6 +509,6 @@ describe.skipIf(program === undefined)("the page", () => {
       await page.click("#to-figures");
       await page.waitForSelector("#plots figure:nth-of-type(4)");
       await look("figures");
-    }, 60_000);
+    }, 120_000);
   }
 });

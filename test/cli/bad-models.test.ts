@@ -258,7 +258,7 @@ describe.skipIf(!built)("logits", () => {
     const out = join(place.path("cut"), "logits.npy");
     writeFileSync(out, "earlier");
     const running = place.start(["logits", good, "--tokens-file", file, "--out", out, "--prefill", "0"]);
-    await until(() => existsSync(`${out}.partial`), "the output is begun", 10_000);
+    await until(() => existsSync(`${out}.partial`), "the output is begun");
     running.kill("SIGINT");
     expect(await running.ended).toMatchObject({ code: 130, out: "", err: "caravan: interrupted\n" });
     expect(readdirSync(place.path("cut"))).toEqual(["logits.npy"]);

@@ -18,7 +18,7 @@ import { CARAVAN_PROTOCOL } from "../../src/cluster/protocol-version.ts";
 import { createLogger } from "../../src/log.ts";
 
 // Of a busy machine.
-setDefaultTimeout(60_000);
+setDefaultTimeout(120_000);
 
 interface Check {
   name: string;

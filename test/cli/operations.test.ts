@@ -24,7 +24,7 @@ afterEach(async () => {
     const runners = runnersOf(node.pid);
     node.kill("SIGKILL");
     await node.ended;
-    await until(() => !runners.some(isAlive), "the runners of a killed node end", 5000);
+    await until(() => !runners.some(isAlive), "the runners of a killed node end");
   }
 });
 
@@ -37,7 +37,7 @@ async function serve(args: string[] = [], env: Record<string, string> = {}): Pro
 describe.skipIf(!built)("nodes on this machine", () => {
   test("are listed with their models, unload one, and end; nothing is left behind", async () => {
     const node = await serve(["first"], KEYS);
-    await until(() => node.err().includes("model ready"), "the model is loaded", 10_000);
+    await until(() => node.err().includes("model ready"), "the model is loaded");
     for (const runner of process.platform === "linux" ? runnersOf(node.pid) : [])
       expect(readFileSync(`/proc/${runner}/environ`, "utf8")).not.toContain("CARAVAN_ADMIN_KEYS");
     const listed = await place.run(["ps"], { env: KEYS });

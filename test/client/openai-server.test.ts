@@ -212,15 +212,11 @@ describe("readers", () => {
     await until(() => models.engine.produced > 100, "the stream runs");
     let before = 0;
     let quiet = 0;
-    await until(
-      () => {
-        quiet = models.engine.produced === before ? quiet + 1 : 0;
-        before = models.engine.produced;
-        return quiet > 50;
-      },
-      "production stops",
-      8000,
-    );
+    await until(() => {
+      quiet = models.engine.produced === before ? quiet + 1 : 0;
+      before = models.engine.produced;
+      return quiet > 50;
+    }, "production stops");
     // What the kernel's socket buffers take, at about 200 bytes a token; far below the 4 M tokens asked for.
     expect(models.engine.produced).toBeLessThan(200_000);
     socket.destroy();

@@ -69,7 +69,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
     node = await place.serve([MODEL]);
     openai = new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "unused", maxRetries: 5 });
     await openai.chat.completions.create({ ...base, max_completion_tokens: 1 });
-  }, 60_000);
+  }, 120_000);
   afterAll(() => place.remove());
 
   test("openai: response_format json_schema, streamed and whole, several at once", async () => {
@@ -91,7 +91,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
     const stream = openai.chat.completions.stream({ ...base, response_format: format });
     const streamed = await stream.finalChatCompletion();
     expect(isPerson(JSON.parse(streamed.choices[0]?.message.content ?? ""))).toBe(true);
-  }, 60_000);
+  }, 120_000);
 
   test("openai: any JSON object, raw completions, responses", async () => {
     const object = await openai.chat.completions.create({
@@ -118,7 +118,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
       text: { format: { type: "json_schema", name: "person", schema: person, strict: true } },
     });
     expect(isPerson(JSON.parse(response.output_text))).toBe(true);
-  }, 60_000);
+  }, 120_000);
 
   test("what cannot be enforced is 400 with the keyword and its place, streamed or not", async () => {
     const schema = { type: "object", properties: { a: { $dynamicRef: "#a" } } };
@@ -137,7 +137,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
         message: expect.stringMatching(/#\/properties\/a\/\$dynamicRef: the keyword "\$dynamicRef"/),
       });
     }
-  }, 60_000);
+  }, 120_000);
 
   test("openai: tool_choice required and named give calls whose arguments satisfy their schema", async () => {
     const tools = [weather, stop];
@@ -160,7 +160,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
       expect(ajv.validate(parameters ?? false, JSON.parse(call.function.arguments))).toBe(true);
       if (typeof tool_choice === "object") expect(call.function.name).toBe("get_weather");
     }
-  }, 60_000);
+  }, 120_000);
 
   test("a form beside tools that may be called: the answer is the one or the other", async () => {
     const strict = { ...weather, function: { ...weather.function, strict: true } };
@@ -202,7 +202,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
     });
     const { content, tool_calls: called = [] } = chat.message;
     expect(called.length > 0 || isPerson(JSON.parse(content))).toBe(true);
-  }, 60_000);
+  }, 120_000);
 
   test("openai: an agent that must call tools comes to its end", async () => {
     const history = [...messages];
@@ -228,7 +228,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
     expect(calls).toBe(2);
     expect(history.at(-1)).toMatchObject({ role: "assistant" });
     expect(history).toHaveLength(6);
-  }, 60_000);
+  }, 120_000);
 
   test("a strict tool may be left alone or called in its form", async () => {
     const strict = { ...weather, function: { ...weather.function, strict: true } };
@@ -244,7 +244,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
             ajv.validate(weather.function.parameters ?? false, JSON.parse(call.function.arguments)),
           ).toBe(true);
     expect(replies).toHaveLength(6);
-  }, 60_000);
+  }, 120_000);
 
   test("ai-sdk: generateObject", async () => {
     const provider = createOpenAICompatible({
@@ -259,7 +259,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
       temperature: 2,
     });
     expect(isPerson(object)).toBe(true);
-  }, 60_000);
+  }, 120_000);
 
   test("langchain: withStructuredOutput, by schema and by a function", async () => {
     const model = new ChatOpenAI({
@@ -275,7 +275,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
         .invoke("Who are you?");
       expect(isPerson(answer)).toBe(true);
     }
-  }, 60_000);
+  }, 120_000);
 
   test("ollama: format json and a schema", async () => {
     const ollama = new Ollama({ host: node.url });
@@ -294,7 +294,7 @@ describe.skipIf(!here)("answers that follow a form", () => {
       options: { temperature: 0, num_predict: 60 },
     });
     expect(made.response).toStartWith("{");
-  }, 60_000);
+  }, 120_000);
 
   test("anthropic: tool_choice any and tool", async () => {
     const anthropic = new Anthropic({ baseURL: node.url, apiKey: "unused" });
@@ -318,5 +318,5 @@ describe.skipIf(!here)("answers that follow a form", () => {
       if (block?.type === "tool_use")
         expect(ajv.validate(weather.function.parameters ?? false, block.input)).toBe(true);
     }
-  }, 60_000);
+  }, 120_000);
 });

@@ -6,6 +6,7 @@ import { symlinkSync } from "node:fs";
 import { join } from "node:path";
 import OpenAI from "openai";
 import { built, type Node, Place, SMOLLM2, smollm2Here } from "../tools/built-caravan.ts";
+import { inTime, msOf } from "../tools/in-time.ts";
 import { suiteCases, suiteHere, validatorOf } from "../tools/json-schema-suite.ts";
 
 const MODEL = "smol";
@@ -34,7 +35,7 @@ describe.skipIf(!built || !smollm2Here())("SmolLM2 at temperature 2", () => {
     node = await place.serve([MODEL]);
     openai = new OpenAI({ baseURL: `${node.url}/v1`, apiKey: "unused", maxRetries: 5 });
     await answer({ type: "boolean" }, 1);
-  }, 60_000);
+  }, 120_000);
   afterAll(() => place.remove());
 
   test.skipIf(!suiteHere())(
@@ -115,17 +116,20 @@ describe.skipIf(!built || !smollm2Here())("SmolLM2 at temperature 2", () => {
       nested,
     ];
     for (const schema of hostile) {
-      const began = performance.now();
-      const failure = await answer(schema, 1, { max_completion_tokens: 1 }).then(
-        () => "an answer",
-        (thrown: unknown) => thrown,
-      );
-      const took = performance.now() - began;
-      console.log(
-        `  ${JSON.stringify(schema).slice(0, 60)}: ${Math.round(took)} ms, ${String(failure).slice(0, 120)}`,
-      );
       // The limit is 2 s; the rest is the machine's.
-      expect(took).toBeLessThan(4000);
+      await inTime(4000, async () => {
+        let failure: unknown;
+        const took = await msOf(async () => {
+          failure = await answer(schema, 1, { max_completion_tokens: 1 }).then(
+            () => "an answer",
+            (thrown: unknown) => thrown,
+          );
+        });
+        console.log(
+          `  ${JSON.stringify(schema).slice(0, 60)}: ${Math.round(took)} ms, ${String(failure).slice(0, 120)}`,
+        );
+        return took;
+      });
     }
     await reading;
     gaps.sort((a, b) => a - b);

@@ -16,7 +16,7 @@ import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
 
 // Of a busy machine; each waits for what it needs and no longer.
-setDefaultTimeout(60_000);
+setDefaultTimeout(120_000);
 
 const SILENT = createLogger({ level: "silent" });
 const HOME = newCluster("home");
@@ -108,7 +108,7 @@ describe("members", () => {
     });
     expect(there.purpose).toBe("control");
     channel.send({ hello: "world" });
-    expect(await there.channel.readJson(1000)).toEqual({ hello: "world" });
+    expect(await there.channel.readJson(20_000)).toEqual({ hello: "world" });
     expect(channel.socket.getProtocol()).toBe("TLSv1.3");
   });
 
@@ -120,13 +120,13 @@ describe("members", () => {
       sent = true;
       channel.finish();
     });
-    const first = await there.channel.read(1000);
+    const first = await there.channel.read(20_000);
     expect(first?.kind).toBe("bytes");
     expect(sent).toBe(false);
     let got = first?.kind === "bytes" ? first.bytes.length : 0;
     let same = first?.kind === "bytes" && Buffer.compare(first.bytes, data.subarray(0, got)) === 0;
     for (;;) {
-      const next = await there.channel.read(2000);
+      const next = await there.channel.read(20_000);
       if (next === undefined) break;
       if (next.kind !== "bytes") throw new Error("a message came");
       expect(next.bytes.length).toBeLessThanOrEqual(MAX_BYTES_FRAME);
@@ -209,7 +209,7 @@ describe("strangers", () => {
     const socket = await rawTls(a, newIdentity());
     const channel = new Channel(socket);
     channel.send({ caravan: other, version: "9.9", anything: true });
-    const answer = (await channel.readJson(1000)) as { refused: string; caravan: number };
+    const answer = (await channel.readJson(20_000)) as { refused: string; caravan: number };
     expect(answer.caravan).toBe(CARAVAN_PROTOCOL);
     expect(answer.refused).toContain(`protocol ${other} (caravan 9.9)`);
     expect(answer.refused).toContain(`protocol ${CARAVAN_PROTOCOL} (caravan 1.0)`);
@@ -248,14 +248,16 @@ describe("strangers", () => {
     expect(overheard).toMatchObject({ purpose: "control" });
     const replay = new Channel(await rawTls(a, identity));
     replay.send(overheard);
-    expect(await replay.readJson(1000)).toMatchObject({ refused: expect.stringContaining("proof") });
+    expect(await replay.readJson(20_000)).toMatchObject({ refused: expect.stringContaining("proof") });
   });
 
   test("a connection without a certificate, and one with our own, are refused", async () => {
     const a = await node();
     const nameless = new Channel(await rawTls(a));
     nameless.send({ caravan: CARAVAN_PROTOCOL, version: "1" });
-    expect(await nameless.readJson(1000)).toMatchObject({ refused: expect.stringContaining("certificate") });
+    expect(await nameless.readJson(20_000)).toMatchObject({
+      refused: expect.stringContaining("certificate"),
+    });
     const attempt = dial({
       identity: a.identity,
       settings: settingsOf(a.identity, HOME),

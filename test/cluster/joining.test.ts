@@ -21,7 +21,7 @@ import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
 
 // Of a busy machine; each waits for what it needs and no longer.
-setDefaultTimeout(60_000);
+setDefaultTimeout(120_000);
 
 const LOG = createLogger({ level: "silent" });
 const HOME: ClusterCredentials = {
@@ -75,7 +75,7 @@ async function joiner(address: string, name = "new mac") {
     ownId: identity.id,
     member: peer,
     onCode: shown.resolve,
-    limitMs: 3000,
+    limitMs: 20_000,
   });
   joined.catch(shown.reject);
   return { identity, channel, code: await shown.promise, joined };
@@ -213,9 +213,9 @@ describe("an attacker", () => {
       port: 0,
       log: LOG,
       onPeer: async (channel) => {
-        await channel.readJson(1000);
+        await channel.readJson(20_000);
         channel.send({ nonce: newNonce() });
-        await channel.readJson(1000);
+        await channel.readJson(20_000);
         channel.send({ proof: "0".repeat(64) });
         channel.send({ credentials: evil });
       },
@@ -235,9 +235,9 @@ describe("an attacker", () => {
       purpose: "join",
     });
     channel.send({ commitment: commitmentOf(newNonce()) });
-    await channel.readJson(1000);
+    await channel.readJson(20_000);
     channel.send({ nonce: newNonce() });
-    expect(await channel.readJson(1000)).toMatchObject({ declined: expect.stringContaining("promised") });
+    expect(await channel.readJson(20_000)).toMatchObject({ declined: expect.stringContaining("promised") });
     expect(a.requests.list()).toEqual([]);
   });
 

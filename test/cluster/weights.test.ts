@@ -46,7 +46,7 @@ import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
 import { ClusterLab, eventually, libraryHere, loopbackHosts } from "./cluster-lab.ts";
 
 // Of a busy machine; each waits for what it needs and no longer.
-setDefaultTimeout(60_000);
+setDefaultTimeout(120_000);
 
 const LOG = createLogger({ level: "silent" });
 const HOME = newCluster("home");
@@ -534,7 +534,7 @@ test.skipIf(!libraryHere)(
     console.log(`  ${basename(dir)}: ${blocks * 512} of ${size} bytes on the disk`);
     expect(existsSync(join(lab.folder, "a", "parts"))).toBe(false);
   },
-  60_000,
+  180_000,
 );
 
 test.skipIf(!libraryHere)(
@@ -561,7 +561,7 @@ test.skipIf(!libraryHere)(
     expect(hub.bytesServed()).toBe(all);
     await eventually(
       "b hears of the model",
-      15_000,
+      40_000,
       // Not by a plan: that would read headers from the hub.
       async () => JSON.stringify((await b.state()).nodes).includes('"org/tiny"'),
     );
@@ -579,11 +579,11 @@ test.skipIf(!libraryHere)(
     // Parts that are in use stay; those that are not go when asked.
     expect(await (await d.fetch("/cluster/parts", { method: "DELETE" })).json()).toEqual({ bytes: 0 });
     await lab.removeAll();
-    await eventually("the part is free", 15_000, async () => (await d.state()).parts?.[0]?.in_use === false);
+    await eventually("the part is free", 40_000, async () => (await d.state()).parts?.[0]?.in_use === false);
     const cleaned = await d.fetch("/cluster/parts?model=org/tiny", { method: "DELETE" });
     expect(await cleaned.json()).toEqual({ bytes: sizes[3] });
     expect(readdirSync(join(lab.folder, "d", "parts"))).toEqual([]);
     expect(hub.bytesServed(), "bytes from outside").toBe(all);
   },
-  90_000,
+  240_000,
 );

@@ -20,8 +20,8 @@ test("the text worker starts inside an executable, far from its sources", async 
     code: 0,
     errors: "",
   });
-  const run = Bun.spawnSync([program, TINY_BYTES, "né <|end|>"], { cwd: out, timeout: 20_000 });
+  const run = Bun.spawnSync([program, TINY_BYTES, "né <|end|>"], { cwd: out, timeout: 100_000 });
   expect(run.stderr.toString()).toBe("");
   const ids = (await Tokenizer.load(TINY_BYTES)).encodeWithSpecials("né <|end|>");
   expect(JSON.parse(run.stdout.toString())).toEqual({ ids, text: "né <|end|>" });
-}, 30_000);
+}, 120_000);

@@ -6,6 +6,7 @@ import { SlowRenderer } from "../../src/chat/slow-renderer.ts";
 import { TextService, workerUrl } from "../../src/chat/text-service.ts";
 import { Tokenizer } from "../../src/chat/tokenizer.ts";
 import { CaravanError } from "../../src/errors.ts";
+import { inTime } from "../tools/in-time.ts";
 import { TINY_BYTES } from "./chat-folders.ts";
 
 const MEGABYTE = 1 << 20;
@@ -79,34 +80,35 @@ describe("a text service", () => {
 
   test("a megabyte at work delays neither small requests nor this thread by 50 ms", async () => {
     await service.encode("warm up ".repeat(100_000), { specials: false });
-    let bigDone = 0;
-    const bigs = ["a", "中", "<|", "é", "x y"].map(async (piece) => {
-      const text = piece.repeat(MEGABYTE / piece.length);
-      const { ids } = await service.renderChat({ messages: [{ role: "user", content: text }] });
-      bigDone++;
-      expect(ids.length).toBeGreaterThan(1000);
+    await inTime(50, async () => {
+      let bigDone = 0;
+      const bigs = ["a", "中", "<|", "é", "x y"].map(async (piece) => {
+        const text = piece.repeat(MEGABYTE / piece.length);
+        const { ids } = await service.renderChat({ messages: [{ role: "user", content: text }] });
+        bigDone++;
+        expect(ids.length).toBeGreaterThan(1000);
+      });
+      const small: number[] = [];
+      const ticks: number[] = [];
+      let last = performance.now();
+      const timer = setInterval(() => {
+        ticks.push(performance.now() - last);
+        last = performance.now();
+      }, 1);
+      while (bigDone < bigs.length) {
+        const start = performance.now();
+        await service.encode("a small text", { specials: false });
+        small.push(performance.now() - start);
+      }
+      clearInterval(timer);
+      await Promise.all(bigs);
+      expect(small.length).toBeGreaterThan(20);
+      console.log(
+        `5 MB at once: small request median ${median(small).toFixed(1)} ms, worst ${Math.max(...small).toFixed(0)} ms;`,
+        `this thread's worst gap ${Math.max(...ticks).toFixed(0)} ms`,
+      );
+      return Math.max(median(small), median(ticks));
     });
-    const small: number[] = [];
-    const ticks: number[] = [];
-    let last = performance.now();
-    const timer = setInterval(() => {
-      ticks.push(performance.now() - last);
-      last = performance.now();
-    }, 1);
-    while (bigDone < bigs.length) {
-      const start = performance.now();
-      await service.encode("a small text", { specials: false });
-      small.push(performance.now() - start);
-    }
-    clearInterval(timer);
-    await Promise.all(bigs);
-    expect(small.length).toBeGreaterThan(20);
-    expect(median(small)).toBeLessThan(50);
-    expect(median(ticks)).toBeLessThan(50);
-    console.log(
-      `5 MB at once: small request median ${median(small).toFixed(1)} ms, worst ${Math.max(...small).toFixed(0)} ms;`,
-      `this thread's worst gap ${Math.max(...ticks).toFixed(0)} ms`,
-    );
   });
 });
 
@@ -140,25 +142,27 @@ describe("a worker that", () => {
     const steps = "{% for i in range(300) %}{% for j in range(300) %}{% endfor %}{% endfor %}";
     writeFileSync(join(dir, "chat_template.jinja"), `${steps}{{ messages[0].content }}<|end|>`);
     const service = await TextService.start(dir);
-    let rendered = 0;
-    const chats = ["<|end|>", "b"].map(async (content) => {
-      const chat = await service.renderChat({ messages: [{ role: "user", content }] });
-      rendered++;
-      return chat;
+    await inTime(50, async () => {
+      let rendered = 0;
+      const chats = ["<|end|>", "b"].map(async (content) => {
+        const chat = await service.renderChat({ messages: [{ role: "user", content }] });
+        rendered++;
+        return chat;
+      });
+      const waits: number[] = [];
+      while (rendered === 0) {
+        const start = performance.now();
+        await service.encode("a small text", { specials: false });
+        waits.push(performance.now() - start);
+      }
+      const tokenizer = await Tokenizer.load(TINY_BYTES);
+      const end = tokenizer.addedId("<|end|>") ?? -1;
+      const [hostile, other] = await Promise.all(chats);
+      expect(other?.ids).toEqual([...tokenizer.encodeText("b"), end]);
+      expect(hostile?.text).toBe("<|end|><|end|>");
+      expect(hostile?.ids.filter((id) => id === end)).toHaveLength(1);
+      return median(waits);
     });
-    const waits: number[] = [];
-    while (rendered === 0) {
-      const start = performance.now();
-      await service.encode("a small text", { specials: false });
-      waits.push(performance.now() - start);
-    }
-    const tokenizer = await Tokenizer.load(TINY_BYTES);
-    const end = tokenizer.addedId("<|end|>") ?? -1;
-    const [hostile, other] = await Promise.all(chats);
-    expect(other?.ids).toEqual([...tokenizer.encodeText("b"), end]);
-    expect(hostile?.text).toBe("<|end|><|end|>");
-    expect(hostile?.ids.filter((id) => id === end)).toHaveLength(1);
-    expect(median(waits)).toBeLessThan(50);
     const leaver = new AbortController();
     const left = errorOf(service.renderChat(hi, { signal: leaver.signal }));
     leaver.abort();
@@ -166,7 +170,7 @@ describe("a worker that", () => {
     const stays = errorOf(service.renderChat(hi));
     service.close();
     expect((await stays).code).toBe("shutting_down");
-  }, 20_000);
+  }, 120_000);
   test("renders a template that does not end is killed, and the next template is rendered", async () => {
     const renderer = new SlowRenderer(workerUrl(), 2000);
     const render = (template: string) =>
@@ -179,7 +183,7 @@ describe("a worker that", () => {
     expect((await slow).code).toBe("deadline_exceeded");
     expect(await next).toEqual({ text: "fine", guard: "" });
     renderer.close();
-  }, 20_000);
+  }, 120_000);
   test("cannot read its folder says why, and a later start can succeed", async () => {
     expect((await errorOf(TextService.start(join(dir, "nowhere")))).code).toBe("bad_file");
     writeFileSync(join(dir, "chat_template.jinja"), "fine");

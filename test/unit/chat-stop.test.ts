@@ -2,6 +2,7 @@ import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { StopMatcher } from "../../src/chat/stop.ts";
 import { CaravanError } from "../../src/errors.ts";
+import { processorMsOf } from "../tools/in-time.ts";
 
 function run(
   stops: readonly string[],
@@ -79,10 +80,11 @@ describe("stop strings", () => {
   });
   test("of one repeated character take linear time", () => {
     const matcher = new StopMatcher([`${"a".repeat(5000)}b`]);
-    const start = performance.now();
     let sent = 0;
-    for (let i = 0; i < 200_000; i++) sent += matcher.push("a").text.length;
+    const ms = processorMsOf(() => {
+      for (let i = 0; i < 200_000; i++) sent += matcher.push("a").text.length;
+    });
     expect(sent).toBe(195_000);
-    expect(performance.now() - start).toBeLessThan(4000);
+    expect(ms).toBeLessThan(4000);
   });
 });

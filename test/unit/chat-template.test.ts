@@ -12,6 +12,7 @@ import { ChatTemplate, type RenderedChat } from "../../src/chat/template.ts";
 import { Tokenizer } from "../../src/chat/tokenizer.ts";
 import { readTokenizerFiles, type TokenizerFiles } from "../../src/chat/tokenizer-files.ts";
 import { CaravanError } from "../../src/errors.ts";
+import { processorMsOf } from "../tools/in-time.ts";
 import { byteTokenizer, REAL_MODELS, TINY_BYTES, TINY_FALLBACK, withTemplate } from "./chat-folders.ts";
 
 interface ChatCase {
@@ -340,10 +341,8 @@ describe("a template", () => {
 
   for (const [name, source] of hostile) {
     test(`that ${name} is stopped`, () => {
-      const start = performance.now();
-      const error = errorOf(() => new SandboxedTemplate(source, "model").render(hi, 10, limits));
-      expect(error.code).toBe("bad_file");
-      expect(performance.now() - start).toBeLessThan(5000);
+      const render = () => new SandboxedTemplate(source, "model").render(hi, 10, limits);
+      expect(processorMsOf(() => expect(errorOf(render).code).toBe("bad_file"))).toBeLessThan(5000);
     });
   }
 });

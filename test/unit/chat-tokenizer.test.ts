@@ -5,6 +5,7 @@ import { join } from "node:path";
 import fc from "fast-check";
 import { Tokenizer } from "../../src/chat/tokenizer.ts";
 import { CaravanError } from "../../src/errors.ts";
+import { processorMsOf } from "../tools/in-time.ts";
 import { byteTokenizer, REAL_MODELS, TINY_BYTES, TINY_FALLBACK } from "./chat-folders.ts";
 
 interface EncodeCase {
@@ -161,12 +162,13 @@ describe("a megabyte takes linear time and pauses often:", () => {
       const tokenizer = await Tokenizer.load(TINY_BYTES);
       const text = make();
       const time = (part: string): { ms: number; pauses: number; ids: number[] } => {
-        const start = performance.now();
         const steps = tokenizer.encodeWithSpecialsSteps(part);
-        for (let pauses = 0; ; pauses++) {
-          const step = steps.next();
-          if (step.done) return { ms: performance.now() - start, pauses, ids: step.value };
-        }
+        let pauses = 0;
+        let step = steps.next();
+        const ms = processorMsOf(() => {
+          for (; !step.done; pauses++) step = steps.next();
+        });
+        return { ms, pauses, ids: step.done ? step.value : [] };
       };
       time(text.slice(0, size / 16));
       const eighth = time(text.slice(0, size / 8));

@@ -12,7 +12,7 @@ import { createLogger } from "../../src/log.ts";
 import { until } from "../tools/until.ts";
 
 // Of a busy machine; each waits for what it needs and no longer.
-setDefaultTimeout(60_000);
+setDefaultTimeout(120_000);
 const LIMIT_MS = 15_000;
 
 const cleanups: (() => unknown)[] = [];

@@ -49,7 +49,7 @@ function pull(options: PullOptions = {}): Promise<PullResult> {
     hub: root,
     env: { HOME: root },
     chunkBytes: CHUNK,
-    stallMs: 2_000,
+    stallMs: 20_000,
     retry: { firstWaitMs: 1, maxWaitMs: 5 },
     ...options,
   });
@@ -191,8 +191,8 @@ describe("faults that pass", () => {
     hub.behave = ({ path, earlier }) =>
       path === WEIGHTS && earlier === 0 ? { do: "stall", afterBytes: 1000 } : undefined;
     const heard: string[] = [];
-    expectWhole(await pull({ stallMs: 100, onRetry: (message) => heard.push(message) }));
-    expect(heard.join()).toContain("no byte came for 0.1 s");
+    expectWhole(await pull({ stallMs: 400, onRetry: (message) => heard.push(message) }));
+    expect(heard.join()).toContain("no byte came for 0.4 s");
   });
 
   test("a burst of 5xx is waited out", async () => {
@@ -469,7 +469,7 @@ describe("stopping", () => {
       return held;
     };
     hub.behave = ({ path }) => (path === WEIGHTS ? { do: "after", work: hold } : undefined);
-    const first = pull({ stallMs: 20_000 });
+    const first = pull();
     await started;
     expect((await failure(pull())).message).toContain("downloading this model already");
     release();

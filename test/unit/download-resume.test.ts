@@ -18,6 +18,7 @@ import { pullModel } from "../../src/model/download/pull.ts";
 import { openStore, scanStore } from "../../src/model/store.ts";
 import { MisbehavingHub, sha256 } from "../tools/misbehaving-hub.ts";
 import { tinyModel } from "../tools/tiny-model.ts";
+import { until } from "../tools/until.ts";
 
 const ID = "org/tiny";
 const WEIGHTS = "model.safetensors";
@@ -56,14 +57,6 @@ function mappedBytes(part: string): number {
   if (!existsSync(`${part}.json`)) return 0;
   const map = JSON.parse(readFileSync(`${part}.json`, "utf8")) as { done: number[] };
   return map.done.reduce((sum, bytes) => sum + bytes, 0);
-}
-
-async function until(condition: () => boolean, what: string): Promise<void> {
-  const limit = Date.now() + 10_000;
-  while (!condition()) {
-    if (Date.now() > limit) throw new Error(`${what} did not happen within 10 s`);
-    await Bun.sleep(5);
-  }
 }
 
 async function failure(pending: Promise<unknown>): Promise<CaravanError> {

@@ -20,7 +20,7 @@ beforeAll(() => {
     cwd: ROOT,
   });
   if (built.exitCode !== 0) throw new Error(built.stderr.toString());
-}, 30_000);
+}, 120_000);
 afterAll(() => rmSync(folder, { recursive: true }));
 
 function run(env: Record<string, string>): { output: string; error: string; left: string[] } {

@@ -72,12 +72,10 @@ describe("the grammar service", () => {
   test("ends a schema that takes too long, and only that one", async () => {
     const grammars = service({ compileLimitMs: 300 });
     await grammars.matcher(integers);
-    const began = performance.now();
     const failing = failureOf(grammars.matcher(slow));
     const other = await grammars.matcher({ ...integers, param: "other" });
     expect(other.mayEnd).toBe(false);
     const failure = await failing;
-    expect(performance.now() - began).toBeLessThan(5000);
     expect(failure).toMatchObject({ code: "unsupported_parameter", param: "format" });
     expect(String(failure)).toContain("longer than 300 ms");
     expect((await grammars.matcher({ ...integers, param: "later" })).complete).toBe(false);
@@ -131,7 +129,7 @@ describe("requests that wait for their grammar", () => {
     gate.add(request("gone", integers));
     expect(gate.cancel("gone")).toBe(true);
     expect(gate.cancel("gone")).toBe(false);
-    await until(() => passed.length === 1 && events.length === 2, "both grammars are settled", 20_000);
+    await until(() => passed.length === 1 && events.length === 2, "both grammars are settled");
     expect(passed).toEqual(["good"]);
     expect(events).toMatchObject([
       { type: "finish", id: "gone", reason: "cancelled" },
@@ -230,7 +228,7 @@ async function run(
   const loop = new StepLoop({ scheduler, engine, depth: 2, onFatal: (error) => Promise.reject(error) });
   for (const { request, grammar } of requests) loop.add(request, grammar);
   const ended = () => events.filter(({ type }) => type === "finish" || type === "error").length;
-  await until(() => ended() === requests.length, "every request ends", 20_000);
+  await until(() => ended() === requests.length, "every request ends");
   return { events, engine };
 }
 

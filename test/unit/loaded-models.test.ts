@@ -252,10 +252,10 @@ describe("a keep-alive time", () => {
     await models.find("a");
     await models.find("b");
     machine.status.set("b", { running: 1 });
-    await until(() => machine.closed.length > 0, "one is unloaded", 4000);
+    await until(() => machine.closed.length > 0, "one is unloaded");
     expect(machine.closed).toEqual(["a"]);
     machine.status.delete("b");
-    await until(() => machine.closed.length > 1, "the other is idle and unloaded", 4000);
+    await until(() => machine.closed.length > 1, "the other is idle and unloaded");
     await models.close();
   });
 });

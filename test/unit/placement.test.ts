@@ -282,4 +282,4 @@ test("16 nodes of four kinds with 240 links are placed in well under a second", 
   }
   console.log(`16 nodes: placed in ${best.toFixed(0)} ms`);
   expect(best).toBeLessThan(700);
-}, 30_000);
+}, 120_000);

@@ -299,7 +299,7 @@ describe("any load", () => {
     expect(cached).toBeGreaterThan(5000);
     expect(accepted).toBeGreaterThan(1000);
     expect(dropped).toBeGreaterThan(1000);
-  }, 60_000);
+  }, 120_000);
 });
 
 describe("a batch", () => {
@@ -562,7 +562,7 @@ describe("a request", () => {
   test("ends by its deadline even when the engine hangs", async () => {
     const r = rig({ now: () => performance.now() });
     r.loop.add(request("a", range(4), { deadline_ms: 1 }));
-    const limit = performance.now() + 5000;
+    const limit = performance.now() + 20_000;
     while (r.ends("a").length === 0 && performance.now() < limit) await turn();
     expect(r.ends("a")[0]).toMatchObject({ error: { code: "deadline_exceeded" } });
   });
