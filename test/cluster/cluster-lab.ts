@@ -188,7 +188,14 @@ export class LabNode {
     );
     if (!reply.ok || reply.body === null) throw new Error(`${reply.status} ${await reply.text()}`);
     const stream = new LongStream(reply.body, leave);
-    await eventually("the stream gives text", 10_000, () => stream.text.includes('"content"') || stream.over);
+    await eventually(
+      "the stream gives text",
+      30_000,
+      () => stream.text.includes('"content"') || stream.over,
+    ).catch((thrown) => {
+      stream.cancel();
+      throw new Error(`${thrown}; ${stream.bytes} bytes came: ${stream.text}\n${this.log.slice(-3000)}`);
+    });
     return stream;
   }
 }
@@ -281,11 +288,25 @@ export class ClusterLab {
     });
   }
 
-  /** Asks at `node` for an instance and waits until it answers; what it looks like then. */
-  async place(node: LabNode, asked: object): Promise<InstanceView> {
+  /** Asks at `node` for an instance, and waits until it answers in the shape that was asked for, at whichever of the nodes
+   * that `node` reaches; what it looks like then. */
+  async place(
+    node: LabNode,
+    asked: { model?: string; tensor?: number; pipeline?: number; nodes?: string[]; context?: number },
+  ): Promise<InstanceView> {
     const reply = await node.post("/cluster/instances", { model: "tiny", ...asked });
     if (!reply.ok) throw new Error(await reply.text());
     const { id } = (await reply.json()) as { id: string };
+    const { tensor = 1, pipeline = 1 } = asked;
+    // A node that was slow for a moment may have been left out at first: it is taken in when it is back.
+    await eventually(`the instance has ${tensor} x ${pipeline} ranks`, 40_000, async () => {
+      const { ranks } = await this.ready(node, id);
+      return ranks.length === tensor * pipeline;
+    });
+    const view = await node.state();
+    const reached = new Set(view.nodes.filter(({ reachable }) => reachable).map((each) => each.id));
+    for (const each of this.nodes)
+      if (each.running && reached.has(await each.id())) await this.ready(each, id);
     return await this.ready(node, id);
   }
 
