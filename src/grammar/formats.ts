@@ -37,6 +37,18 @@ const isDuration = matches(
   /^P(?!$)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=\d)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)$/,
 );
 const mayBeEmail = matches(/^.+@.+$/su);
+/** Any uuid of a version: its digits are where they always are. */
+const versionOf = (version: string): [string, string, (value: string) => boolean] => [
+  `uuid${version}`,
+  `^[0-9a-f]{8}-[0-9a-f]{4}-${version}[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`,
+  matches(new RegExp(`^[0-9a-f]{8}-[0-9a-f]{4}-${version}[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`, "i")),
+];
+/** An identifier that is told by its characters and length. */
+const spelled = (name: string, pattern: string): [string, string, (value: string) => boolean] => [
+  name,
+  pattern,
+  matches(new RegExp(pattern, "i")),
+];
 /** No control characters and blanks; those of URIs are ASCII. */
 const mayBeUri = matches(/^[A-Za-z][A-Za-z0-9+.-]*:[!-~]*$/);
 const mayBeIri = matches(/^[A-Za-z][A-Za-z0-9+.-]*:[^\0-\x20\x7f]*$/u);
@@ -78,6 +90,7 @@ const FORMATS: ReadonlyMap<string, Format> = new Map(
         matches(/^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i),
       ],
       ["uri", `^${URI}$`, mayBeUri],
+      ["url", `^${URI}$`, mayBeUri],
       ["iri", `^${URI}$`, mayBeIri],
       ["uri-reference", `^(?:${URI}|(?:/[A-Za-z0-9_.~-]+)+)$`, mayBeReference],
       ["iri-reference", `^(?:${URI}|(?:/[A-Za-z0-9_.~-]+)+)$`, mayBeText],
@@ -92,12 +105,45 @@ const FORMATS: ReadonlyMap<string, Format> = new Map(
       ["regex", "^[A-Za-z0-9 _-]*$", () => true],
       ["byte", BASE64, mayBeBase64],
       ["base64", BASE64, mayBeBase64],
+      ["base64url", "^(?:[A-Za-z0-9_-]{4})*$", mayBeBase64],
+      ...["1", "3", "4", "5", "6", "7", "8"].map(versionOf),
+      ["ipvanyaddress", `^${BYTE}(?:\\.${BYTE}){3}$`, (value) => isIPv4(value) || isIPv6(value)],
+      ["cidrv4", `^${BYTE}(?:\\.${BYTE}){3}/(?:3[0-2]|[12]?\\d)$`, mayBeText],
+      spelled("e164", "^\\+[1-9]\\d{6,14}$"),
+      spelled("nanoid", "^[A-Za-z0-9_-]{21}$"),
+      spelled("cuid2", "^[a-z][0-9a-z]{23}$"),
+      spelled("ulid", "^[0-7][0-9A-HJKMNP-TV-Z]{25}$"),
+      spelled("xid", "^[0-9a-v]{20}$"),
+      spelled("ksuid", "^[A-Za-z0-9]{27}$"),
     ] satisfies [string, string, (value: string) => boolean][]
   ).map(([name, sure, mayBe]) => [name, { sure, mayBe }]),
 );
 
 /** Formats that say how a string is to be handled, not what it may be. */
-const HINTS: ReadonlySet<string> = new Set(["password", "binary"]);
+const HINTS: ReadonlySet<string> = new Set(["password", "binary", "path", "file-path", "directory-path"]);
+
+/** Formats of numbers (OpenAPI's, and those of generators for typed languages), with least and most. */
+const WHOLE: ReadonlyMap<string, readonly [least: number, most: number]> = new Map([
+  ...[8, 16, 32, 53].map((bits): [string, [number, number]] => [
+    `int${bits}`,
+    bits === 53 ? [-(2 ** 53 - 1), 2 ** 53 - 1] : [-(2 ** (bits - 1)), 2 ** (bits - 1) - 1],
+  ]),
+  ...[8, 16, 32].map((bits): [string, [number, number]] => [`uint${bits}`, [0, 2 ** bits - 1]]),
+  ...["int", "int64"].map((name): [string, [number, number]] => [name, [-(2 ** 63), 2 ** 63]]),
+  ...["uint", "uint64"].map((name): [string, [number, number]] => [name, [0, 2 ** 64]]),
+]);
+const BROKEN: ReadonlySet<string> = new Set(["float", "double"]);
+
+/** Whether a number of the format is whole. */
+export function isWholeFormat(format: unknown): boolean {
+  return WHOLE.has(String(format));
+}
+
+/** Bounds of the numbers of a format. */
+export function numberBounds(format: unknown): readonly [least?: number, most?: number] {
+  const name = String(format);
+  return name === "float" ? [-3.4e38, 3.4e38] : (WHOLE.get(name) ?? []);
+}
 
 /** Formats that can be enforced. */
 export const FORMAT_NAMES: readonly string[] = [...FORMATS.keys()];
@@ -112,6 +158,11 @@ export function isHint(format: string): boolean {
 export function formatPattern(format: string, path: string): string {
   const pattern = FORMATS.get(format)?.sure;
   if (pattern !== undefined) return pattern;
+  const [least, most] = WHOLE.get(format) ?? [];
+  // Some write such a number as text.
+  if (least !== undefined && most !== undefined)
+    return `^${least < 0 ? "-?" : ""}(?:0|[1-9]\\d{0,${String(most).length - 2}})$`;
+  if (BROKEN.has(format)) return "^-?(?:0|[1-9]\\d{0,8})(?:\\.\\d{1,6})?$";
   throw new SchemaError(path, `the format ${JSON.stringify(format.slice(0, 64))} cannot be enforced`);
 }
 

@@ -16,15 +16,23 @@ export const ABSENT = "\0absent";
 /** Schemas of members, without the say of `properties` in which members there are. */
 export const MEMBERS = "\0members";
 
-/** `resolve`: the target of a reference. Throws SchemaError. */
-export function negated(schema: unknown, path: string, resolve: (reference: string) => unknown): unknown[] {
+type Keywords = Readonly<Record<string, unknown>>;
+
+/** `targets`: what the references of a schema lead to. Throws SchemaError. */
+export function negated(
+  schema: unknown,
+  path: string,
+  targets: (schema: Keywords) => readonly unknown[],
+): unknown[] {
   if (schema === true) return [];
   if (schema === false) return [true];
   if (!isRecord(schema)) throw new SchemaError(path, "a schema is an object, true or false");
   const out: unknown[] = [];
   for (const [name, value] of Object.entries(schema)) {
     if (ANNOTATIONS.has(name) || name.startsWith("x-") || name === "$schema") continue;
-    const found = opposite(name, value, schema, resolve);
+    // One list for both keywords of references.
+    if (name === "$dynamicRef" && schema.$ref !== undefined) continue;
+    const found = opposite(name, value, schema, targets);
     if (found === undefined)
       throw new SchemaError(
         `${path}/${pointerPart(name)}`,
@@ -39,8 +47,8 @@ export function negated(schema: unknown, path: string, resolve: (reference: stri
 function opposite(
   name: string,
   value: unknown,
-  schema: Readonly<Record<string, unknown>>,
-  resolve: (reference: string) => unknown,
+  schema: Keywords,
+  targets: (schema: Keywords) => readonly unknown[],
 ): unknown[] | undefined {
   const not = (part: unknown): unknown => ({ not: part });
   const count = Number(value);
@@ -108,8 +116,28 @@ function opposite(
       return [{ allOf: listOf(value).map(not) }];
     case "allOf":
       return listOf(value).map(not);
+    case "oneOf": {
+      const parts = listOf(value);
+      const pairs = parts.flatMap((one, i) => parts.slice(i + 1).map((other) => ({ allOf: [one, other] })));
+      return [{ allOf: parts.map(not) }, ...pairs];
+    }
+    case "if":
+      return [
+        ...(schema.then === undefined ? [] : [{ allOf: [value, not(schema.then)] }]),
+        ...(schema.else === undefined ? [] : [{ allOf: [not(value), not(schema.else)] }]),
+      ];
+    case "then":
+    case "else":
+      return [];
+    case "dependentSchemas":
+      return Object.entries(isRecord(value) ? value : {}).map(([member, part]) => ({
+        type: "object",
+        required: [member],
+        allOf: [not(part)],
+      }));
     case "$ref":
-      return [not(resolve(String(value)))];
+    case "$dynamicRef":
+      return targets(schema).map(not);
     default:
       return undefined;
   }

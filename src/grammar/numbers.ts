@@ -2,6 +2,7 @@
 
 import { type BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import { TooLarge } from "./limits.ts";
+import { multiples } from "./multiples.ts";
 
 /** Digits before the point where nothing bounds them: every whole number so written is exact as a double. */
 const MOST_DIGITS = 15;
@@ -9,7 +10,6 @@ const MOST_DIGITS = 15;
 const FRACTION_DIGITS = 6;
 /** Digits before the point of a number that must not be whole. */
 const BROKEN_DIGITS = 9;
-const MOST_MULTIPLE = 5000;
 
 export interface NumberRange {
   low?: number;
@@ -20,7 +20,7 @@ export interface NumberRange {
   whole: boolean;
   /** No whole numbers. */
   broken?: boolean;
-  /** Each divides the number; whole numbers above 0. */
+  /** Each divides the number; numbers above 0 that are exact as doubles. */
   divisors: readonly number[];
 }
 
@@ -47,6 +47,14 @@ export function numberAutomaton(range: NumberRange, budget: BuildBudget): Dfa | 
   for (const divisor of range.divisors)
     dfa = dfa === undefined ? undefined : combine(dfa, multiples(divisor, budget), "both", budget);
   return dfa;
+}
+
+/** Whether the number is within the bounds, and whole or not as it must be. */
+export function inRange(value: number, range: NumberRange): boolean {
+  const { low, high, lowExcluded, highExcluded, whole, broken } = range;
+  if (Number.isInteger(value) ? broken === true : whole) return false;
+  if (low !== undefined && (value < low || (value === low && lowExcluded === true))) return false;
+  return high === undefined || value < high || (value === high && highExcluded !== true);
 }
 
 /** A bound's size; `digits` of whole part and fraction without needless zeros. */
@@ -256,20 +264,4 @@ function fractions(budget: BuildBudget): Dfa {
   const dfa = nfa.determinise(start, new Map([[end, 0]]));
   if (dfa === undefined) throw new TooLarge("no number is left");
   return dfa;
-}
-
-/** Whole numbers that `divisor` divides. */
-function multiples(divisor: number, budget: BuildBudget): Dfa {
-  if (divisor > MOST_MULTIPLE) throw new TooLarge(`multipleOf is more than ${MOST_MULTIPLE}`);
-  budget.spend(divisor * 10);
-  // State 0: nothing read; 1: a sign; 2 + r: remainder r.
-  const digits = (remainder: number): number[] =>
-    Array.from({ length: 10 }, (_, d) => [ZERO + d, ZERO + d, 2 + ((10 * remainder + d) % divisor)]).flat();
-  const edges = [[MINUS, MINUS, 1, ...digits(0)], digits(0)];
-  const labels = [-1, -1];
-  for (let remainder = 0; remainder < divisor; remainder++) {
-    edges.push(digits(remainder));
-    labels.push(remainder === 0 ? 0 : -1);
-  }
-  return { edges, labels };
 }

@@ -2,6 +2,7 @@
 
 import { mayBeOfFormat } from "./formats.ts";
 import { SchemaError } from "./limits.ts";
+import { inRange } from "./numbers.ts";
 import { isRecord } from "./schema-keywords.ts";
 import type { Flat, SchemaReader } from "./schema-reader.ts";
 import { arraysOf, numbersOf, objectsOf, type Placed, type Shape, shapeOf, stringsOf } from "./shape.ts";
@@ -28,10 +29,8 @@ function acceptsShape(shape: Shape, value: unknown, reader: SchemaReader): boole
   if (typeof value === "boolean") return types.has("boolean");
   if (typeof value === "number") {
     if (!types.has(Number.isInteger(value) ? "integer" : "fraction")) return false;
-    const { low, high, lowExcluded, highExcluded, divisors } = numbersOf(shape);
-    if (low !== undefined && (value < low || (value === low && lowExcluded === true))) return false;
-    if (high !== undefined && (value > high || (value === high && highExcluded === true))) return false;
-    return divisors.every((divisor) => value % divisor === 0);
+    const range = numbersOf(shape);
+    return inRange(value, range) && range.divisors.every((divisor) => value % divisor === 0);
   }
   if (typeof value === "string") {
     if (!types.has("string")) return false;

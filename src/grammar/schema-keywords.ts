@@ -21,6 +21,7 @@ export function typesNamed(name: unknown): ValueType[] {
 export const ANNOTATIONS: ReadonlySet<string> = new Set([
   "$id",
   "$anchor",
+  "$dynamicAnchor",
   "$comment",
   "$defs",
   "definitions",

@@ -6,6 +6,7 @@ import { MOST_ALTERNATIVES, MOST_ENUM_VALUES, MOST_PAIRS, SchemaError } from "./
 import { ABSENT, MEMBERS, NOT_FOUND, NOT_STRINGS, negated, TYPES_ONLY } from "./negation.ts";
 import { canonicalJson } from "./schema-accepts.ts";
 import { ANNOTATIONS, isRecord, listOf, pointerPart, recordOf } from "./schema-keywords.ts";
+import { SchemaResources, type Target } from "./schema-resources.ts";
 import { surelyEmpty, typesOf } from "./shape.ts";
 
 /** A schema's own keywords. */
@@ -13,6 +14,14 @@ export interface Flat {
   readonly id: number;
   readonly path: string;
   readonly keywords: Readonly<Record<string, unknown>>;
+  /** It stands below a "not": it has no say in which members and elements are evaluated. */
+  readonly silent: boolean;
+}
+
+/** How a schema was reached: `trail` are the schemas whose references led here without a value in between. */
+interface Way {
+  readonly trail: readonly object[];
+  readonly silent: boolean;
 }
 
 /** Schemas that hold together, by identity; ids ascending. Empty = anything. */
@@ -66,6 +75,7 @@ const ENFORCED: ReadonlyMap<string, [is: Check, what: string]> = new Map<string,
   ["allOf", [isSchemas, "a list of schemas"]],
   ["oneOf", [isSchemas, "a list of schemas"]],
   ["$ref", [isString, "a reference"]],
+  ["$dynamicRef", [isString, "a reference"]],
   ["minimum", [isNumber, "a number"]],
   ["maximum", [isNumber, "a number"]],
   ["exclusiveMinimum", [isNumber, "a number"]],
@@ -113,18 +123,19 @@ const INTERNAL: ReadonlySet<string> = new Set([TYPES_ONLY, NOT_STRINGS, NOT_FOUN
 export class SchemaReader {
   readonly #root: unknown;
   readonly #flats = new Map<object, Flat>();
-  readonly #anchors = new Map<string, [value: unknown, path: string]>();
+  /** The same for schemas that are silent. */
+  readonly #silentFlats = new Map<object, Flat>();
+  readonly #resources: SchemaResources;
   /** By the keywords that oneOf is among: schemas that are made of others may have one path. */
   readonly #disjoint = new Map<object, boolean>();
   /** Schemas that are made of others, by what they are made of. */
   readonly #derived = new Map<object, Map<string, unknown[]>>();
-  #negations = 0;
   readonly #values = new Map<object, ReadonlySet<string>>();
 
   /** Throws SchemaError for identifiers that cannot be resolved. */
   constructor(root: unknown) {
     this.#root = root;
-    this.#findAnchors(root, "#");
+    this.#resources = new SchemaResources(root);
   }
 
   get root(): unknown {
@@ -134,7 +145,8 @@ export class SchemaReader {
   /** The ways to satisfy schemas that hold together, each without combining keywords. Throws SchemaError. */
   alternatives(schemas: readonly (readonly [value: unknown, path: string])[]): Conjunction[] {
     let all: Conjunction[] = [[]];
-    for (const [value, path] of schemas) all = this.#product(all, this.#flatten(value, path, []), path);
+    for (const [value, path] of schemas)
+      all = this.#product(all, this.#flatten(value, path, { trail: [], silent: false }), path);
     return all;
   }
 
@@ -153,20 +165,16 @@ export class SchemaReader {
     return [...seen.values()];
   }
 
-  /** `trail`: the schemas whose references led here without a value in between. */
-  #flatten(schema: unknown, path: string, trail: readonly object[]): Conjunction[] {
+  #flatten(schema: unknown, path: string, way: Way): Conjunction[] {
     if (schema === true) return [[]];
     if (schema === false) return [];
-    const flat = this.#flat(schema, path);
+    const flat = this.#flat(schema, path, way.silent);
     const { keywords } = flat;
-    if (trail.includes(keywords)) throw new SchemaError(path, "it refers to itself without an end");
-    const inner = [...trail, keywords];
-    const negations = this.#negations;
+    if (way.trail.includes(keywords)) throw new SchemaError(path, "it refers to itself without an end");
+    const inner: Way = { trail: [...way.trail, keywords], silent: way.silent };
     let all: Conjunction[] = [[flat]];
-    if (typeof keywords.$ref === "string") {
-      const [target, at] = this.resolve(keywords.$ref, `${path}/$ref`);
+    for (const [target, at] of this.#references(keywords, path))
       all = this.#product(all, this.#flatten(target, at, inner), path);
-    }
     listOf(keywords.allOf).forEach((part, i) => {
       all = this.#product(all, this.#flatten(part, `${path}/allOf/${i}`, inner), path);
     });
@@ -191,19 +199,26 @@ export class SchemaReader {
       );
     }
     if (keywords.unevaluatedProperties === undefined && keywords.unevaluatedItems === undefined) return all;
-    // What stands below a "not" has no say in what is evaluated, but is among the conjunction's schemas.
-    if (this.#negations > negations)
-      throw new SchemaError(path, "unevaluated… cannot be enforced beside not, if and overlapping oneOf");
-    return all.map((conjunction) => this.#closed(keywords, conjunction, path));
+    return all.map((conjunction) => this.#closed(flat, conjunction));
+  }
+
+  #references(keywords: Flat["keywords"], path: string): Target[] {
+    const { $ref, $dynamicRef } = keywords;
+    const targets: Target[] = [];
+    if (typeof $ref === "string") targets.push(this.#resources.resolve($ref, `${path}/$ref`, keywords));
+    if (typeof $dynamicRef === "string")
+      targets.push(this.#resources.resolveDynamic($dynamicRef, `${path}/$dynamicRef`, keywords));
+    return targets;
   }
 
   /** With the rest of members and elements that no schema of the conjunction speaks of. A value that satisfies more of the
    * schemas than these may have more evaluated: such values are left out. */
-  #closed(keywords: Flat["keywords"], conjunction: Conjunction, path: string): Conjunction {
+  #closed({ keywords, path, silent }: Flat, conjunction: Conjunction): Conjunction {
     const { unevaluatedProperties: members, unevaluatedItems: elements } = keywords;
-    const key = `unevaluated ${conjunction.map(({ id }) => id).join()}`;
+    const spoken = conjunction.filter((flat) => !flat.silent);
+    const key = `unevaluated ${spoken.map(({ id }) => id).join()}`;
     const [rest] = this.#derive(keywords, key, () => {
-      const every = conjunction.map((flat) => flat.keywords);
+      const every = spoken.map((flat) => flat.keywords);
       const all = (name: string): Record<string, true> =>
         Object.fromEntries(
           every.flatMap((each) => Object.keys(recordOf(each[name]))).map((each) => [each, true]),
@@ -227,7 +242,7 @@ export class SchemaReader {
         },
       ];
     });
-    return [...conjunction, this.#flat(rest, path)].sort((a, b) => a.id - b.id);
+    return [...conjunction, this.#flat(rest, path, silent)].sort((a, b) => a.id - b.id);
   }
 
   /** Schemas made of a schema's keywords: the same objects each time, since schemas are told apart by identity. */
@@ -246,26 +261,23 @@ export class SchemaReader {
   }
 
   /** The ways not to satisfy `schema`, which is `owner`'s. */
-  #opposite(
-    owner: object,
-    key: string,
-    schema: unknown,
-    path: string,
-    trail: readonly object[],
-  ): Conjunction[] {
-    this.#negations++;
+  #opposite(owner: object, key: string, schema: unknown, path: string, way: Way): Conjunction[] {
     const ways = this.#derive(owner, `not ${key}`, () =>
-      negated(schema, path, (reference) => this.resolve(reference, path)[0]),
+      negated(schema, path, (part) => this.#references(part, path).map(([target]) => target)),
     );
-    return ways.flatMap((way) => this.#flatten(way, path, trail));
+    return ways.flatMap((each) => this.#flatten(each, path, { ...way, silent: true }));
   }
 
-  #condition(keywords: Flat["keywords"], path: string, trail: readonly object[]): Conjunction[] {
-    const part = (name: "if" | "then" | "else"): Conjunction[] =>
-      keywords[name] === undefined ? [[]] : this.#flatten(keywords[name], `${path}/${name}`, trail);
-    const not = this.#opposite(keywords, "if", keywords.if, `${path}/if`, trail);
+  #condition(keywords: Flat["keywords"], path: string, way: Way): Conjunction[] {
+    const part = (name: "if" | "then" | "else", silent = way.silent): Conjunction[] =>
+      keywords[name] === undefined
+        ? [[]]
+        : this.#flatten(keywords[name], `${path}/${name}`, { ...way, silent });
+    const not = this.#opposite(keywords, "if", keywords.if, `${path}/if`, way);
+    // Without a "then" that asks for something, validators do not agree on what "if" has evaluated.
+    const asks = Object.keys(recordOf(keywords.then)).some((name) => ENFORCED.has(name));
     return [
-      ...this.#product(part("if"), part("then"), `${path}/then`),
+      ...this.#product(part("if", way.silent || !asks), part("then"), `${path}/then`),
       ...this.#product(not, part("else"), `${path}/else`),
     ];
   }
@@ -282,15 +294,15 @@ export class SchemaReader {
   }
 
   /** oneOf is anyOf where no value can satisfy two branches; else each branch holds without the others. */
-  #exactlyOne(keywords: Flat["keywords"], path: string, trail: readonly object[]): Conjunction[] {
+  #exactlyOne(keywords: Flat["keywords"], path: string, way: Way): Conjunction[] {
     const parts = listOf(keywords.oneOf);
-    const branches = parts.map((part, i) => this.#flatten(part, `${path}/${i}`, trail));
+    const branches = parts.map((part, i) => this.#flatten(part, `${path}/${i}`, way));
     if (this.#areDisjoint(branches, keywords, path)) return branches.flat();
     try {
       return branches.flatMap((branch, i) =>
         parts.reduce<Conjunction[]>((left, part, j) => {
           if (i === j) return left;
-          const others = this.#opposite(keywords, `oneOf/${j}`, part, `${path}/${j}`, trail);
+          const others = this.#opposite(keywords, `oneOf/${j}`, part, `${path}/${j}`, way);
           return this.#product(left, others, path).filter((each) => !surelyEmpty(each, this));
         }, branch),
       );
@@ -326,9 +338,10 @@ export class SchemaReader {
   }
 
   /** The schema's record, its keywords checked once. */
-  #flat(schema: unknown, path: string): Flat {
+  #flat(schema: unknown, path: string, silent: boolean): Flat {
     if (!isRecord(schema)) throw new SchemaError(path, "a schema is an object, true or false");
-    const before = this.#flats.get(schema);
+    const flats = silent ? this.#silentFlats : this.#flats;
+    const before = flats.get(schema);
     if (before !== undefined) return before;
     for (const [name, value] of Object.entries(schema)) {
       if (ANNOTATIONS.has(name) || name.startsWith("x-") || INTERNAL.has(name)) continue;
@@ -338,61 +351,8 @@ export class SchemaReader {
         throw new SchemaError(at, `the keyword ${JSON.stringify(name.slice(0, 64))} cannot be enforced`);
       if (!rule[0](value)) throw new SchemaError(at, `this must be ${rule[1]}`);
     }
-    const flat = { id: this.#flats.size + 1, path, keywords: schema };
-    this.#flats.set(schema, flat);
+    const flat = { id: this.#flats.size + this.#silentFlats.size + 1, path, keywords: schema, silent };
+    flats.set(schema, flat);
     return flat;
   }
-
-  /** Throws SchemaError where a reference leads nowhere or out of the schema. */
-  resolve(reference: string, path: string): [value: unknown, path: string] {
-    if (!reference.startsWith("#"))
-      throw new SchemaError(path, "only references into the same schema (#/…) can be followed");
-    let text: string;
-    try {
-      text = decodeURIComponent(reference.slice(1));
-    } catch {
-      throw new SchemaError(path, "it is no reference");
-    }
-    const missing = new SchemaError(path, `nothing is at ${JSON.stringify(reference.slice(0, 200))}`);
-    if (text !== "" && !text.startsWith("/")) {
-      const anchored = this.#anchors.get(text);
-      if (anchored === undefined) throw missing;
-      return anchored;
-    }
-    let value = this.#root;
-    for (const part of text.split("/").slice(1)) {
-      const name = part.replaceAll("~1", "/").replaceAll("~0", "~");
-      if (Array.isArray(value) && /^(0|[1-9]\d*)$/.test(name)) value = value[Number(name)];
-      else if (isRecord(value) && Object.hasOwn(value, name)) value = value[name];
-      else throw missing;
-      // References behind an $id are relative to it.
-      if (isRecord(value) && typeof value.$id === "string")
-        throw new SchemaError(path, "references to schemas with an $id of their own cannot be followed");
-    }
-    if (!isSchema(value)) throw missing;
-    return [value, reference];
-  }
-
-  #findAnchors(value: unknown, path: string): void {
-    if (Array.isArray(value))
-      for (const [i, part] of value.entries()) this.#findAnchors(part, `${path}/${i}`);
-    if (!isRecord(value)) return;
-    if (path !== "#" && typeof value.$id === "string" && holdsReference(value))
-      throw new SchemaError(`${path}/$id`, "references below an $id cannot be followed");
-    if (typeof value.$anchor === "string" && isSchema(value)) {
-      // The same name twice says that at least one is no schema keyword: no reference to it is followed then.
-      if (this.#anchors.has(value.$anchor))
-        throw new SchemaError(`${path}/$anchor`, "this anchor is there twice");
-      this.#anchors.set(value.$anchor, [value, path]);
-    }
-    for (const [name, part] of Object.entries(value))
-      if (name !== "enum" && name !== "const" && name !== "default" && name !== "examples")
-        this.#findAnchors(part, `${path}/${pointerPart(name)}`);
-  }
-}
-
-function holdsReference(value: unknown): boolean {
-  if (Array.isArray(value)) return value.some(holdsReference);
-  if (!isRecord(value)) return false;
-  return typeof value.$ref === "string" || Object.values(value).some(holdsReference);
 }

@@ -1,8 +1,10 @@
 // What a conjunction of schemas allows, by type of value: the sum of its keywords.
 
 import type { Json } from "../chat/messages.ts";
-import { formatPattern, isHint } from "./formats.ts";
+import { formatPattern, isHint, isWholeFormat, numberBounds } from "./formats.ts";
 import { SchemaError } from "./limits.ts";
+import { splitLookahead } from "./lookahead.ts";
+import { exactPlaces } from "./multiples.ts";
 import { ABSENT, MEMBERS, NOT_FOUND, NOT_STRINGS, TYPES_ONLY } from "./negation.ts";
 import type { NumberRange } from "./numbers.ts";
 import { acceptsFlat } from "./schema-accepts.ts";
@@ -22,10 +24,12 @@ export interface Shape {
 
 export function shapeOf(flats: Conjunction, reader: SchemaReader): Shape {
   const types = typesOf(flats);
-  if (types.has("fraction") && flats.some(({ keywords }) => keywords.multipleOf !== undefined))
+  if (flats.some(({ keywords }) => isWhole(keywords.multipleOf) || isWholeFormat(keywords.format)))
     types.delete("fraction");
   return { types, values: valuesOf(flats, reader), path: flats[0]?.path ?? "#", flats };
 }
+
+const isWhole = (value: unknown): boolean => typeof value === "number" && Number.isInteger(value);
 
 export function typesOf(flats: Conjunction): Set<ValueType> {
   let types = new Set(ALL_TYPES);
@@ -56,9 +60,11 @@ export function numbersOf({ flats, types }: Shape): NumberRange {
   };
   for (const { keywords, path } of flats) {
     const { minimum, exclusiveMinimum, maximum, exclusiveMaximum, multipleOf } = keywords;
+    const [least, most] = numberBounds(keywords.format);
     for (const [bound, excluded] of [
       [minimum, false],
       [exclusiveMinimum, true],
+      [least, false],
     ] as const)
       if (
         typeof bound === "number" &&
@@ -70,6 +76,7 @@ export function numbersOf({ flats, types }: Shape): NumberRange {
     for (const [bound, excluded] of [
       [maximum, false],
       [exclusiveMaximum, true],
+      [most, false],
     ] as const)
       if (
         typeof bound === "number" &&
@@ -79,8 +86,12 @@ export function numbersOf({ flats, types }: Shape): NumberRange {
         range.highExcluded = excluded;
       }
     if (multipleOf === undefined) continue;
-    if (typeof multipleOf !== "number" || !Number.isSafeInteger(multipleOf))
-      throw new SchemaError(`${path}/multipleOf`, "only whole numbers can be enforced as multipleOf");
+    if (typeof multipleOf !== "number" || exactPlaces(multipleOf) === undefined)
+      throw new SchemaError(
+        `${path}/multipleOf`,
+        "validators do not agree on the multiples of this number: only whole numbers and halves of them, quarters and so on can be enforced",
+        "Count in whole numbers (cents), or ask for a string with a pattern.",
+      );
     range.divisors.push(multipleOf);
   }
   return range;
@@ -106,7 +117,11 @@ export function stringsOf({ flats }: Shape): StringShape {
   for (const { keywords, path } of flats) {
     if (typeof keywords.minLength === "number") shape.min = Math.max(shape.min, keywords.minLength);
     if (typeof keywords.maxLength === "number") shape.max = Math.min(shape.max, keywords.maxLength);
-    if (typeof keywords.pattern === "string") shape.patterns.push([keywords.pattern, `${path}/pattern`]);
+    if (typeof keywords.pattern === "string") {
+      const { found, unmatched } = splitLookahead(keywords.pattern);
+      for (const pattern of found) shape.patterns.push([pattern, `${path}/pattern`]);
+      shape.unmatched.push(...unmatched);
+    }
     if (typeof keywords.format === "string" && !isHint(keywords.format)) {
       const at = `${path}/format`;
       shape.patterns.push([formatPattern(keywords.format, at), at, keywords.format]);

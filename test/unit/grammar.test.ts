@@ -430,13 +430,13 @@ describe("schemas", () => {
     const at = (schema: unknown) => ({ type: "object", properties: { "a/b": schema } });
     const path = "schema: #/properties/a~1b";
     const cases: [schema: unknown, start: string][] = [
-      [at({ $dynamicRef: "#a" }), `${path}/$dynamicRef: the keyword "$dynamicRef"`],
+      [at({ $dynamicRef: "#a" }), `${path}/$dynamicRef: $dynamicRef can be enforced where`],
       [at({ not: { multipleOf: 3 } }), `${path}/not/multipleOf: the opposite of "multipleOf"`],
       [at({ not: { const: [1] } }), `${path}/not/const: the opposite of "const"`],
       // biome-ignore lint/suspicious/noThenProperty: the keyword
       [at({ if: { format: "date" }, then: {} }), `${path}/if/format: the opposite of "format"`],
       [at({ allOf: [{ contains: { const: 1 } }, { contains: { const: 2 } }] }), `${path}/allOf/1/contains: `],
-      [at({ not: { required: ["a"] }, unevaluatedProperties: false }), `${path}: unevaluated…`],
+      [at({ not: { unevaluatedProperties: false } }), `${path}/not/unevaluatedProperties: the opposite`],
       [at({ uniqueItems: true, type: "array" }), `${path}/uniqueItems: `],
       [at({ multipleOf: 0.1 }), `${path}/multipleOf: `],
       [at({ pattern: "(?=a)" }), `${path}/pattern: the pattern cannot be enforced: look-around`],
