@@ -38,6 +38,55 @@ export function guardedEverywhere(text: string, guard: string): string {
   return text.replace(/\S/gu, (character) => guard + character + guard);
 }
 
+/**
+ * Stand-ins for the characters of added tokens, one for one, so that a text keeps its length and its positions: for
+ * templates that cut texts at positions, where guards would be in the way. White space keeps its place: templates trim.
+ */
+export class StandIns {
+  readonly #to = new Map<string, string>();
+  readonly #from = new Map<string, string>();
+
+  /** `contents`: the texts of the added tokens. `used`: private-use characters that are taken. Undefined: there are too few. */
+  static of(contents: Iterable<string>, used: ReadonlySet<string>): StandIns | undefined {
+    const standIns = new StandIns();
+    let code = 0xe000;
+    for (const content of contents)
+      for (const character of content) {
+        // Two units stay two: positions count units here and characters there.
+        if (character.length > 1 || /\s/u.test(character) || standIns.#to.has(character)) continue;
+        while (used.has(String.fromCharCode(code))) code++;
+        if (code > 0xf8ff) return undefined;
+        const mark = String.fromCharCode(code++);
+        standIns.#to.set(character, mark);
+        standIns.#from.set(mark, character);
+      }
+    return standIns;
+  }
+
+  put(text: string): string {
+    return exchanged(text, this.#to);
+  }
+
+  /** `text` with a guard on both sides of every character that has a stand-in, and that instead of it. */
+  guarded(text: string, guard: string): string {
+    const marks = new Map([...this.#from].map(([mark, character]) => [mark, guard + character + guard]));
+    return exchanged(text, marks);
+  }
+}
+
+/** `text` with characters (of one unit) replaced. */
+function exchanged(text: string, by: ReadonlyMap<string, string>): string {
+  const pieces: string[] = [];
+  let done = 0;
+  for (let at = 0; at < text.length; at++) {
+    const other = by.get(text.charAt(at));
+    if (other === undefined) continue;
+    pieces.push(text.slice(done, at), other);
+    done = at + 1;
+  }
+  return done === 0 ? text : pieces.join("") + text.slice(done);
+}
+
 const PRIVATE_USE = /\p{Co}/gu;
 
 /** The private-use characters of a text: none of them can be the guard. */

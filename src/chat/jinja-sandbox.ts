@@ -160,6 +160,23 @@ function largestNumber(value: unknown): number {
   }, 0);
 }
 
+/** What a rendering turned out to do. */
+export interface Observed {
+  /** It took a text apart at positions of its characters. */
+  cutsText: boolean;
+}
+
+/** The expression out of which `node` takes an element or a slice, if it does that. */
+function cutExpression(node: unknown): unknown {
+  if (!isObject(node) || node.type !== "MemberExpression") return undefined;
+  const { computed, property, object } = node;
+  if (isObject(property) && property.type === "IntegerLiteral") return object;
+  // A name that stands there is that of a member.
+  return computed === true && !(isObject(property) && property.type === "StringLiteral") ? object : undefined;
+}
+
+/** Taking a longer text apart takes time enough to look at the clock. */
+const CHECKED_TEXT = 4096;
 /** Lists that are made of texts have an object for each piece: fewer of them fit. */
 const ELEMENTS_SHARE = 8;
 /** All that filters and calls make together may be so many times the longest text. */
@@ -173,12 +190,21 @@ class LimitedInterpreter extends Interpreter {
   /** Operations that are being evaluated, innermost last. */
   readonly #pending: Pending[] = [];
   readonly #printed: ReadonlySet<unknown>;
+  /** Expressions out of which an element or a slice is taken. */
+  readonly #cut = new Set<unknown>();
+  readonly #observed: Observed;
   #steps = 0;
   /** Characters that filters and calls have made. */
   #made = 0;
 
-  constructor(environment: Environment, limits: SandboxLimits, printed: ReadonlySet<unknown>) {
+  constructor(
+    environment: Environment,
+    limits: SandboxLimits,
+    printed: ReadonlySet<unknown>,
+    observed: Observed,
+  ) {
     super(environment);
+    this.#observed = observed;
     this.#limits = limits;
     this.#printed = printed;
     this.#deadline = performance.now() + limits.maxTimeMs;
@@ -192,12 +218,15 @@ class LimitedInterpreter extends Interpreter {
     }
     const [node] = args;
     for (const expression of indentArguments(node)) if (isObject(expression)) this.#indents.add(expression);
+    const cut = cutExpression(node);
+    if (cut !== undefined) this.#cut.add(cut);
     const operation = growingOperation(node);
     if (operation !== undefined) this.#pending.push(operation);
     const result = super.evaluate(...args);
     if (operation !== undefined) this.#pending.pop();
     this.#checkGrowth(node, result);
     const { value } = result;
+    if (typeof value === "string" && this.#cut.has(node)) this.#countCut(value.length);
     if (this.#indents.has(node) && largestNumber(value) > MAX_INDENT) {
       throw new LimitError(`an indentation of ${largestNumber(value)} spaces`);
     }
@@ -235,8 +264,21 @@ class LimitedInterpreter extends Interpreter {
     if (isComposite(result) && this.#printed.has(node)) this.#checkText(textLengthOf(result, maxText));
     if (typeof result.value !== "string" || !isObject(node)) return;
     if (node.type !== "FilterExpression" && node.type !== "CallExpression") return;
-    this.#made += result.value.length;
-    if (this.#made > MADE_TIMES * maxText) throw new LimitError(`${this.#made} characters in all`);
+    this.#countMade(result.value.length);
+  }
+
+  /** A text of so many characters is taken apart: all of them are looked at, and what is cut out may be kept. */
+  #countCut(characters: number): void {
+    this.#observed.cutsText = true;
+    this.#countMade(characters);
+    if (characters > CHECKED_TEXT && performance.now() > this.#deadline)
+      throw new TimeLimitError("it took too long");
+  }
+
+  #countMade(characters: number): void {
+    this.#made += characters;
+    if (this.#made > MADE_TIMES * this.#limits.maxText)
+      throw new LimitError(`${this.#made} characters in all`);
   }
 
   #checkText(characters: number): void {
@@ -332,12 +374,14 @@ export class SandboxedTemplate {
   /**
    * @param variables JSON values by name. Names that the sandbox defines (range, raise_exception …) are refused.
    * @param inputLength characters that the variables hold: a text may be a few times that, and `maxText` more.
+   * @param observed is told what the template does.
    * Errors: invalid_argument when the template refuses these messages, bad_file when it fails or passes a limit.
    */
   render(
     variables: Record<string, unknown>,
     inputLength: number,
     limits: SandboxLimits = DEFAULT_LIMITS,
+    observed: Observed = { cutsText: false },
   ): string {
     const environment = new Environment();
     const globals: Record<string, unknown> = {
@@ -364,7 +408,9 @@ export class SandboxedTemplate {
     }
     const bounded = { ...limits, maxText: limits.maxText + 4 * inputLength };
     try {
-      const { value } = new LimitedInterpreter(environment, bounded, this.#printed).run(this.#program);
+      const { value } = new LimitedInterpreter(environment, bounded, this.#printed, observed).run(
+        this.#program,
+      );
       if (typeof value === "string") return value;
       throw new Error("it gave no text");
     } catch (cause) {

@@ -5,10 +5,11 @@
 // (or the beginning of one at the end of the string, which the next string could complete), a guard (guards.ts) breaks it.
 // The rendered text is cut at added tokens, the guards are taken out, and what lies between is encoded as ordinary text.
 // Strings without such text are not touched, so an ordinary conversation is exactly what Hugging Face makes of it. A
-// template that could put a token together out of harmless strings (template-risk.ts) gets them guarded everywhere.
+// template that could put a token together out of harmless strings (template-risk.ts) gets them guarded everywhere; one that
+// turns out to cut texts at positions gets them with stand-ins, which keep all positions.
 import { CaravanError } from "../errors.ts";
 import { AddedTokens } from "./added-tokens.ts";
-import { cuts, guarded, guardedEverywhere, privateUse, unusedCharacter } from "./guards.ts";
+import { cuts, guarded, guardedEverywhere, privateUse, StandIns, unusedCharacter } from "./guards.ts";
 import { DEFAULT_LIMITS, SandboxedTemplate, type SandboxLimits, TimeLimitError } from "./jinja-sandbox.ts";
 import { type Json, normaliseMessages, normaliseTools, type TemplateMessage, toJson } from "./messages.ts";
 import { makeNormalizer, type Normalize } from "./pretokenizer.ts";
@@ -52,6 +53,12 @@ const RESERVED = new Set([
 ]);
 
 type MarkString = (text: string, role: string | null) => string;
+
+/** How a client's text is marked before the template has it, and how that becomes guards in what the template makes of it. */
+interface Way {
+  readonly mark: MarkString;
+  readonly finish: (text: string) => string;
+}
 
 interface Compiled {
   readonly source: string;
@@ -113,6 +120,7 @@ export class PromptRenderer {
       );
     }
     const inputLength = textLength([checked as Json[], checkedTools, extra]);
+    const observed = { cutsText: false };
     const run = (mark: MarkString): string => {
       const variables: Record<string, unknown> = {
         ...(mapStrings(extra, null, mark) as Record<string, Json>),
@@ -123,10 +131,8 @@ export class PromptRenderer {
       };
       for (const [name, value] of Object.entries(this.files.namedTokens))
         if (value !== null) variables[name] = value;
-      return template.render(variables, inputLength, {
-        ...limits,
-        maxTimeMs: deadline - performance.now(),
-      });
+      const left = { ...limits, maxTimeMs: deadline - performance.now() };
+      return template.render(variables, inputLength, left, observed);
     };
 
     const used = new Set<string>();
@@ -142,7 +148,7 @@ export class PromptRenderer {
     mapStrings(checkedTools, null, inspect);
     mapStrings(extra, null, inspect);
     const plain = run((text) => text);
-    if (!hostile && !risky) return { text: plain, guard: "" };
+    if (!hostile && !risky && !observed.cutsText) return { text: plain, guard: "" };
 
     const guard = unusedCharacter(used);
     const mark = (text: string, tokens: AddedTokens): string =>
@@ -150,20 +156,28 @@ export class PromptRenderer {
     // The template may look into the text, typically for `</think>` in an earlier reply, and guards are in its way: then
     // the next way is tried, with fewer of them. In replies, which the model wrote, only special tokens need a guard.
     const replies: MarkString = (text, role) => mark(text, role === "assistant" ? this.#specials : this.#all);
-    const ways: MarkString[] = risky
-      ? [
-          (text) => guardedEverywhere(text, guard),
-          (text, role) => (role === "assistant" ? replies(text, role) : guardedEverywhere(text, guard)),
-        ]
-      : [];
-    const usual = ways.push((text) => mark(text, this.#all), replies) - 2;
+    const asGuarded = (way: MarkString): Way => ({ mark: way, finish: (text) => text });
+    const ways: Way[] = [];
+    if (risky)
+      ways.push(
+        asGuarded((text) => guardedEverywhere(text, guard)),
+        asGuarded((text, role) =>
+          role === "assistant" ? replies(text, role) : guardedEverywhere(text, guard),
+        ),
+      );
+    if (observed.cutsText) ways.push(...this.#standInWays(new Set([...used, guard]), guard));
+    const usual =
+      ways.push(
+        asGuarded((text) => mark(text, this.#all)),
+        asGuarded(replies),
+      ) - 2;
     let fallback: string | undefined;
     for (const [index, way] of ways.entries()) {
       let marked: string;
       try {
-        marked = run(way);
+        marked = way.finish(run(way.mark));
       } catch (thrown) {
-        // It looked for something that guards hide, and took it for granted.
+        // It looked for something that marks hide, and took it for granted.
         if (index < usual && !isTimeLimit(thrown)) continue;
         throw thrown;
       }
@@ -172,6 +186,22 @@ export class PromptRenderer {
     }
     // None leaves the prompt as it was: what is marked stays ordinary, whatever the template then makes of the rest.
     return { text: fallback ?? plain, guard };
+  }
+
+  /** Ways with stand-ins: everywhere, and everywhere but in harmless replies, which templates look into. */
+  #standInWays(used: ReadonlySet<string>, guard: string): Way[] {
+    const contents = this.files.addedTokens.map(({ content }) => content);
+    const standIns = StandIns.of(contents, used);
+    if (standIns === undefined) return [];
+    const finish = (text: string): string => standIns.guarded(text, guard);
+    const put = (text: string): string =>
+      this.#becomesHostile(text) ? guardedEverywhere(text, guard) : standIns.put(text);
+    const replies: MarkString = (text, role) =>
+      role === "assistant" && cuts(text, this.#specials, true).length === 0 ? text : put(text);
+    return [
+      { mark: put, finish },
+      { mark: replies, finish },
+    ];
   }
 
   /** Whether there is an added token's text in what the normalizer makes of `text`. */

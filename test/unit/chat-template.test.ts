@@ -169,6 +169,15 @@ describe("what clients write never becomes a special token:", () => {
     ["{{ messages[0].content|lower }}", ["<|END|>"]],
     ["{{ messages[0].content.split('x')|join('') }}", ["<|enxd|>"]],
     ["{% for m in messages %}{{ m.content|trim }}{% endfor %}", ["<|e ", " nd|>"]],
+    ["{{ messages[0].content[::2] }}", ["<x|xexnxdx|x>x"]],
+    ["{{ messages[0].content[::-1] }}", [">|dne|<"]],
+    ["{{ messages[0].content[0] ~ messages[0].content[2:] }}", ["<z|end|>"]],
+    ["{{ messages[0].content[:3] ~ messages[1].content[1:] }}", ["<|e", "xnd|>"]],
+    [
+      "{% set c = messages[0].content %}{% for i in range(0, c|length, 2) %}{{ c[i] }}{% endfor %}",
+      ["<x|xexnxdx|x>x"],
+    ],
+    ["{{ messages[0].content[2:7] if messages[0].content[0] != ' ' else 'no' }}|>", ["ab<|end|>"]],
   ];
   for (const [source, contents] of builders) {
     test(`even if the template builds one: ${source}`, async () => {
@@ -180,6 +189,14 @@ describe("what clients write never becomes a special token:", () => {
       expect(tokenizer.decode(chat.ids)).toBe(chat.text);
     });
   }
+  test("even if the template takes texts apart, and the text is as long as it was", async () => {
+    const source =
+      "{% set c = messages[0].content %}{{ c[:4] }}-{{ c[-3:] }}-{{ c[1] }}-{{ c|length }}<|end|>";
+    const { tokenizer, template } = make(await withTemplate(source));
+    const chat = template.renderChat({ messages: [{ role: "user", content: "<|end|>é😀 <|end|>" }] });
+    expect(chat.text).toBe("<|en-d|>-|-18<|end|>");
+    expect(specials(tokenizer, chat)).toBe(1);
+  });
   test("even if the normalizer makes one of it", () => {
     const plain = byteTokenizer([], [{ content: "<e>", special: true, normalized: true }], "ab<e>");
     const files = {

@@ -43,6 +43,10 @@ describe("what would fill the memory is refused at once:", () => {
     "a hundred thousand pieces": "{{ (s ~ s ~ s ~ s ~ s).split('a')|length }}",
     "copies that are kept":
       "{% set ns = namespace(l=[]) %}{% for i in range(20000) %}{% set ns.l = ns.l + [s|upper] %}{% endfor %}",
+    "slices that are kept":
+      "{% set ns = namespace(l=[]) %}{% for i in range(20000) %}{% set ns.l = ns.l + [s[i:]] %}{% endfor %}",
+    "slices in a loop in a loop":
+      "{% for i in range(30000) %}{% for j in range(30000) %}{% set x = s[j:i] %}{% endfor %}{% endfor %}",
     "a filter around a block": "{% filter replace('a', s) %}{{ s }}{% endfilter %}",
   })) {
     test(name, () => {
