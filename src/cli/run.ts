@@ -10,6 +10,7 @@ import type { RunOptions } from "../node/open-model.ts";
 import { runningNodes } from "../node/running-nodes.ts";
 import { type LoadedSettings, loadSettings } from "../settings.ts";
 import { VERSION } from "../version.ts";
+import { ChatHistory } from "./chat-history.ts";
 import { type AnswerStats, type ChatSource, openHere } from "./chat-source.ts";
 import { type Arguments, type Command, usage } from "./command.ts";
 import { findModel } from "./model-argument.ts";
@@ -27,7 +28,7 @@ const CHAT_HELP = `  /clear         forget the conversation
   /system TEXT   set the system message and forget the conversation
   /exit          leave (also Ctrl-D, or Ctrl-C twice)
   \\ at the end of a line continues it; """ begins and ends a message of many lines
-  up and down go through what you typed; Ctrl-C stops an answer and keeps the chat
+  up and down go through what you typed, in earlier chats too (--no-history: not kept); Ctrl-C stops an answer and keeps the chat
 `;
 
 export const run: Command = {
@@ -44,6 +45,7 @@ export const run: Command = {
     port: { value: "PORT", help: "where the node listens (default 11711)" },
     here: { help: "load the model in this process even if a node runs on this machine" },
     quiet: { short: "q", help: "only the answer" },
+    "no-history": { help: "keep nothing of what is typed for later chats" },
     ...RUN_OPTIONS,
   },
   details: `Without PROMPT: from a pipe, its text is the prompt; from a terminal, an interactive chat.
@@ -145,6 +147,8 @@ interface ChatOptions {
   maxTokens: number | undefined;
   system: string | undefined;
   quiet: boolean;
+  /** Undefined: nothing is kept. */
+  history: ChatHistory | undefined;
 }
 
 function chatOptions(args: Arguments): ChatOptions {
@@ -160,6 +164,7 @@ function chatOptions(args: Arguments): ChatOptions {
     maxTokens: args.integer("max-tokens", 1, 2 ** 31),
     system: args.text("system"),
     quiet: args.flag("quiet"),
+    history: args.flag("no-history") ? undefined : new ChatHistory(),
   };
 }
 
@@ -187,7 +192,13 @@ class Chat {
 
   async interactive(): Promise<number> {
     this.#aside(`caravan ${VERSION}: ${this.source.about}\n/help lists what you can type\n`);
-    const input = new TerminalInput();
+    const { history } = this.options;
+    const input = new TerminalInput({
+      lines: history?.read() ?? [],
+      onLine: (line) => history?.add(line),
+    });
+    if (history?.failure !== undefined)
+      this.#aside(`what you type is not kept: ${history.failure.toText()}\n`);
     let interrupted = false;
     for (;;) {
       const typed = await input.read();

@@ -28,14 +28,23 @@ export function messageOf(lines: readonly string[]): string | undefined {
     .trim();
 }
 
+/** What was typed before, newest first, and who is told of each new line that does not stand for a paste. */
+export interface InputHistory {
+  readonly lines: readonly string[];
+  readonly onLine: (line: string) => void;
+}
+
 export class TerminalInput {
-  #history: string[] = [];
+  #history: string[];
   readonly #pastes = new Pastes();
 
   constructor(
+    private readonly history: InputHistory = { lines: [], onLine: () => undefined },
     private readonly input: NodeJS.ReadStream = process.stdin,
     private readonly output: NodeJS.WriteStream = process.stderr,
-  ) {}
+  ) {
+    this.#history = [...history.lines];
+  }
 
   /** Waits for a message. "interrupt": Ctrl-C on an empty line; "end": Ctrl-D. */
   read(): Promise<Typed> {
@@ -72,6 +81,8 @@ export class TerminalInput {
       });
       editor.on("line", (line) => {
         lines.push(line);
+        // The text behind the note of a paste is gone when the chat is.
+        if (this.#pastes.filled(line) === line) this.history.onLine(line);
         clearTimeout(timer);
         timer = setTimeout(look, PASTE_MS);
       });

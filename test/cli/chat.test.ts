@@ -153,6 +153,16 @@ describe.skipIf(!built || tmux === null)("the chat in a terminal", () => {
     } finally {
       terminal.close();
     }
+    const later = new Terminal(["run", model, "-n", "6", "-t", "0", "--here"]);
+    try {
+      await later.see(/>>>$/);
+      later.type("Up", "Up");
+      await later.see(/>>> two$/);
+      later.type("C-c", "C-d");
+      await later.see(/left with 0/);
+    } finally {
+      later.close();
+    }
   }, 120_000);
 
   test("stops an answer with Ctrl-C, keeps the chat, and leaves with Ctrl-C twice", async () => {
