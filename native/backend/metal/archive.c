@@ -2,20 +2,23 @@
  *
  * One file in the folder that CARAVAN_METAL_CACHE names: KEY-CONTENTS.pipelines. KEY stands for the system's build, the GPU and the kernels'
  * text, CONTENTS for the file's own bytes: what is damaged, cut off or of another system has another name than it should, is deleted unread and
- * made again. Files are written beside and renamed. Nothing here ends a start or a step: whatever does not work, kernels are compiled. */
+ * made again. Files are written beside and renamed. Who looks for the file or puts one in its place holds the folder's lock, so that of several
+ * processes one at a time does, and whoever is last leaves exactly one. Nothing here ends a start or a step: whatever does not work, kernels
+ * are compiled. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "device_state.h"
 
-/* Steps without a new pipeline before the archive is saved; saves of a process. */
-enum { SETTLED_STEPS = 16, MOST_SAVES = 8, PATH = 1024, KEY_DIGITS = 16, PART_SECONDS = 3600 };
+/* Steps without a new pipeline before the archive is saved; saves of a process; how long another process is waited for. */
+enum { SETTLED_STEPS = 16, MOST_SAVES = 8, PATH = 1024, KEY_DIGITS = 16, PART_SECONDS = 3600, LOCK_TRIES = 200, LOCK_PAUSE_NS = 10 * 1000 * 1000 };
 static const char suffix[] = ".pipelines", part[] = ".part";
 static const uint64_t FIRST_HASH = 1469598103934665603u;
 
@@ -107,14 +110,61 @@ static id open_archive(cv_metal_device *d, const char *path) {
     return archive;
 }
 
-/* Makes the folder and its parent. */
+/* The folder's lock, for unlock; -1 when another process keeps it too long. The system drops it when a process ends. */
+static int lock(const cv_metal_archive *a) {
+    const struct timespec pause = {0, LOCK_PAUSE_NS};
+    char path[PATH];
+    snprintf(path, sizeof path, "%s/lock", a->folder);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    for (int i = 0; fd >= 0 && flock(fd, LOCK_EX | LOCK_NB); i++) {
+        if (i < LOCK_TRIES) {
+            nanosleep(&pause, NULL);
+            continue;
+        }
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+static void unlock(int fd) {
+    if (fd >= 0) close(fd);
+}
+
+/* Where compiled kernels are kept: CARAVAN_METAL_CACHE as it is set, empty for nowhere; else the folder of src/paths.ts. */
+static bool choose_folder(char out[CV_METAL_FOLDER]) {
+    static const struct {
+        const char *variable, *below;
+    } places[] = {
+        {"CARAVAN_METAL_CACHE", ""},
+        {"CARAVAN_CACHE_DIR", "/metal"},
+        {"XDG_CACHE_HOME", "/caravan/metal"},
+#if defined(__APPLE__)
+        {"HOME", "/Library/Caches/caravan/metal"},
+#else
+        {"HOME", "/.cache/caravan/metal"},
+#endif
+    };
+    const char *home = getenv("HOME");
+    for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
+        const char *value = getenv(places[i].variable);
+        bool in_home = value && home && !strncmp(value, "~/", 2);
+        if (!value || (i && *value != '/' && !in_home)) continue;
+        return (*value == '/' || in_home) && snprintf(out, CV_METAL_FOLDER, "%s%s%s", in_home ? home : "", in_home ? value + 1 : value, places[i].below) < CV_METAL_FOLDER;
+    }
+    return false;
+}
+
+/* With its parents. */
 static bool make_folder(const char *folder) {
-    char parent[PATH];
-    snprintf(parent, sizeof parent, "%s", folder);
-    char *slash = strrchr(parent, '/');
-    if (slash && slash != parent) *slash = 0;
-    mkdir(parent, 0700);
-    mkdir(folder, 0700);
+    char path[PATH];
+    snprintf(path, sizeof path, "%s", folder);
+    for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        *slash = 0;
+        mkdir(path, 0700);
+        *slash = '/';
+    }
+    mkdir(path, 0700);
     return access(folder, W_OK | X_OK) == 0;
 }
 
@@ -123,17 +173,17 @@ static bool look_for_archive(cv_metal_device *d) {
     cv_metal_archive *a = &d->archive;
     if (a->looked_for) return a->archive != NULL;
     a->looked_for = true;
-    const char *folder = getenv("CARAVAN_METAL_CACHE");
-    if (!folder || *folder != '/' || strlen(folder) >= sizeof a->folder || !d->objc.get_class("NSURL") || !d->objc.get_class("NSArray")) return false;
+    if (!choose_folder(a->folder) || !d->objc.get_class("NSURL") || !d->objc.get_class("NSArray")) return false;
     if (!CV_SEND(&d->objc, bool, d->device, responds, (SEL), d->objc.sel.new_archive) || !CV_SEND(&d->objc, bool, d->device, responds, (SEL), d->objc.sel.new_pipeline_of)) return false;
-    memcpy(a->folder, folder, strlen(folder) + 1);
     a->key = key_of(d);
-    if (!a->key || !make_folder(folder)) return false;
+    if (!a->key || !make_folder(a->folder)) return false;
     char path[PATH];
-    if (find(a, 0, path)) {
+    int held = lock(a);
+    if (held >= 0 && find(a, 0, path)) {
         a->archive = open_archive(d, path);
         if (!a->archive) unlink(path);
     }
+    unlock(held);
     if (!a->archive) a->archive = open_archive(d, NULL);
     return a->archive != NULL;
 }
@@ -164,7 +214,8 @@ void cv_metal_archive_add(cv_metal_device *d, id function) {
     cv_metal_release(d, descriptor);
 }
 
-/* Beside, then renamed: a reader sees a whole file or none. */
+/* Beside, then renamed: a reader sees a whole file or none. What another process has saved meanwhile goes: it has at the next start what this
+ * one compiled, and adds what it lacks. */
 static void save(cv_metal_device *d) {
     cv_metal_archive *a = &d->archive;
     char beside[PATH], path[PATH];
@@ -174,9 +225,15 @@ static void save(cv_metal_device *d) {
     a->changed = false;
     a->saves++;
     bool written = CV_SEND(&d->objc, bool, a->archive, serialize, (id, id *), url_of(d, beside), &error) && hash_file(beside, &contents);
-    if (written) path_of(a, contents, path);
-    if (!written || rename(beside, path)) unlink(beside);
+    int held = written ? lock(a) : -1;
+    if (held >= 0) path_of(a, contents, path);
+    if (held < 0 || rename(beside, path)) unlink(beside);
     else find(a, contents, path); /* and deletes what it takes the place of */
+    if (written && held < 0) { /* another time */
+        a->changed = true;
+        a->unchanged_steps = 0;
+    }
+    unlock(held);
 }
 
 void cv_metal_archive_step(cv_metal_device *d) {

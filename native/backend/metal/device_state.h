@@ -8,7 +8,7 @@
 #include "kernel_source.h"
 #include "objc.h"
 
-enum { CV_METAL_PIPELINES = 512, CV_METAL_OPEN_COMMANDS = 256, CV_METAL_TEXT = 1024 };
+enum { CV_METAL_PIPELINES = 512, CV_METAL_OPEN_COMMANDS = 256, CV_METAL_TEXT = 1024, CV_METAL_FOLDER = 768 };
 
 /* Memory that a buffer covers. */
 typedef struct {
@@ -64,7 +64,7 @@ typedef struct {
     id archive; /* MTLBinaryArchive; NULL: none is kept */
     bool looked_for, changed;
     unsigned unchanged_steps, saves;
-    char folder[768];
+    char folder[CV_METAL_FOLDER];
     uint64_t key; /* of the system's build, the GPU and the kernels' text */
 } cv_metal_archive;
 
