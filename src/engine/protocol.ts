@@ -125,7 +125,7 @@ export interface EngineStatus {
   memory?: { weights_mapped: number; weights_copied: number; kv: number; scratch: number };
   /** Most memory that the runner's process had resident so far, mapped weights included. */
   peak_resident_bytes?: number;
-  /** The same of each rank's process, rank 0 first, where the model is split; null where another machine would have to say. */
+  /** The same of each rank's process, rank 0 first, where the model is split; null where another machine has not said so yet. */
   rank_peak_resident_bytes?: (number | null)[];
   /** Tensors of the checkpoint that the model's kind has no use for: how many, and the first names. */
   unused_tensors?: { count: number; first: string[] };

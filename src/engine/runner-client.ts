@@ -51,6 +51,7 @@ export class RunnerClient implements Engine {
   readonly #options: RunnerClientOptions;
   readonly #live = new Map<string, Live>();
   #status: EngineStatus;
+  readonly #rankPeaks = new Map<number, number>();
   #runner: RunnerProcess | undefined;
   #starting: Promise<void> | undefined;
   #settleStart: { resolve: () => void; reject: (error: CaravanError) => void } | undefined;
@@ -70,7 +71,15 @@ export class RunnerClient implements Engine {
   }
 
   status(): EngineStatus {
-    return this.#status;
+    const peaks = this.#status.rank_peak_resident_bytes;
+    if (peaks === undefined || this.#rankPeaks.size === 0) return this.#status;
+    const known = peaks.map((peak, rank) => peak ?? this.#rankPeaks.get(rank) ?? null);
+    return { ...this.#status, rank_peak_resident_bytes: known };
+  }
+
+  /** What a rank on another machine says of its memory; the runner knows only of its own machine. */
+  noteRankPeak(rank: number, bytes: number): void {
+    this.#rankPeaks.set(rank, bytes);
   }
 
   /** Process id of the running runner. */

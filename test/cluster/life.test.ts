@@ -58,6 +58,23 @@ describe.skipIf(!libraryHere)("in a cluster", () => {
   );
 
   test(
+    "the memory of every rank is known, whatever machine it is on and whom one asks",
+    async () => {
+      const { owner, idle } = await placed();
+      const ask = { model: "tiny", messages: [{ role: "user", content: "Hi" }], max_tokens: 4 };
+      for (const node of [owner, idle])
+        await eventually("both ranks have said it", 20_000, async () => {
+          const reply = (await (await node.post("/bench/chat/completions", ask)).json()) as {
+            generation_stats: { rank_peak_memory_bytes: (number | null)[] };
+          };
+          const { rank_peak_memory_bytes: peaks } = reply.generation_stats;
+          return peaks.length === 2 && peaks.every((each) => each !== null && each > 1e6);
+        });
+    },
+    SLOW_MS,
+  );
+
+  test(
     "an owner that is told to stop finishes what it computes for others, and the instance goes on elsewhere",
     async () => {
       const { instance, owner, idle } = await placed();

@@ -54,7 +54,7 @@ function statistics(trace: RequestTrace, status: EngineStatus | undefined): obje
       max: intervals.at(-1) ?? null,
     },
     peak_memory_bytes: status?.peak_resident_bytes ?? null,
-    /** Rank 0 first; a model in one piece has one rank. null: on another machine. */
+    /** Rank 0 first; a model in one piece has one rank. null: it has not said so yet. */
     rank_peak_memory_bytes: status?.rank_peak_resident_bytes ?? [status?.peak_resident_bytes ?? null],
   };
 }

@@ -35,12 +35,17 @@ export interface FollowerOptions {
   command?: readonly string[];
 }
 
+/** How often the owner hears of the rank's memory, and by how much it must have grown for that. */
+const MEMORY_INTERVAL_MS = 2000;
+const MEMORY_STEP_BYTES = 1 << 20;
+
 type Begin = Extract<OwnerFrame, { type: "begin" }>;
 
 export class FollowerRank implements RunningRank {
   readonly #options: FollowerOptions;
   readonly #stop = new AbortController();
   #process: RankProcess | undefined;
+  #memoryTimer: ReturnType<typeof setInterval> | undefined;
 
   constructor(options: FollowerOptions) {
     this.#options = options;
@@ -69,6 +74,7 @@ export class FollowerRank implements RunningRank {
       failure = asCaravanError(thrown);
     }
     if (this.#stop.signal.aborted) failure = undefined;
+    clearInterval(this.#memoryTimer);
     this.#process?.kill();
     // Its memory is free when it is gone, not before.
     await this.#process?.ended;
@@ -140,6 +146,30 @@ export class FollowerRank implements RunningRank {
     await rank.load({ modelDir, shares, sizes, ...this.#options.compute() });
     say(channel, { type: "ready" });
     this.#options.reports.ready();
+    await this.#tellMemory(channel, rank);
+  }
+
+  /** At once, and again whenever it has grown. */
+  async #tellMemory(channel: Channel, rank: RankProcess): Promise<void> {
+    let told = 0;
+    let asking = false;
+    const tell = async (): Promise<void> => {
+      if (asking) return;
+      asking = true;
+      try {
+        const { peakResidentBytes } = await rank.status();
+        if (peakResidentBytes < told + MEMORY_STEP_BYTES) return;
+        told = peakResidentBytes;
+        say(channel, { type: "memory", peak_resident_bytes: peakResidentBytes });
+      } catch {
+        // The process has ended, which is watched.
+        clearInterval(this.#memoryTimer);
+      } finally {
+        asking = false;
+      }
+    };
+    this.#memoryTimer = setInterval(tell, MEMORY_INTERVAL_MS);
+    await tell();
   }
 }
 

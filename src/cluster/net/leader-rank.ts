@@ -121,6 +121,7 @@ export class LeaderRank implements RunningRank {
         const frame = v.parse(RankFrameSchema, read.kind === "json" ? read.value : undefined);
         if (frame.type === "address") this.#addresses[rank]?.resolve(frame.address);
         else if (frame.type === "ready") this.#ready[rank]?.resolve();
+        else if (frame.type === "memory") this.#engine?.noteRankPeak(rank, frame.peak_resident_bytes);
         else if (frame.type === "ended") throw CaravanError.fromJSON(frame.error);
       }
     } catch (thrown) {

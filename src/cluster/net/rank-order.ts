@@ -7,6 +7,7 @@
 //   its address in the group  →
 //                             ←     all addresses: connect, then load
 //   connected, ready          →
+//   memory, now and then      →
 //   ended, with the reason    →  or  ←  the connection ends
 
 import * as v from "valibot";
@@ -53,6 +54,8 @@ export const RankFrameSchema = v.variant("type", [
   v.object({ type: v.literal("address"), address }),
   v.object({ type: v.literal("connected") }),
   v.object({ type: v.literal("ready") }),
+  /** Most that the rank's process had resident so far. */
+  v.object({ type: v.literal("memory"), peak_resident_bytes: index }),
   v.object({ type: v.literal("ended"), error }),
 ]);
 export type RankFrame = v.InferOutput<typeof RankFrameSchema>;
