@@ -12,6 +12,8 @@ const FIRST_DRAFT = 3;
 /** Weight of the newest outcome in a sequence's chance of acceptance, and the chance that a new one starts with. */
 const NEWEST = 0.12;
 const FIRST_CHANCE = 0.6;
+/** While nothing is known about cost, drafting ends below this chance: a grammar may forbid every guess, so that none is measured. */
+const LEAST_CHANCE = 0.3;
 /** Drafting must promise so much more than it costs. */
 const MARGIN = 1.15;
 /** Tokens without drafts behind one that did not pay; doubled each time up to the most. */
@@ -69,7 +71,8 @@ export class Speculation {
       state.pause = state.nextPause;
       state.nextPause = Math.min(2 * state.nextPause, LONGEST_PAUSE);
       // After the pause one short draft finds out whether the text has changed.
-      state.chance = Math.min(1, (this.#tokenMs * MARGIN * 1.05 * rows) / stepMs);
+      const least = Number.isNaN(this.#tokenMs) ? LEAST_CHANCE : (this.#tokenMs * MARGIN * rows) / stepMs;
+      state.chance = Math.min(1, least * 1.05);
       return [];
     }
     return this.#drafter.draft(sequence.id, sequence.tokens(0, sequence.known), length);
@@ -111,7 +114,7 @@ export class Speculation {
 
   /** Drafted tokens of which even the last one pays. `worthMs`: what a token costs without drafts. */
   #length(state: State, worthMs: number): number {
-    if (Number.isNaN(this.#tokenMs)) return FIRST_DRAFT;
+    if (Number.isNaN(this.#tokenMs)) return state.chance < LEAST_CHANCE ? 0 : FIRST_DRAFT;
     let length = 0;
     let chance = state.chance;
     while (length < LONGEST_DRAFT && chance * worthMs > this.#tokenMs * MARGIN) {

@@ -92,6 +92,22 @@ describe("the length of drafts", () => {
     expect(speculation.statistics.accepted).toBe(0);
   });
 
+  test("falls to nothing where a grammar forbids every draft, though none was ever measured", () => {
+    const speculation = new Speculation(always);
+    const one = sequence();
+    let attempts = 0;
+    for (let i = 0; i < 4000; i++) {
+      if (speculation.draft(one, 20, 1, 10).length > 0) {
+        attempts++;
+        speculation.forbidden(one);
+      } else speculation.passed(one);
+    }
+    expect(attempts).toBeGreaterThan(3);
+    expect(attempts).toBeLessThan(40);
+    // So nothing waits for its last token.
+    expect(speculation.wants(one)).toBe(false);
+  });
+
   test("is nothing in a batch whose tokens cost no less than drafts", () => {
     const speculation = new Speculation(always);
     speculation.observe(2, 22, 20);
