@@ -2,6 +2,7 @@
 // stranger: it has no access to anything but its variables, and it must not hang the server or fill its memory.
 import { Environment, Interpreter, parse, tokenize } from "@huggingface/jinja";
 import { CaravanError } from "../errors.ts";
+import { WorkLimit } from "../work-limit.ts";
 import {
   elementsOf,
   GROWING,
@@ -17,6 +18,7 @@ type Value = ReturnType<Interpreter["evaluate"]>;
 export interface SandboxLimits {
   /** Syntax nodes evaluated: a message costs some tens of them. */
   readonly maxSteps: number;
+  /** Processor time. */
   readonly maxTimeMs: number;
   /** Length of any string, besides `inputLength` times a few. */
   readonly maxText: number;
@@ -184,7 +186,7 @@ const MADE_TIMES = 16;
 
 class LimitedInterpreter extends Interpreter {
   readonly #limits: SandboxLimits;
-  readonly #deadline: number;
+  readonly #time: WorkLimit;
   /** Expressions that say how far something is indented. */
   readonly #indents = new Set<unknown>();
   /** Operations that are being evaluated, innermost last. */
@@ -207,15 +209,13 @@ class LimitedInterpreter extends Interpreter {
     this.#observed = observed;
     this.#limits = limits;
     this.#printed = printed;
-    this.#deadline = performance.now() + limits.maxTimeMs;
+    this.#time = new WorkLimit(limits.maxTimeMs);
   }
 
   override evaluate(...args: Parameters<Interpreter["evaluate"]>): Value {
     const limits = this.#limits;
     if (++this.#steps > limits.maxSteps) throw new LimitError(`more than ${limits.maxSteps} steps`);
-    if ((this.#steps & 0xff) === 0 && performance.now() > this.#deadline) {
-      throw new TimeLimitError("it took too long");
-    }
+    if ((this.#steps & 0xff) === 0 && this.#time.passed) throw new TimeLimitError("it took too long");
     const [node] = args;
     for (const expression of indentArguments(node)) if (isObject(expression)) this.#indents.add(expression);
     const cut = cutExpression(node);
@@ -271,8 +271,7 @@ class LimitedInterpreter extends Interpreter {
   #countCut(characters: number): void {
     this.#observed.cutsText = true;
     this.#countMade(characters);
-    if (characters > CHECKED_TEXT && performance.now() > this.#deadline)
-      throw new TimeLimitError("it took too long");
+    if (characters > CHECKED_TEXT && this.#time.passed) throw new TimeLimitError("it took too long");
   }
 
   #countMade(characters: number): void {

@@ -8,6 +8,7 @@
 // template that could put a token together out of harmless strings (template-risk.ts) gets them guarded everywhere; one that
 // turns out to cut texts at positions gets them with stand-ins, which keep all positions.
 import { CaravanError } from "../errors.ts";
+import { WorkLimit } from "../work-limit.ts";
 import { AddedTokens } from "./added-tokens.ts";
 import { cuts, guarded, guardedEverywhere, privateUse, StandIns, unusedCharacter } from "./guards.ts";
 import { DEFAULT_LIMITS, SandboxedTemplate, type SandboxLimits, TimeLimitError } from "./jinja-sandbox.ts";
@@ -95,7 +96,7 @@ export class PromptRenderer {
    * template takes none), unsupported_model (no template), bad_file (broken template, or one that passes a limit).
    */
   render(input: ChatInput, limits: SandboxLimits = DEFAULT_LIMITS): GuardedText {
-    const deadline = performance.now() + limits.maxTimeMs;
+    const time = new WorkLimit(limits.maxTimeMs);
     const { messages, tools, add_generation_prompt = true, ...rest } = input;
     const checked = normaliseMessages(messages);
     const checkedTools = normaliseTools(tools);
@@ -131,7 +132,7 @@ export class PromptRenderer {
       };
       for (const [name, value] of Object.entries(this.files.namedTokens))
         if (value !== null) variables[name] = value;
-      const left = { ...limits, maxTimeMs: deadline - performance.now() };
+      const left = { ...limits, maxTimeMs: time.leftMs };
       return template.render(variables, inputLength, left, observed);
     };
 

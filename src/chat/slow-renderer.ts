@@ -5,8 +5,9 @@ import { DEFAULT_LIMITS } from "./jinja-sandbox.ts";
 import type { ChatInput, GuardedText, TemplateFiles } from "./prompt-renderer.ts";
 import type { FromWorker, ToWorker } from "./text-protocol.ts";
 
-/** The template's own time limit ends it in an orderly way; one step of it may take longer than that. */
-const KILL_MS = DEFAULT_LIMITS.maxTimeMs + 2000;
+/** The template's own limit, in processor time, ends it in an orderly way; one step of it may take longer than that. The
+ * machine may be busy with other work. */
+const KILL_MS = 3 * DEFAULT_LIMITS.maxTimeMs + 2000;
 /** The thread ends when nothing came for so long. */
 const IDLE_MS = 10_000;
 

@@ -2,6 +2,7 @@
 // put together as an NFA and made deterministic. Acceptance carries a label, so that one automaton can say which of
 // several alternatives the text was.
 
+import type { WorkLimit } from "../work-limit.ts";
 import { MOST_AUTOMATON_STATES, MOST_BUILD_STEPS, TooLarge } from "./limits.ts";
 
 /** Deterministic. State 0 is the start. `edges[q]` is a flat list (low byte, high byte, target), ascending. */
@@ -11,13 +12,23 @@ export interface Dfa {
   labels: number[];
 }
 
+/** Steps between two looks at the time. */
+const LOOK_EVERY = 4096;
+
 /** Counts work across the automata of one grammar. Throws TooLarge. */
 export class BuildBudget {
   #steps = 0;
+  #nextLook = LOOK_EVERY;
+
+  /** Without `time` only the steps are limited. */
+  constructor(readonly time?: WorkLimit) {}
 
   spend(steps: number): void {
     this.#steps += steps;
     if (this.#steps > MOST_BUILD_STEPS) throw new TooLarge("it takes too long to compile");
+    if (this.time === undefined || this.#steps < this.#nextLook) return;
+    this.#nextLook = this.#steps + LOOK_EVERY;
+    if (this.time.passed) throw new TooLarge(`it takes longer than ${this.time.ms} ms to compile`);
   }
 }
 

@@ -1,6 +1,7 @@
 // From a specification to a grammar: what the grammar worker does for a request. Pure; bounded by limits.ts.
 
 import { CaravanError } from "../errors.ts";
+import type { WorkLimit } from "../work-limit.ts";
 import { BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import { ANY_CHARACTER, addRawCharacters, characterSet, inverse } from "./characters.ts";
 import { type Grammar, GrammarBuilder, type Part, writeSpace } from "./grammar.ts";
@@ -10,8 +11,8 @@ import { SchemaGrammar } from "./schema-grammar.ts";
 import type { GrammarSpec } from "./spec.ts";
 
 /** Throws unsupported_parameter, its `param` the specification's and its message with the path in the schema. */
-export function compileGrammar(spec: GrammarSpec): Grammar {
-  const budget = new BuildBudget();
+export function compileGrammar(spec: GrammarSpec, time?: WorkLimit): Grammar {
+  const budget = new BuildBudget(time);
   const builder = new GrammarBuilder(budget);
   try {
     return builder.finish(rootOf(spec, builder, budget));

@@ -25,7 +25,8 @@ export type ToGrammarWorker =
   | { readonly kind: "load"; readonly dir: string; readonly size: number }
   /** Take one that has been read. */
   | { readonly kind: "vocabulary"; readonly vocabulary: Vocabulary }
-  | { readonly kind: "compile"; readonly id: number; readonly spec: GrammarSpec };
+  /** Within `limitMs` of processor time. */
+  | { readonly kind: "compile"; readonly id: number; readonly spec: GrammarSpec; readonly limitMs: number };
 
 /** Errors travel as CaravanError's JSON; id 0 = of loading. */
 export type FromGrammarWorker =

@@ -5,7 +5,7 @@
 import { CaravanError } from "../errors.ts";
 import type { FromGrammarWorker, ToGrammarWorker, Vocabulary } from "./grammar-protocol.ts";
 import { Automata, type InsideTokens } from "./inside-tokens.ts";
-import { COMPILE_LIMIT_MS } from "./limits.ts";
+import { COMPILE_LIMIT_MS, COMPILE_PATIENCE } from "./limits.ts";
 import { GrammarMatcher } from "./matcher.ts";
 import type { GrammarSpec } from "./spec.ts";
 
@@ -168,14 +168,15 @@ export class GrammarService {
       const job = this.#waiting.shift();
       if (job === undefined) return;
       hand.job = job;
-      const limit = this.#options.compileLimitMs ?? COMPILE_LIMIT_MS;
+      // The worker keeps the limit where it can look at the time, and where it cannot is ended.
+      const limitMs = this.#options.compileLimitMs ?? COMPILE_LIMIT_MS;
       this.#limit(
         hand,
-        limit,
-        `the schema takes longer than ${limit} ms to compile`,
+        COMPILE_PATIENCE * limitMs,
+        `the schema takes longer than ${limitMs} ms to compile`,
         "unsupported_parameter",
       );
-      this.#post(hand, { kind: "compile", id: job.id, spec: job.spec });
+      this.#post(hand, { kind: "compile", id: job.id, spec: job.spec, limitMs });
     }
   }
 

@@ -6,6 +6,7 @@
 import { makeTable } from "../chat/tokenizer.ts";
 import { readTokenizerFiles } from "../chat/tokenizer-files.ts";
 import { asCaravanError } from "../errors.ts";
+import { WorkLimit } from "../work-limit.ts";
 import { compileGrammar } from "./compile.ts";
 import { EDGE_CALL, EDGE_SIZE, type Grammar } from "./grammar.ts";
 import type { FromGrammarWorker, ToGrammarWorker, Vocabulary, WarmState } from "./grammar-protocol.ts";
@@ -101,7 +102,7 @@ self.onmessage = (event: MessageEvent<ToGrammarWorker>): void => {
     send({ kind: "ready" });
   } else {
     try {
-      const grammar = compileGrammar(message.spec);
+      const grammar = compileGrammar(message.spec, new WorkLimit(message.limitMs));
       handOut(message.id, grammar);
     } catch (thrown) {
       send({ kind: "failed", id: message.id, error: asCaravanError(thrown).toJSON() });

@@ -24,8 +24,10 @@ export const MOST_ITEMS = 2000;
 export const MOST_REPEATS = 2000;
 /** Ways in which the text so far can be read at once. */
 export const MOST_READINGS = 256;
-/** Time to compile one grammar. */
+/** Processor time to compile one grammar. */
 export const COMPILE_LIMIT_MS = 2000;
+/** After so many times that time a thread that has not ended by itself is ended. */
+export const COMPILE_PATIENCE = 5;
 
 /** A schema that is refused: `path` is a JSON pointer into it, as a fragment. */
 export class SchemaError extends CaravanError {

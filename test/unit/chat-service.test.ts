@@ -172,7 +172,7 @@ describe("a worker that", () => {
     expect((await stays).code).toBe("shutting_down");
   }, 120_000);
   test("renders a template that does not end is killed, and the next template is rendered", async () => {
-    const renderer = new SlowRenderer(workerUrl(), 2000);
+    const renderer = new SlowRenderer(workerUrl(), 4000);
     const render = (template: string) =>
       new Promise((resolve, reject) => {
         const files = { ...plainFiles, chatTemplates: { default: template } };
