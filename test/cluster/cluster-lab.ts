@@ -102,7 +102,7 @@ export class LabNode {
     this.#child = child;
     this.#log = "";
     for (const pipe of [child.stdout, child.stderr]) void this.#collect(pipe);
-    await eventually(`${this.name} answers`, 40_000, async () => {
+    await eventually(`${this.name} answers`, 60_000, async () => {
       if (!this.running) throw new Error(`${this.name} ended: ${this.#log}`);
       return (await this.fetch("/health").catch(() => undefined))?.ok === true;
     });
@@ -265,13 +265,13 @@ export class ClusterLab {
   }
 
   /** Starts all nodes; resolves when each reaches all others. */
-  async start(limitMs = 15_000): Promise<void> {
+  async start(limitMs = 40_000): Promise<void> {
     await Promise.all(this.nodes.map((node) => node.start()));
     await this.meet(this.nodes, limitMs);
   }
 
   /** Starts nodes that were killed and lets stopped ones go on. */
-  async revive(limitMs = 15_000): Promise<void> {
+  async revive(limitMs = 40_000): Promise<void> {
     for (const node of this.nodes) {
       if (node.running) for (const pid of [node.pid, ...node.children()]) signalProcess(pid, "SIGCONT");
     }
@@ -314,7 +314,7 @@ export class ClusterLab {
   async removeAll(): Promise<void> {
     const [first] = this.nodes;
     if (first === undefined) return;
-    await eventually("no instance is left", 20_000, async () => {
+    await eventually("no instance is left", 40_000, async () => {
       const live = (await first.state()).instances.filter(({ phase }) => phase !== "gone");
       for (const { id, phase } of live)
         if (phase !== "stopping") await first.fetch(`/cluster/instances/${id}`, { method: "DELETE" });
@@ -323,7 +323,7 @@ export class ClusterLab {
   }
 
   /** Waits until an instance is ready, in an epoch after `afterEpoch`. */
-  async ready(node: LabNode, id: string, afterEpoch = 0, limitMs = 25_000): Promise<InstanceView> {
+  async ready(node: LabNode, id: string, afterEpoch = 0, limitMs = 60_000): Promise<InstanceView> {
     let last: InstanceView | undefined;
     try {
       await eventually("the instance is ready", limitMs, async () => {
@@ -361,15 +361,31 @@ export class ClusterLab {
   }
 }
 
-/** Hosts on loopback: ports of this test run, each knowing the first. */
+/**
+ * Ports where nobody listens, until the nodes do, and again while one of them is down. Below the range that systems give to
+ * connections, so that none of the many that tests make takes one meanwhile.
+ */
+function freePorts(count: number): number[] {
+  const held: Bun.TCPSocketListener[] = [];
+  while (held.length < count) {
+    const port = 20_000 + Math.floor(Math.random() * 12_000);
+    try {
+      held.push(Bun.listen({ hostname: "127.0.0.1", port, socket: { data() {} } }));
+    } catch {
+      // somebody listens there: another one
+    }
+  }
+  for (const each of held) each.stop(true);
+  return held.map(({ port }) => port);
+}
+
+/** Hosts on loopback: ports of this test run, each knowing all. */
 export function loopbackHosts(count: number): LabHost[] {
-  const free = () => {
-    const server = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
-    const { port } = server;
-    server.stop(true);
-    return port;
-  };
-  const ports = Array.from({ length: count }, () => ({ api: free(), cluster: free() }));
+  const free = freePorts(2 * count);
+  const ports = Array.from({ length: count }, (_, i) => ({
+    api: free[2 * i] ?? 0,
+    cluster: free[2 * i + 1] ?? 0,
+  }));
   return ports.map(({ api, cluster }) => ({
     prefix: [],
     api: { host: "127.0.0.1", port: api },
