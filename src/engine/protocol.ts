@@ -136,6 +136,8 @@ export interface EngineStatus {
 export interface Engine {
   readonly model: string;
   status(): EngineStatus;
+  /** Requests that were given and have not ended: status() learns of them later. */
+  outstanding(): number;
   /** Resolves when ready; rejects with the load error. */
   ready(): Promise<void>;
   /** Streams events until finish or error (the last event). Ending the iteration early cancels the request.

@@ -82,6 +82,10 @@ export class RunnerClient implements Engine {
     this.#rankPeaks.set(rank, bytes);
   }
 
+  outstanding(): number {
+    return this.#live.size;
+  }
+
   /** Process id of the running runner. */
   get pid(): number | undefined {
     return this.#runner?.pid;

@@ -1,7 +1,7 @@
 // The node's cluster as the API sees it: puts together the mesh, the cluster's logic and the models of this node, passes
 // requests to the nodes that own their models, and answers those that other nodes pass here.
 
-import type { ClusterService, PassedRequest } from "../api/cluster/service.ts";
+import type { AnswersHere, ClusterService, PassedRequest } from "../api/cluster/service.ts";
 import type { ModelDirectory } from "../api/model-directory.ts";
 import { callNode, serveCall } from "../cluster/net/call.ts";
 import type { Channel } from "../cluster/net/channel.ts";
@@ -26,6 +26,9 @@ export interface NodeClusterOptions {
   local: ModelDirectory;
   maxBodyBytes: number;
 }
+
+/** This node answers, by no instance. */
+const UNCOUNTED: AnswersHere = { release: () => undefined };
 
 export class NodeCluster implements ClusterService {
   /** Everything that this node answers for. */
@@ -168,7 +171,7 @@ export class NodeCluster implements ClusterService {
     return members.length > 1 || members.some(({ record }) => record.info.instances.length > 0);
   }
 
-  async pass(request: PassedRequest): Promise<Response | undefined> {
+  async pass(request: PassedRequest): Promise<Response | AnswersHere> {
     const driver = this.#clusterDriver();
     const model = this.#nameOf(request.model);
     const known = driver
@@ -187,20 +190,17 @@ export class NodeCluster implements ClusterService {
     } catch (thrown) {
       // No instance answers; this node may have loaded the model for itself.
       if (this.#options.local.list().some(({ id, state }) => id === model && state === "ready"))
-        return undefined;
+        return UNCOUNTED;
       throw thrown;
     }
-    if (owner === this.#started().identity.id) {
-      driver.finishRequest(request.id);
-      return undefined;
-    }
     const done = () => driver.finishRequest(request.id);
+    if (owner === this.#started().identity.id) return { release: done };
     return await this.#call(owner, request, () => driver.heardRequest(request.id), done, lost);
   }
 
   /** A model that only others have: the one with the most free memory loads it. */
-  async #passToFiles(request: PassedRequest, model: string): Promise<Response | undefined> {
-    if (this.#options.local.list().some(({ id }) => id === model)) return undefined;
+  async #passToFiles(request: PassedRequest, model: string): Promise<Response | AnswersHere> {
+    if (this.#options.local.list().some(({ id }) => id === model)) return UNCOUNTED;
     const [best] = (this.#driver?.members() ?? [])
       .filter(
         ({ self, direct, record }) =>
@@ -209,7 +209,7 @@ export class NodeCluster implements ClusterService {
           record.info.models.some((each) => each.model === model && each.bytes >= each.total),
       )
       .sort((a, b) => b.record.info.memory.available - a.record.info.memory.available);
-    if (best === undefined) return undefined;
+    if (best === undefined) return UNCOUNTED;
     const nothing = () => undefined;
     return await this.#call(best.record.info.id, request, nothing, nothing, undefined);
   }

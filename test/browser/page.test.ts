@@ -137,7 +137,7 @@ function scriptedCluster() {
     },
     cleanParts: async () => 0,
     mayPass: () => false,
-    pass: async () => undefined,
+    pass: async () => ({ release: () => undefined }),
   };
   return { service, calls };
 }

@@ -211,6 +211,8 @@ describe("a call", () => {
 describe("the API of a node in a cluster", () => {
   const body = JSON.stringify({ model: "far", max_tokens: 7, messages: [{ role: "user", content: "Hi" }] });
 
+  const here = { release: () => undefined };
+
   function app(pass: ClusterService["pass"], mayPass = true) {
     const service: ClusterService = {
       state: () => ({ cluster: "home" }),
@@ -256,7 +258,7 @@ describe("the API of a node in a cluster", () => {
     let passes = 0;
     const made = app(async () => {
       passes++;
-      return undefined;
+      return here;
     });
     expect((await made.request("http://localhost/v1/chat/completions", ask("wrong"))).status).toBe(401);
     expect(passes).toBe(0);
@@ -267,9 +269,12 @@ describe("the API of a node in a cluster", () => {
   });
 
   test("answers itself, from the same body, where nobody else should", async () => {
-    const reply = await app(async () => undefined).request("http://localhost/v1/chat/completions", ask());
+    const released: string[] = [];
+    const made = app(async ({ model }) => ({ release: () => released.push(model) }));
+    const reply = await made.request("http://localhost/v1/chat/completions", ask());
     expect(reply.status).toBe(404);
     expect(await reply.json()).toMatchObject({ error: { code: "model_not_found" } });
+    expect(released).toEqual(["far"]);
   });
 
   test("ends a broken stream in the form of each API family", async () => {
@@ -296,7 +301,7 @@ describe("the API of a node in a cluster", () => {
   });
 
   test("keeps instances and codes for administrators, and plans for everybody", async () => {
-    const made = app(async () => undefined);
+    const made = app(async () => here);
     const send = (path: string, method: string, key: string, value?: object) =>
       made.request(`http://localhost${path}`, {
         method,
@@ -318,7 +323,7 @@ describe("the API of a node in a cluster", () => {
   });
 
   test("streams the state at the beginning and at changes", async () => {
-    const stream = await app(async () => undefined).request("http://localhost/cluster/events", {
+    const stream = await app(async () => here).request("http://localhost/cluster/events", {
       headers: { authorization: "Bearer user-key", host: "localhost" },
     });
     const reader = stream.body?.getReader();

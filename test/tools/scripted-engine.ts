@@ -53,6 +53,10 @@ export class ScriptedEngine implements Engine {
     };
   }
 
+  outstanding(): number {
+    return this.running;
+  }
+
   async ready(): Promise<void> {}
   async close(): Promise<void> {
     this.state = "closed";

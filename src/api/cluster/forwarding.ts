@@ -9,7 +9,7 @@ import { errorFrame } from "../error-response.ts";
 import type { Lifecycle } from "../lifecycle.ts";
 import { type BodyLimits, parseJson, readBody } from "../limits.ts";
 import type { ApiContext } from "../routes.ts";
-import type { ClusterService } from "./service.ts";
+import type { AnswersHere, ClusterService } from "./service.ts";
 
 /** Paths whose body names the model that answers. */
 const PATHS: ReadonlySet<string> = new Set([
@@ -69,7 +69,7 @@ export function forwarding(options: ForwardingOptions) {
     const { model, ...limitsOfAnswer } = named.output;
     const ticket = lifecycle.enter(options.maxConcurrentRequests, request.signal);
     const answer = Object.values(limitsOfAnswer).find((value) => typeof value === "number");
-    let reply: Response | undefined;
+    let reply: Response | AnswersHere;
     try {
       reply = await cluster.pass({
         id: context.get("requestId"),
@@ -87,9 +87,13 @@ export function forwarding(options: ForwardingOptions) {
       ticket.release();
       throw thrown;
     }
-    if (reply === undefined) {
+    if (!(reply instanceof Response)) {
       ticket.release();
-      await next();
+      try {
+        await next();
+      } finally {
+        reply.release();
+      }
       return undefined;
     }
     context.set("route", path);

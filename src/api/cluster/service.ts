@@ -19,7 +19,7 @@ export interface PassedRequest {
   signal: AbortSignal;
   /** Bytes that end a stream of that reply whose node was lost; undefined: it cannot be ended in words. */
   onBroken: (error: CaravanError, reply: Response) => Uint8Array | undefined;
-  /** The answer is complete or over. Called once, unless this node answers itself. */
+  /** The answer is complete or over. Called once, unless this node answers. */
   onEnd: () => void;
 }
 
@@ -42,6 +42,11 @@ export interface ClusterService {
   cleanParts(model: string | undefined): Promise<number>;
   /** Whether any request could be another node's to answer: otherwise bodies are not looked at. */
   mayPass(): boolean;
-  /** The other node's answer, or undefined where this node is to answer. Rejects where the one that should cannot. */
-  pass(request: PassedRequest): Promise<Response | undefined>;
+  /** The other node's answer, or AnswersHere where this node is to answer. Rejects where the one that should cannot. */
+  pass(request: PassedRequest): Promise<Response | AnswersHere>;
+}
+
+/** The request counts for the balance between instances until it is released, which is due once the engine has it. */
+export interface AnswersHere {
+  release: () => void;
 }

@@ -222,6 +222,7 @@ export class ClusterDriver implements ClusterWork {
     fail: (error: CaravanError) => void,
   ): RunningRequest {
     const logic = this.#cluster();
+    this.#reportLoad();
     const request = logic.requests.start(id, model, tokens, logic.members);
     this.#failRequest.set(id, fail);
     return request;
@@ -391,8 +392,7 @@ export class ClusterDriver implements ClusterWork {
   /** Outstanding work of this node's own instances, for the balance between instances. */
   #reportLoad(): void {
     for (const { order, model } of this.#open.values()) {
-      const { running, waiting } = model.engine.status();
-      const busy = running + waiting;
+      const busy = model.engine.outstanding();
       const state = this.#logic?.instances.states().find(({ spec }) => spec.id === order.spec.id);
       if (state === undefined) continue;
       const tokens = busy * TOKENS_A_REQUEST;
