@@ -4,6 +4,7 @@
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createHash } from "node:crypto";
 import {
+  copyFileSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -17,8 +18,8 @@ import {
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
-import fc from "fast-check";
 import { evenShares } from "../../src/cluster/even-shares.ts";
+import type { Channel } from "../../src/cluster/net/channel.ts";
 import { newCluster } from "../../src/cluster/net/cluster-file.ts";
 import { dial } from "../../src/cluster/net/dial.ts";
 import { FileVerdicts } from "../../src/cluster/net/file-verdicts.ts";
@@ -29,17 +30,18 @@ import { GRACE_HOURS, ModelParts } from "../../src/cluster/net/model-parts.ts";
 import { readPartNote } from "../../src/cluster/net/part-note.ts";
 import { fetchShard, hasShard } from "../../src/cluster/net/shard-store.ts";
 import { shardPlan } from "../../src/cluster/shard.ts";
-import {
-  type ByteRange,
-  mergeRanges,
-  missingRanges,
-  shardRanges,
-  totalBytes,
-} from "../../src/cluster/shard-ranges.ts";
+import { run, type Strips, stripBytes } from "../../src/cluster/strips.ts";
 import { CaravanError } from "../../src/errors.ts";
 import { createLogger } from "../../src/log.ts";
 import { readModelConfig } from "../../src/model/config.ts";
-import { elementBits, makeLoadPlan, type PlannedTensor } from "../../src/model/load-plan.ts";
+import {
+  elementBits,
+  type LoadPlan,
+  makeLoadPlan,
+  type PlannedTensor,
+  SCALE_BYTES,
+  type SourceView,
+} from "../../src/model/load-plan.ts";
 import { openCheckpoint } from "../../src/model/safetensors.ts";
 import { MisbehavingHub } from "../tools/misbehaving-hub.ts";
 import { writeTinyChatModel } from "../tools/tiny-chat-model.ts";
@@ -135,6 +137,68 @@ function bytesOf(t: PlannedTensor, files: readonly { path: string }[]): Buffer {
   return Buffer.concat(parts);
 }
 
+/** Which bytes of the file a rank reads, one by one: 1. And the header, which everybody needs. */
+function neededBytes(plan: LoadPlan, content: Buffer): Uint8Array {
+  const needed = new Uint8Array(content.length);
+  needed.fill(1, 0, 8 + Number(content.readBigUint64LE(0)));
+  for (const t of plan.tensors) {
+    const mark = (view: SourceView | undefined, experts: number, rows: number, bytes: number) => {
+      if (view === undefined) return;
+      for (let e = 0; e < experts; e++)
+        for (let r = 0; r < rows; r++) {
+          const at = view.offset + e * view.outerStride + r * view.rowStride;
+          needed.fill(1, at, at + bytes);
+        }
+    };
+    const scale = t.scaleType === undefined ? 0 : SCALE_BYTES[t.scaleType];
+    const bits = elementBits(t);
+    if (t.transposed) mark(t.weight, t.experts, t.cols, (t.rows * bits) / 8);
+    else mark(t.weight, t.experts, t.rows, (t.cols * bits) / 8);
+    mark(t.scales, t.experts, t.rows, (t.cols / (t.group || 1)) * scale);
+    mark(t.biases, t.experts, t.rows, (t.cols / (t.group || 1)) * scale);
+    mark(t.globalScale, 1, 1, 4 * t.experts);
+  }
+  return needed;
+}
+
+/** Where a needed byte is another one; -1: nowhere. */
+function firstWrong(needed: Uint8Array, here: Buffer, there: Buffer): number {
+  for (let at = 0; at < needed.length; at++) if (needed[at] === 1 && here[at] !== there[at]) return at;
+  return -1;
+}
+
+/** Bytes of files that come over a connection, and in how many answers. */
+function counted(channel: Channel): { bytes: number; answers: number } {
+  const count = { bytes: 0, answers: 0 };
+  const receive = channel.read.bind(channel);
+  channel.read = async (limit) => {
+    const frame = await receive(limit);
+    if (frame?.kind === "bytes") count.bytes += frame.bytes.length;
+    else if (frame !== undefined && JSON.stringify(frame.value).startsWith('{"sha256"')) count.answers++;
+    return frame;
+  };
+  return count;
+}
+
+/** A model of the goldens without what belongs to the tests. */
+function golden(name: string): { dir: string; content: Buffer; small: number } {
+  const from = join(import.meta.dir, "../golden/data", name);
+  const dir = join(folder(), name);
+  mkdirSync(dir);
+  let small = 0;
+  for (const file of readdirSync(from).filter((each) => !each.startsWith("golden"))) {
+    copyFileSync(join(from, file), join(dir, file));
+    if (file !== "model.safetensors") small += statSync(join(from, file)).size;
+  }
+  return { dir, content: readFileSync(join(dir, "model.safetensors")), small };
+}
+
+/** Of every layout and kind of quantization. */
+const CHECKPOINTS = [
+  ...["scout-4bit", "scout-hf-bf16", "scout-mixed", "maverick-4bit", "llama-4bit"],
+  ...["formats-nvfp4", "formats-mxfp4", "formats-5bit", "formats-llama-biases"],
+];
+
 const grids: [number, number][] = [
   [2, 1],
   [1, 2],
@@ -144,7 +208,7 @@ const grids: [number, number][] = [
 ];
 
 describe("the part of a rank", () => {
-  test("has every byte that the rank reads and, together with the others', not much more than the model", async () => {
+  test("has every byte that the rank reads, at its place", async () => {
     const models = folder();
     const original = writeTinyChatModel(join(models, "tiny"), 1);
     const plan = await planOf(original);
@@ -179,16 +243,91 @@ describe("the part of a rank", () => {
           readFileSync(join(original, "tokenizer.json"), "utf8"),
         );
       }
-      if (pipeline > 1 && tensor === 1) {
-        const whole = statSync(join(original, "model.safetensors")).size;
-        const sum = shares
-          .map(({ rank }) =>
-            [...shardRanges(shardPlan(plan, shares, rank)).values()].reduce((n, r) => n + totalBytes(r), 0),
-          )
-          .reduce((n, bytes) => n + bytes, 0);
-        // Norms and neighbours within 64 KiB are fetched twice; the tiny model is small against that.
-        expect(sum).toBeLessThan(whole * 1.5);
+    }
+  });
+
+  for (const name of CHECKPOINTS)
+    test(`costs exactly the bytes that the rank reads, in few answers: ${name}`, async () => {
+      const { dir: original, content, small } = golden(name);
+      const plan = await planOf(original);
+      for (const shares of [
+        evenShares(plan, 2, 2),
+        evenShares(plan, 3, 1).map((share) => ({ ...share, weight: [3, 0, 1][share.rank] ?? 1 })),
+      ]) {
+        for (const rank of [0, shares.length - 1]) {
+          const { channel, ask } = await source(() => original);
+          const wire = counted(channel);
+          const signal = new AbortController().signal;
+          const onProgress = () => undefined;
+          const order = { source: await ask(), model: name, shares, rank, onProgress, signal };
+          const dir = await fetchShard(folder(), order);
+          const needed = neededBytes(shardPlan(plan, shares, rank), content);
+          expect(wire.bytes).toBe(needed.filter((bit) => bit === 1).length + small);
+          // The length of the header, the header, the weights, and the other files.
+          expect(wire.answers).toBeLessThanOrEqual(readdirSync(original).length + 2);
+          const here = readFileSync(join(dir, "model.safetensors"));
+          expect(here.length).toBe(content.length);
+          expect(firstWrong(needed, here, content)).toBe(-1);
+          expect(await hasShard(dir, shares, rank)).toBe(true);
+        }
       }
+    });
+
+  test("of another division costs only what is not here yet", async () => {
+    const name = "scout-4bit";
+    const { dir: original, content, ...sizes } = golden(name);
+    let { small } = sizes;
+    const plan = await planOf(original);
+    const parts = folder();
+    const have = new Uint8Array(content.length);
+    let dir = "";
+    for (const [tensor, pipeline, rank] of [
+      [2, 1, 1],
+      [2, 2, 1],
+      [1, 2, 0],
+      [2, 1, 0],
+      [1, 1, 0],
+    ] as const) {
+      const { channel, ask } = await source(() => original);
+      const wire = counted(channel);
+      const shares = evenShares(plan, tensor, pipeline);
+      const signal = new AbortController().signal;
+      const order = { source: await ask(), model: name, shares, rank, onProgress: () => undefined, signal };
+      dir = await fetchShard(parts, order);
+      let more = 0;
+      neededBytes(shardPlan(plan, shares, rank), content).forEach((bit, at) => {
+        if (bit === 1 && have[at] === 0) {
+          have[at] = 1;
+          more++;
+        }
+      });
+      expect(wire.bytes).toBe(more + small);
+      small = 0; // they came with the first one
+    }
+    const held = readPartNote(dir)?.files["model.safetensors"]?.held ?? [];
+    expect(readFileSync(join(dir, "model.safetensors")).equals(content)).toBe(true);
+    expect(held).toEqual([run(0, content.length)]);
+  });
+
+  test("arrives whole where two ranks of one model fetch at one time into one folder", async () => {
+    const name = "scout-4bit";
+    const { dir: original, content } = golden(name);
+    const plan = await planOf(original);
+    const shares = evenShares(plan, 2, 1);
+    const parts = folder();
+    const signal = new AbortController().signal;
+    await Promise.all(
+      shares.map(async ({ rank }) => {
+        const { ask } = await source(() => original);
+        const order = { source: await ask(), model: name, shares, rank, onProgress: () => undefined, signal };
+        return await fetchShard(parts, order);
+      }),
+    );
+    const [dir = ""] = readdirSync(parts);
+    const here = readFileSync(join(parts, dir, "model.safetensors"));
+    for (const { rank } of shares) {
+      const needed = neededBytes(shardPlan(plan, shares, rank), content);
+      expect(firstWrong(needed, here, content)).toBe(-1);
     }
   });
 
@@ -202,10 +341,10 @@ describe("the part of a rank", () => {
       const from = await ask();
       let bytes = 0;
       const read = from.read.bind(from);
-      from.read = async (name, start, end) => {
-        bytes += end - start;
+      from.read = async (name, strips) => {
+        bytes += stripBytes(strips);
         if (bytes > limit) throw new CaravanError("download_failed", "cut");
-        return await read(name, start, end);
+        return await read(name, strips);
       };
       const options = { source: from, model: "tiny", shares, rank: 1, onProgress: () => undefined };
       const done = await fetchShard(parts, { ...options, signal: new AbortController().signal }).then(
@@ -217,8 +356,7 @@ describe("the part of a rank", () => {
     const first = await fetch(Number.POSITIVE_INFINITY);
     expect(first.done).toBe(true);
     const second = await fetch(Number.POSITIVE_INFINITY);
-    // Only the 8 bytes that say how long a header is.
-    expect(second).toEqual({ bytes: 8, done: true });
+    expect(second).toEqual({ bytes: 0, done: true });
     const [dir = ""] = readdirSync(parts);
     writeFileSync(join(parts, dir, "part.json"), "{damaged");
     const third = await fetch(Number.POSITIVE_INFINITY);
@@ -249,10 +387,13 @@ describe("the part of a rank", () => {
     utimesSync(original, 1e9, 1e9);
     expect(await fetch()).toBe(dir);
     const here = readFileSync(join(dir, "model.safetensors"));
-    const ranges = readPartNote(dir)?.files["model.safetensors"]?.ranges ?? [];
-    expect(totalBytes(ranges)).toBeGreaterThan(headerEnd);
-    for (const [start, end] of ranges)
-      expect(here.subarray(start, end).equals(content.subarray(start, end))).toBe(true);
+    const held = readPartNote(dir)?.files["model.safetensors"]?.held ?? [];
+    expect(stripBytes(held)).toBeGreaterThan(headerEnd);
+    for (const [first, length, stride, rows] of held)
+      for (let row = 0; row < rows; row++) {
+        const [start, end] = [first + row * stride, first + row * stride + length];
+        expect(here.subarray(start, end).equals(content.subarray(start, end))).toBe(true);
+      }
   });
 
   test("ends when the holder's weights are written over while they come", async () => {
@@ -260,9 +401,9 @@ describe("the part of a rank", () => {
     const original = join(writeTinyChatModel(join(models, "tiny"), 1), "model.safetensors");
     const { ask } = await source((name) => join(models, name));
     const from = await ask();
-    await from.read("model.safetensors", 0, 8);
+    await from.read("model.safetensors", [run(0, 8)]);
     utimesSync(original, 1e9, 1e9);
-    await expect(from.read("model.safetensors", 0, 8)).rejects.toMatchObject({ code: "bad_file" });
+    await expect(from.read("model.safetensors", [run(0, 8)])).rejects.toMatchObject({ code: "bad_file" });
   });
 });
 
@@ -302,7 +443,7 @@ describe("what the hub states of a file", () => {
       });
       // Nothing of the file counts as fetched.
       const [dir = ""] = readdirSync(parts);
-      expect(readPartNote(join(parts, dir))?.files["model.safetensors"]?.ranges).toEqual([]);
+      expect(readPartNote(join(parts, dir))?.files["model.safetensors"]?.held).toEqual([]);
     });
 
   test("is read once at the holder, and again when the file has changed", async () => {
@@ -444,16 +585,27 @@ describe("a holder", () => {
     const { channel, ask } = await source((name) => join(models, name));
     const from = await ask();
     expect(from.files.map(({ name }) => name)).not.toContain("secret.pem");
-    await expect(from.read("../tiny/secret.pem", 0, 6)).rejects.toThrow();
+    await expect(from.read("../tiny/secret.pem", [run(0, 6)])).rejects.toThrow();
     await channel.closed;
-    for (const [name, start, end] of [
-      ["config.json", 0, 1e9],
-      ["config.json", 5, 5],
-      ["secret.pem", 0, 6],
-      ["none.json", 0, 1],
-    ] as const) {
+    const wishes: [string, unknown][] = [
+      ["config.json", [run(0, 1e9)]],
+      ["config.json", [run(5, 5)]],
+      ["config.json", []],
+      ["config.json", [run(0, 1), [0, 8, 1e15, 1e15]]],
+      ["config.json", [[0, 8, 4, 2]]],
+      ["config.json", [[-4, 1, 1, 1]]],
+      ["config.json", Array.from({ length: 600 }, () => run(0, 1))],
+      // More bytes than one answer may have, all of them inside the file.
+      ["model.safetensors", Array.from({ length: 400 }, () => run(0, 50_000))],
+      ["secret.pem", [run(0, 6)]],
+      ["none.json", [run(0, 1)]],
+    ];
+    for (const [name, strips] of wishes) {
       const again = await (await source((model) => join(models, model))).ask();
-      await expect(again.read(name, start, end), name).rejects.toThrow();
+      await expect(
+        again.read(name, strips as Strips[]),
+        JSON.stringify(strips).slice(0, 60),
+      ).rejects.toThrow();
     }
   });
 
@@ -475,26 +627,7 @@ describe("a holder", () => {
       if (frame?.kind === "bytes") frame.bytes[0] = (frame.bytes[0] ?? 0) ^ 1;
       return frame;
     };
-    await expect(from.read("config.json", 0, 20)).rejects.toThrow("not what it read");
-  });
-});
-
-describe("ranges", () => {
-  const ranges = fc
-    .array(fc.tuple(fc.nat(200), fc.nat(200)), { maxLength: 12 })
-    .map((pairs) => mergeRanges(pairs.map(([a, b]): ByteRange => [Math.min(a, b), Math.max(a, b)])));
-  const inside = (list: readonly ByteRange[], at: number) =>
-    list.some(([start, end]) => at >= start && at < end);
-
-  test("merge and subtract like sets of bytes", () => {
-    fc.assert(
-      fc.property(ranges, ranges, (wanted, held) => {
-        const missing = missingRanges(wanted, held);
-        for (let at = 0; at <= 200; at++)
-          expect(inside(missing, at)).toBe(inside(wanted, at) && !inside(held, at));
-        expect(mergeRanges(missing)).toEqual(missing);
-      }),
-    );
+    await expect(from.read("config.json", [run(0, 20)])).rejects.toThrow("not what it read");
   });
 });
 

@@ -1,12 +1,12 @@
-// Gives other nodes the files of a model that is here: a list, then any ranges, each with its hash. On a connection of purpose
-// "file". Only models by name, only files in the model's folder, only those that a model is made of.
+// Gives other nodes the files of a model that is here: a list, then any strips of bytes (../strips.ts) packed together, each time with a hash of
+// them. On a connection of purpose "file". Only models by name, only files in the model's folder, only those that a model is made of.
 //
 //   asker: {model}                        holder: {files: [{name, size, hash?, stamp?}]}
-//   asker: {name, start, end} …           holder: bytes …, {sha256}
+//   asker: {name, strips} …               holder: bytes …, {sha256}
 //   asker: {verify: name}                 holder: {reading: bytes} …, {verified: name}
 //
 // hash: what the hub states of the whole file, where the file came from there. The holder vouches for it only when asked to verify.
-// stamp: of any other file, by which the asker sees that it is no longer the file that it has ranges of.
+// stamp: of any other file, by which the asker sees that it is no longer the file that it has parts of.
 
 import { createHash } from "node:crypto";
 import type { Stats } from "node:fs";
@@ -14,12 +14,15 @@ import { open, readdir, readlink, stat } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 import * as v from "valibot";
 import { asCaravanError, CaravanError } from "../../errors.ts";
-import { type Channel, MAX_BYTES_FRAME } from "./channel.ts";
+import { endOf, type Strips, stripBytes } from "../strips.ts";
+import type { Channel } from "./channel.ts";
 import type { FileVerdicts } from "./file-verdicts.ts";
-import { type FileHash, FileHashSchema, FileStampSchema } from "./part-note.ts";
+import { type FileHash, FileHashSchema, FileStampSchema, StripsSchema } from "./part-note.ts";
+import { packStrips } from "./sparse-file.ts";
 
-/** Longest range of one request. */
-export const MOST_RANGE_BYTES = 16 * 1024 * 1024;
+/** Of one request. */
+export const MOST_WISH_BYTES = 16 * 1024 * 1024;
+export const MOST_WISH_STRIPS = 512;
 const IDLE_LIMIT_MS = 120_000;
 const MOST_FILES = 1024;
 /** While the holder reads a file, it says how far it is that often. */
@@ -31,7 +34,13 @@ const FILE_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.(?:json|safetensors|jinja|
 const size = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
 const fileName = v.pipe(v.string(), v.regex(FILE_NAME));
 const Ask = v.object({ model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)) });
-const Wish = v.union([v.object({ name: fileName, start: size, end: size }), v.object({ verify: fileName })]);
+const Wish = v.union([
+  v.object({
+    name: fileName,
+    strips: v.pipe(v.array(StripsSchema), v.minLength(1), v.maxLength(MOST_WISH_STRIPS)),
+  }),
+  v.object({ verify: fileName }),
+]);
 const Files = v.object({
   files: v.pipe(
     v.array(
@@ -76,7 +85,7 @@ export async function serveModelFiles(channel: Channel, options: HolderOptions):
       if (frame === undefined) return;
       const wish = v.parse(Wish, frame.kind === "json" ? frame.value : undefined);
       if ("verify" in wish) await verifyFile(channel, folder, files, wish.verify, options.verdicts);
-      else await sendRange(channel, folder, files, wish);
+      else await sendStrips(channel, folder, files, wish);
     }
   } catch (thrown) {
     if (channel.open) channel.send({ error: asCaravanError(thrown).toJSON() });
@@ -129,28 +138,25 @@ async function verifyFile(
   channel.send({ verified: name });
 }
 
-async function sendRange(
+async function sendStrips(
   channel: Channel,
   folder: string,
   files: readonly ModelFile[],
-  { name, start, end }: { name: string; start: number; end: number },
+  { name, strips }: { name: string; strips: Strips[] },
 ): Promise<void> {
   const file = files.find((each) => each.name === name);
-  if (file === undefined || start >= end || end > file.size || end - start > MOST_RANGE_BYTES)
-    throw new CaravanError("invalid_argument", `there are no bytes ${start} to ${end} to give`, {
-      where: name,
-    });
+  if (
+    file === undefined ||
+    strips.some((each) => endOf(each) > file.size) ||
+    stripBytes(strips) > MOST_WISH_BYTES
+  )
+    throw new CaravanError("invalid_argument", "there are no such bytes to give", { where: name });
   const handle = await open(join(folder, name));
   try {
     const hash = createHash("sha256");
-    for (let at = start; at < end; ) {
-      const piece = new Uint8Array(Math.min(MAX_BYTES_FRAME, end - at));
-      const { bytesRead } = await handle.read(piece, 0, piece.length, at);
-      if (bytesRead === 0) throw new CaravanError("bad_file", "the file has become shorter", { where: name });
-      const read = piece.subarray(0, bytesRead);
-      hash.update(read);
-      await channel.sendBytes(read);
-      at += bytesRead;
+    for await (const bytes of packStrips(handle, strips, name)) {
+      hash.update(bytes);
+      await channel.sendBytes(bytes);
     }
     if (file.stamp !== undefined && stampOf(await handle.stat()) !== file.stamp)
       throw new CaravanError("bad_file", "the file was changed while it was being given away", {
@@ -176,10 +182,10 @@ export class ModelSourceChannel {
     return new ModelSourceChannel(channel, files);
   }
 
-  /** Bytes [start, end) of a file, checked against the holder's hash. At most MOST_RANGE_BYTES. */
-  async read(name: string, start: number, end: number): Promise<Uint8Array> {
-    this.channel.send({ name, start, end });
-    const bytes = new Uint8Array(end - start);
+  /** These strips of a file, packed in their order, checked against the holder's hash. At most MOST_WISH_BYTES, MOST_WISH_STRIPS of them. */
+  async read(name: string, strips: readonly Strips[]): Promise<Uint8Array> {
+    this.channel.send({ name, strips });
+    const bytes = new Uint8Array(stripBytes(strips));
     let at = 0;
     for (;;) {
       const frame = await this.channel.read(IDLE_LIMIT_MS);

@@ -5,7 +5,8 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import * as v from "valibot";
 import { AtomicFile } from "../../model/atomic-file.ts";
-import { type ByteRange, totalBytes } from "../shard-ranges.ts";
+import { missingStrips, run, type Strips } from "../strips.ts";
+import { DISK_BLOCK_BYTES, isClose } from "./sparse-file.ts";
 
 /** What the hub states of a file's content: its sha256, or the id that git gives it (files outside LFS). Lower-case hex. */
 export interface FileHash {
@@ -14,18 +15,18 @@ export interface FileHash {
 }
 
 /**
- * How far a file's content was checked. "whole": all of it is here and has the stated hash. "source": the file that the ranges come
- * from has it, and each range came with a hash of its own. Missing: each range came with a hash of what the other node read.
+ * How far a file's content was checked. "whole": all of it is here and has the stated hash. "source": the file that the strips come
+ * from has it, and each piece of them came with a hash of its own. Missing: each piece came with a hash of what the other node read.
  */
 export type Checked = "whole" | "source";
 
 export interface PartFile {
   /** Of the whole file, bytes. */
   size: number;
-  /** What has arrived; sorted, without overlaps. */
-  ranges: ByteRange[];
+  /** What has arrived. */
+  held: Strips[];
   hash?: FileHash;
-  /** Of a file without a hash: what the holder's file looked like when these ranges came. */
+  /** Of a file without a hash: what the holder's file looked like when these bytes came. */
   stamp?: string;
   checked?: Checked;
 }
@@ -40,12 +41,18 @@ export interface PartNote {
 const NOTE_NAME = "part.json";
 
 const bytes = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
+const positive = v.pipe(bytes, v.minValue(1));
 /** Changes when a file is written or replaced; compared, never read. */
 export const FileStampSchema = v.pipe(v.string(), v.maxLength(100));
 export const FileHashSchema = v.variant("kind", [
   v.object({ kind: v.literal("sha256"), value: v.pipe(v.string(), v.regex(/^[0-9a-f]{64}$/)) }),
   v.object({ kind: v.literal("git"), value: v.pipe(v.string(), v.regex(/^[0-9a-f]{40}$/)) }),
 ]);
+/** Strips in the form that strips.ts keeps to. */
+export const StripsSchema = v.pipe(
+  v.strictTuple([bytes, positive, positive, positive]),
+  v.check(([, length, stride, rows]) => (rows === 1 ? stride === length : stride > length), "no strips"),
+);
 const NoteSchema = v.object({
   model: v.pipe(v.string(), v.minLength(1), v.maxLength(512)),
   idleHours: bytes,
@@ -53,7 +60,7 @@ const NoteSchema = v.object({
     v.string(),
     v.object({
       size: bytes,
-      ranges: v.array(v.strictTuple([bytes, bytes])),
+      held: v.array(StripsSchema),
       hash: v.exactOptional(FileHashSchema),
       stamp: v.exactOptional(FileStampSchema),
       checked: v.exactOptional(v.picklist(["whole", "source"])),
@@ -97,9 +104,17 @@ async function writeNote(folder: string, content: Uint8Array): Promise<void> {
 
 /** Bytes that the part takes on the disk, holes not counted. */
 export function partBytes({ files }: PartNote): number {
-  return Object.values(files).reduce((sum, { ranges }) => sum + totalBytes(ranges), 0);
+  return Object.values(files).reduce((sum, { held }) => sum + diskBytes(held), 0);
 }
 
-export function isWhole({ size, ranges }: PartFile): boolean {
-  return size === 0 || ranges.some(([start, end]) => start === 0 && end >= size);
+/** What strips take of a disk: all that lies between them where they are close (sparse-file.ts fills it), else a block more for each. */
+export function diskBytes(held: readonly Strips[]): number {
+  return held.reduce((sum, [, length, stride, rows]) => {
+    const between = isClose(stride - length) ? stride - length : DISK_BLOCK_BYTES;
+    return sum + length * rows + between * (rows - 1);
+  }, 0);
+}
+
+export function isWhole({ size, held }: PartFile): boolean {
+  return size === 0 || missingStrips([run(0, size)], held).length === 0;
 }

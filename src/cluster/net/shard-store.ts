@@ -1,5 +1,5 @@
-// Fetches the part of a model that a rank reads into caravan's own folder: files as long as the originals with holes where
-// nothing was needed, so that offsets and load plans are the same as on the node that has it all. What has arrived is written
+// Fetches the part of a model that a rank reads into caravan's own folder, and not a byte more: files as long as the originals with holes
+// where nothing was needed, so that offsets and load plans are the same as on the node that has it all. What has arrived is written
 // down (part-note.ts), so that an interrupted fetch goes on where it was, also after a restart.
 
 import { createHash } from "node:crypto";
@@ -14,13 +14,24 @@ import { openCheckpoint } from "../../model/safetensors.ts";
 import { MAX_HEADER_BYTES } from "../../model/safetensors-header.ts";
 import { makeFolder } from "../../paths.ts";
 import { type Share, shardPlan } from "../shard.ts";
-import { type ByteRange, mergeRanges, missingRanges, shardRanges, totalBytes } from "../shard-ranges.ts";
-import { MOST_RANGE_BYTES, type ModelFile, type ModelSourceChannel } from "./model-files.ts";
-import { isWhole, type PartFile, type PartNote, readPartNote, writePartNote } from "./part-note.ts";
+import { shardStrips } from "../shard-strips.ts";
+import { addStrips, cutStrips, missingStrips, run, type Strips, stripBytes } from "../strips.ts";
+import { MOST_WISH_BYTES, MOST_WISH_STRIPS, type ModelFile, type ModelSourceChannel } from "./model-files.ts";
+import {
+  diskBytes,
+  isWhole,
+  type PartFile,
+  type PartNote,
+  readPartNote,
+  writePartNote,
+} from "./part-note.ts";
+import { writeStrips } from "./sparse-file.ts";
 
 const WEIGHTS = /\.safetensors$/;
 /** What has arrived is noted each time so much more has: as much comes again after a power cut. */
 const NOTE_BYTES = 64 * 1024 * 1024;
+/** A safetensors file begins with its header's length. */
+const LENGTH_BYTES = 8;
 /** Room that stays free on the disk. */
 export const SPARE_BYTES = 1e9;
 /** Largest file that is no weights. */
@@ -55,14 +66,14 @@ export async function fetchShard(folder: string, options: FetchOptions): Promise
 }
 
 /** Bytes of each file that a rank reads, for a folder whose headers and small files are there. */
-async function rangesOf(
+async function stripsOfRank(
   folder: string,
   shares: readonly Share[],
   rank: number,
-): Promise<Map<string, ByteRange[]>> {
+): Promise<Map<string, Strips[]>> {
   const plan = makeLoadPlan(readModelConfig(folder), await openCheckpoint(folder));
   return new Map(
-    [...shardRanges(shardPlan(plan, shares, rank))].map(([path, ranges]) => [basename(path), ranges]),
+    [...shardStrips(shardPlan(plan, shares, rank))].map(([path, strips]) => [basename(path), strips]),
   );
 }
 
@@ -73,9 +84,9 @@ export async function hasShard(folder: string, shares: readonly Share[], rank: n
   for (const [name, file] of Object.entries(note.files))
     if (!WEIGHTS.test(name) && !isWhole(file)) return false;
   try {
-    const wanted = await rangesOf(folder, shares, rank);
+    const wanted = await stripsOfRank(folder, shares, rank);
     return [...wanted].every(
-      ([name, ranges]) => missingRanges(ranges, note.files[name]?.ranges ?? []).length === 0,
+      ([name, strips]) => missingStrips(strips, note.files[name]?.held ?? []).length === 0,
     );
   } catch (thrown) {
     if (asCaravanError(thrown).code === "internal_error") throw thrown;
@@ -111,17 +122,17 @@ class ShardFetch {
     this.#note = reconciled(readPartNote(this.#folder), model, source.files);
     // A folder says what it is before anything else is in it.
     await this.#save();
-    await this.#fetch(await this.#smallParts(), () => undefined);
-    const wanted = await rangesOf(this.#folder, shares, rank);
-    const all = bytesOf(wanted);
-    const missing = bytesOf(this.#missing(wanted));
-    await this.#checkRoom(missing);
+    await this.#fetchSmallParts();
+    const wanted = await stripsOfRank(this.#folder, shares, rank);
+    const all = bytesOf(wanted, stripBytes);
+    const lacking = this.#missing(wanted);
+    await this.#checkRoom(bytesOf(lacking, diskBytes));
     // Of files that the rank reads nothing of but the header, nobody needs to know more.
     const toCheck = source.files.filter(
       ({ name, hash }) => hash !== undefined && (wanted.has(name) || !WEIGHTS.test(name)),
     );
     const work = all + toCheck.reduce((sum, { size }) => sum + size, 0);
-    let done = all - missing;
+    let done = all - bytesOf(lacking, stripBytes);
     const onBytes = (more: number) => {
       done += more;
       this.#options.onProgress(work === 0 ? 1 : Math.min(1, done / work));
@@ -156,48 +167,59 @@ class ShardFetch {
   }
 
   /** Everything but weights whole, and the headers of those: then the plan says what else. */
-  async #smallParts(): Promise<Map<string, ByteRange[]>> {
-    const small = new Map<string, ByteRange[]>();
+  async #fetchSmallParts(): Promise<void> {
+    const small = new Map<string, Strips[]>();
+    const lengths = new Map<string, Strips[]>();
     for (const { name, size } of this.#options.source.files) {
-      if (WEIGHTS.test(name)) small.set(name, [[0, await this.#headerBytes(name, size)]]);
-      else if (size > MOST_SMALL_BYTES)
+      if (WEIGHTS.test(name)) {
+        if (size < LENGTH_BYTES)
+          throw new CaravanError("bad_file", "is too short for a safetensors file", { where: name });
+        lengths.set(name, [run(0, LENGTH_BYTES)]);
+      } else if (size > MOST_SMALL_BYTES)
         throw new CaravanError("download_failed", `${name} is too large for what it is`);
-      else small.set(name, size > 0 ? [[0, size]] : []);
+      else if (size > 0) small.set(name, [run(0, size)]);
     }
-    return small;
+    const ignore = () => undefined;
+    await this.#fetch(lengths, ignore);
+    for (const name of lengths.keys()) small.set(name, [run(0, await this.#headerBytes(name))]);
+    await this.#fetch(small, ignore);
   }
 
-  #missing(wanted: ReadonlyMap<string, ByteRange[]>): Map<string, ByteRange[]> {
-    return new Map([...wanted].map(([name, ranges]) => [name, missingRanges(ranges, this.#of(name).ranges)]));
+  #missing(wanted: ReadonlyMap<string, Strips[]>): Map<string, Strips[]> {
+    return new Map([...wanted].map(([name, strips]) => [name, missingStrips(strips, this.#of(name).held)]));
   }
 
-  /** Length of a safetensors file's header, its 8 bytes included. */
-  async #headerBytes(name: string, size: number): Promise<number> {
-    if (size < 8) throw new CaravanError("bad_file", "is too short for a safetensors file", { where: name });
-    const prefix = await this.#options.source.read(name, 0, 8);
-    const length = Number(new DataView(prefix.buffer, prefix.byteOffset, 8).getBigUint64(0, true));
-    if (length > MAX_HEADER_BYTES || 8 + length > size)
+  /** Length of a safetensors file's header, its first 8 bytes, which are here, included. */
+  async #headerBytes(name: string): Promise<number> {
+    const { size } = this.#of(name);
+    const handle = await this.#open(name, size);
+    const prefix = new Uint8Array(LENGTH_BYTES);
+    await handle.read(prefix, 0, LENGTH_BYTES, 0);
+    const length = Number(new DataView(prefix.buffer).getBigUint64(0, true));
+    if (length > MAX_HEADER_BYTES || LENGTH_BYTES + length > size) {
+      this.#of(name).held = [];
       throw new CaravanError("bad_file", "has a header that does not fit", { where: name });
-    return 8 + length;
+    }
+    return LENGTH_BYTES + length;
   }
 
-  async #fetch(wanted: ReadonlyMap<string, ByteRange[]>, onBytes: (more: number) => void): Promise<void> {
+  async #fetch(wanted: ReadonlyMap<string, Strips[]>, onBytes: (more: number) => void): Promise<void> {
     const { source, signal } = this.#options;
-    for (const [name, ranges] of this.#missing(wanted)) {
+    for (const [name, strips] of this.#missing(wanted)) {
       const file = this.#of(name);
       const handle = await this.#open(name, file.size);
-      for (const [first, end] of ranges)
-        for (let start = first; start < end; start += MOST_RANGE_BYTES) {
-          signal.throwIfAborted();
-          const stop = Math.min(end, start + MOST_RANGE_BYTES);
-          const bytes = await source.read(name, start, stop);
-          await writeAll(handle, bytes, start, join(this.#folder, name));
-          file.ranges = mergeRanges([...file.ranges, [start, stop]]);
-          delete file.checked;
-          onBytes(bytes.length);
-          this.#sinceNote += bytes.length;
-          if (this.#sinceNote >= NOTE_BYTES) await this.#save();
-        }
+      const limits = { mostBytes: MOST_WISH_BYTES, mostStrips: MOST_WISH_STRIPS };
+      for (const wish of cutStrips(strips, limits)) {
+        signal.throwIfAborted();
+        const bytes = await source.read(name, wish);
+        await writeStrips(handle, bytes, wish, join(this.#folder, name));
+        file.held = addStrips(file.held, wish);
+        if (isWhole(file)) file.held = file.size > 0 ? [run(0, file.size)] : [];
+        delete file.checked;
+        onBytes(bytes.length);
+        this.#sinceNote += bytes.length;
+        if (this.#sinceNote >= NOTE_BYTES) await this.#save();
+      }
     }
   }
 
@@ -232,7 +254,7 @@ class ShardFetch {
       }
     } catch (thrown) {
       // Nobody knows which of its bytes are wrong.
-      if (asCaravanError(thrown).code === "bad_file") file.ranges = [];
+      if (asCaravanError(thrown).code === "bad_file") file.held = [];
       throw thrown;
     }
     upTo(size);
@@ -289,36 +311,25 @@ class ShardFetch {
   }
 }
 
-/** A disk that fills up takes a piece without an error first. */
-async function writeAll(handle: FileHandle, bytes: Uint8Array, at: number, path: string): Promise<void> {
-  try {
-    for (let done = 0; done < bytes.length; ) {
-      const { bytesWritten } = await handle.write(bytes, done, bytes.length - done, at + done);
-      if (bytesWritten === 0)
-        throw new CaravanError("disk_full", "nothing more can be written", { where: path });
-      done += bytesWritten;
-    }
-  } catch (cause) {
-    throw writeError(path, cause);
-  }
-}
-
 /** The note for the files as the other node has them now: what it says of other contents counts for nothing. */
 function reconciled(note: PartNote | undefined, model: string, files: readonly ModelFile[]): PartNote {
   const fresh: PartNote = { model, idleHours: 0, files: {} };
   for (const { name, size, hash, stamp } of files) {
     const known = note?.files[name];
-    // Files of other weights have the same names and sizes. Ranges without a hash are of no file that has one: the check at the
+    // Files of other weights have the same names and sizes. Bytes without a hash are of no file that has one: the check at the
     // holder would say nothing of them.
     const same = known?.size === size && known.hash?.value === hash?.value && known.stamp === stamp;
     const stated = { ...(hash === undefined ? {} : { hash }), ...(stamp === undefined ? {} : { stamp }) };
-    fresh.files[name] = same ? known : { size, ranges: [], ...stated };
+    fresh.files[name] = same ? known : { size, held: [], ...stated };
   }
   return fresh;
 }
 
-function bytesOf(parts: ReadonlyMap<string, readonly ByteRange[]>): number {
-  return [...parts.values()].reduce((sum, ranges) => sum + totalBytes(ranges), 0);
+function bytesOf(
+  parts: ReadonlyMap<string, readonly Strips[]>,
+  count: (strips: readonly Strips[]) => number,
+): number {
+  return [...parts.values()].reduce((sum, strips) => sum + count(strips), 0);
 }
 
 function gigabytes(bytes: number): string {
