@@ -1,6 +1,7 @@
 // A rank process of tests that computes nothing: it speaks the protocol of rank-protocol.ts and misbehaves where its argument
 // says so. `bun fake-rank.ts BEHAVIOUR`.
 
+import { writeFileSync } from "node:fs";
 import { LineSplitter } from "../../src/engine/line-splitter.ts";
 
 const behaviour = process.argv[2] ?? "";
@@ -30,6 +31,8 @@ function obey(command: { type: string; addresses?: string[]; load?: { modelDir: 
       if (behaviour === "leave") process.exit(0);
       return;
     case "shutdown":
+      // Tells that it went by itself, and was not killed.
+      if (behaviour.startsWith("tell ")) writeFileSync(behaviour.slice(5), "told to leave");
       if (behaviour !== "deaf") process.exit(0);
   }
 }

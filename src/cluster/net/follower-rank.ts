@@ -17,10 +17,15 @@ import {
   START_LIMIT_MS,
 } from "./rank-order.ts";
 
+/** What a rank needs of the connection to its owner. */
+export type OwnerChannel = Pick<Channel, "send" | "read" | "readJson" | "finish" | "open"> & {
+  socket: Pick<Channel["socket"], "localAddress">;
+};
+
 export interface FollowerOptions {
   ask: RankAsk;
   /** Opens a connection of purpose "rank" to the owner. */
-  open: (signal: AbortSignal) => Promise<Channel>;
+  open: (signal: AbortSignal) => Promise<OwnerChannel>;
   /** Has the rank's part of the model on this node, fetched if need be; its folder. Rejects with model_not_found and others. */
   prepare: (signal: AbortSignal) => Promise<string>;
   /** What this machine computes with. */
@@ -38,6 +43,8 @@ export interface FollowerOptions {
 /** How often the owner hears of the rank's memory, and by how much it must have grown for that. */
 const MEMORY_INTERVAL_MS = 2000;
 const MEMORY_STEP_BYTES = 1 << 20;
+/** For a process that is told to go: it takes its queue pairs down, which a killed one leaves to the kernel. One that hangs is killed. */
+const LEAVE_LIMIT_MS = 1000;
 
 type Begin = Extract<OwnerFrame, { type: "begin" }>;
 
@@ -62,7 +69,7 @@ export class FollowerRank implements RunningRank {
 
   async #live(): Promise<void> {
     const { reports, log } = this.#options;
-    let channel: Channel | undefined;
+    let channel: OwnerChannel | undefined;
     let failure: CaravanError | undefined;
     try {
       // Files first: they may take an hour, and the owner waits for the process only half a minute.
@@ -75,9 +82,8 @@ export class FollowerRank implements RunningRank {
     }
     if (this.#stop.signal.aborted) failure = undefined;
     clearInterval(this.#memoryTimer);
-    this.#process?.kill();
     // Its memory is free when it is gone, not before.
-    await this.#process?.ended;
+    await this.#process?.close();
     if (failure !== undefined) {
       log.warn("rank ended", { rank: this.#options.ask.rank, reason: failure.message });
       if (channel !== undefined) say(channel, { type: "ended", error: failure.toJSON() });
@@ -87,7 +93,7 @@ export class FollowerRank implements RunningRank {
   }
 
   /** Resolves when the rank is let go, rejects when it fails. */
-  async #run(channel: Channel, modelDir: string): Promise<void> {
+  async #run(channel: OwnerChannel, modelDir: string): Promise<void> {
     const { ask, reports, log, bytes, command } = this.#options;
     channel.send(ask);
     const begin = await this.#begin(channel);
@@ -95,6 +101,7 @@ export class FollowerRank implements RunningRank {
     const rank = new RankProcess({
       group: { ...begin.group, rank: ask.rank, host: groupHost(channel.socket), ...rdma },
       ...(command === undefined ? {} : { command }),
+      closeLimitMs: LEAVE_LIMIT_MS,
       onLog: (text) => log.debug(text.trimEnd()),
       onLoading: (done) => reports.loading(Math.min(1, done / Math.max(1, bytes))),
     });
@@ -108,7 +115,7 @@ export class FollowerRank implements RunningRank {
     await Promise.race([failed, stopped, this.#follow(channel, rank, begin, modelDir)]);
   }
 
-  async #begin(channel: Channel): Promise<Begin> {
+  async #begin(channel: OwnerChannel): Promise<Begin> {
     const frame = v.parse(OwnerFrameSchema, await channel.readJson(START_LIMIT_MS));
     if (frame.type === "begin") return frame;
     if (frame.type === "refused") throw CaravanError.fromJSON(frame.error);
@@ -116,7 +123,7 @@ export class FollowerRank implements RunningRank {
   }
 
   /** Until the owner has no more use for the rank. */
-  async #follow(channel: Channel, rank: RankProcess, begin: Begin, modelDir: string): Promise<void> {
+  async #follow(channel: OwnerChannel, rank: RankProcess, begin: Begin, modelDir: string): Promise<void> {
     const address = await rank.address;
     say(channel, { type: "address", address: Buffer.from(address).toString("base64") });
     for (;;) {
@@ -134,7 +141,7 @@ export class FollowerRank implements RunningRank {
   }
 
   async #connectAndLoad(
-    channel: Channel,
+    channel: OwnerChannel,
     rank: RankProcess,
     addresses: readonly Uint8Array[],
     timeoutMs: number,
@@ -150,7 +157,7 @@ export class FollowerRank implements RunningRank {
   }
 
   /** At once, and again whenever it has grown. */
-  async #tellMemory(channel: Channel, rank: RankProcess): Promise<void> {
+  async #tellMemory(channel: OwnerChannel, rank: RankProcess): Promise<void> {
     let told = 0;
     let asking = false;
     const tell = async (): Promise<void> => {
@@ -173,6 +180,6 @@ export class FollowerRank implements RunningRank {
   }
 }
 
-function say(channel: Channel, frame: RankFrame): void {
+function say(channel: OwnerChannel, frame: RankFrame): void {
   if (channel.open) channel.send(frame);
 }
