@@ -38,6 +38,39 @@ static size_t best_of(const float *x, const uint32_t *mask, size_t vocab, bool *
     return best;
 }
 
+/* The same where every token may be drawn: lanes that do not wait for each other, and then the first one in the best block. */
+static size_t best_of_all(const float *x, size_t vocab, bool *broken) {
+    enum { LANES = 32, BLOCK = 32 * LANES };
+    size_t at = 0, found = 0;
+    float best = x[0];
+    for (; vocab - at >= BLOCK; at += BLOCK) {
+        float most[LANES];
+        uint32_t odd[LANES] = {0};
+        memcpy(most, x + at, sizeof most);
+        for (size_t i = at; i < at + BLOCK; i += LANES)
+            for (size_t l = 0; l < LANES; l++) {
+                most[l] = x[i + l] > most[l] ? x[i + l] : most[l];
+                odd[l] |= x[i + l] != x[i + l];
+            }
+        float largest = most[0];
+        for (size_t l = 0; l < LANES; l++) {
+            if (most[l] > largest) largest = most[l];
+            *broken |= odd[l] != 0;
+        }
+        if (largest > best) {
+            best = largest;
+            found = at;
+        }
+    }
+    while (found < at && x[found] != best) found++;
+    if (found == at) found = 0; /* no block, or a first logit that is not a number */
+    for (; at < vocab; at++) {
+        if (x[at] > x[found]) found = at;
+        *broken |= x[at] != x[at];
+    }
+    return found;
+}
+
 static void add_candidate(cv_candidates *c, size_t i, float d) {
     if (!(d > CV_LEAST_EXPONENT)) return;
     c->id[c->n] = (uint32_t)i;
@@ -73,11 +106,7 @@ uint32_t cv_sample(const void *base, const cv_step_row *r, const uint32_t *mask,
         x = s->logits;
     }
     if (!looks) mask = NULL;
-    size_t best = mask ? best_of(x, mask, vocab, &broken) : 0;
-    for (size_t i = 0; !mask && i < vocab; i++) {
-        if (x[i] > x[best]) best = i;
-        broken |= x[i] != x[i];
-    }
+    size_t best = mask ? best_of(x, mask, vocab, &broken) : best_of_all(x, vocab, &broken);
     if (broken) return CV_ROW_NOT_A_NUMBER;
     if (best == vocab || !isfinite(x[best])) return CV_ROW_NO_CHOICE;
     /* The inverse of a denormal temperature is infinite, and 0 * infinity no weight: such a temperature is greedy. */
