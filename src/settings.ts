@@ -131,12 +131,13 @@ const LISTS: readonly string[] = [
   "allowed_hosts",
   "peers",
 ] satisfies SettingName[];
-/** Variables that others read: paths.ts, CARAVAN_CONFIG below, and local-ranks.ts for tests. */
+/** Variables that others read: paths.ts, CARAVAN_CONFIG below, the C library (CARAVAN_CPU), and local-ranks.ts for tests. */
 const OTHER_VARIABLES = new Set([
   "CARAVAN_CONFIG",
   "CARAVAN_DATA_DIR",
   "CARAVAN_CONFIG_DIR",
   "CARAVAN_CACHE_DIR",
+  "CARAVAN_CPU",
   "CARAVAN_RDMA_QUEUE_PAIRS",
 ]);
 

@@ -362,9 +362,12 @@ CV_API uint32_t cv_abi(void);
 /* Writes "record.field=offset,size" lines for every record above into out; returns the bytes needed. */
 CV_API size_t cv_layout(char *out, size_t out_size);
 
-/* Name of a kernel set, and the best set of this machine. */
+/* Name of a kernel set, and the best set of this machine. CARAVAN_CPU in the environment names the highest set that is used. */
 CV_API uint32_t cv_cpu_best(void);
 CV_API const char *cv_cpu_name(uint32_t level);
+
+/* Why a set that this processor has is not used, as half a sentence; empty where there is none. */
+CV_API const char *cv_cpu_note(void);
 
 /* What this machine can do at most, for bench. They block for about a second and disturb everything else that computes.
  * Bandwidth: reading a buffer of `bytes` (1 MiB to 512 GiB, allocated) with n_threads. int8: multiply-adds of a kernel set's

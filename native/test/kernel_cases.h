@@ -76,7 +76,7 @@ static void fill(context *c, float *x, size_t n, int kind) {
 }
 
 /* rows x cols numbers with rows padded by zeros to ld. */
-static float *take_rows(context *c, size_t rows, size_t cols, size_t ld, int kind) {
+static inline float *take_rows(context *c, size_t rows, size_t cols, size_t ld, int kind) {
     float *x = take_floats(rows * ld);
     for (size_t r = 0; r < rows; r++) {
         fill(c, x + r * ld, cols, kind);

@@ -4,13 +4,13 @@
 
 #include "../backend/cpu/kernels.h"
 
-enum { CV_TEST_MAX_SETS = 3 };
+enum { CV_TEST_MAX_SETS = 4 };
 
 /* Fills sets with those that can run here, lowest first; returns how many. */
 static inline size_t cv_test_sets(const cv_cpu_kernels *sets[CV_TEST_MAX_SETS]) {
     size_t n = 0;
 #if defined(__x86_64__)
-    const cv_cpu_kernels *all[] = {cv_kernels_avx2(), cv_kernels_avx512(), cv_kernels_avx512_vnni()};
+    const cv_cpu_kernels *all[] = {cv_kernels_avx2(), cv_kernels_avx512(), cv_kernels_avx512_vnni(), cv_kernels_amx()};
 #elif defined(__aarch64__)
     const cv_cpu_kernels *all[] = {cv_kernels_neon(), cv_kernels_neon_dot(), cv_kernels_neon_i8mm()};
 #else

@@ -29,7 +29,11 @@ ${memory(report)}
 function heading({ threads, load_s, machine, device }: BenchReport): string {
   const parts = [`${threads} threads on ${device}`, `loaded in ${load_s} s`];
   if (machine !== undefined) {
-    parts.push(`kernels ${machine.kernels}`, `reads ${(machine.read_bandwidth / 1e9).toFixed(1)} GB/s`);
+    const note = machine.kernels_note === undefined ? "" : ` (${machine.kernels_note})`;
+    parts.push(
+      `kernels ${machine.kernels}${note}`,
+      `reads ${(machine.read_bandwidth / 1e9).toFixed(1)} GB/s`,
+    );
     if (machine.int8_multiply_adds !== undefined)
       parts.push(`${(machine.int8_multiply_adds / 1e9).toFixed(0)} G int8 multiply-adds/s`);
   }

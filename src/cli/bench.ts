@@ -34,7 +34,7 @@ function show(report: BenchReport): string {
   if (machine !== undefined) {
     const int8 = machine.int8_multiply_adds;
     lines.push(
-      `ceilings: reads ${(machine.read_bandwidth / 1e9).toFixed(1)} GB/s${int8 === undefined ? "" : `, ${(int8 / 1e9).toFixed(0)} G int8 multiply-adds/s with ${machine.kernels}`}; % = share of what they allow for the weights`,
+      `ceilings: reads ${(machine.read_bandwidth / 1e9).toFixed(1)} GB/s${int8 === undefined ? "" : `, ${(int8 / 1e9).toFixed(0)} G int8 multiply-adds/s with ${machine.kernels}`}${machine.kernels_note === undefined ? "" : ` (${machine.kernels_note})`}; % = share of what they allow for the weights`,
     );
   }
   lines.push(
@@ -130,7 +130,10 @@ export const bench: Command = {
     streams: { value: "N,…", help: "requests at once (default 1,8)" },
     threads: { value: "T", help: "compute threads (default: the machine's)" },
     repeat: { value: "R", help: "trials of each setting after a warm-up (default 3)" },
-    cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
+    cpu: {
+      value: "SET",
+      help: "kernel set: scalar, avx2, avx512-vnni, amx-int8, neon, … (default: the best)",
+    },
     scheduling: { value: "MODE", help: "sequential or batched (default: by the model's cache)" },
     device: { value: "DEVICE", help: "auto, cpu or metal (default auto)" },
     ...RANK_OPTIONS,

@@ -49,11 +49,11 @@ function runChecks(): Check[] {
       detail: `${VERSION}, Bun ${Bun.version}, ${platform()} ${arch()} ${release()}`,
     })),
     attempt("processor", () => {
-      const { name } = bestCpu();
+      const { name, note } = bestCpu();
       return {
         ok: name !== "scalar",
         fix: "There are no fast kernels for this processor: it works, slowly. x86-64 needs AVX2, ARM needs ARMv8.",
-        detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${name}`,
+        detail: `${cpus()[0]?.model.trim() ?? "unknown"}, ${cpus().length} threads, kernels ${name}${note === undefined ? "" : ` (${note})`}`,
       };
     }),
     attempt("clock", () => ownClockCheck(Date.now(), statSync(process.execPath).mtimeMs)),

@@ -27,7 +27,10 @@ export const logits: Command = {
     compute: { value: "exact|fast", help: "float32, or what serving uses (default fast)" },
     device: { value: "DEVICE", help: "auto, cpu or metal (default cpu)" },
     threads: { value: "T", help: "compute threads (default: the machine's)" },
-    cpu: { value: "SET", help: "kernel set: scalar, avx2, avx512, avx512-vnni, neon, … (default: the best)" },
+    cpu: {
+      value: "SET",
+      help: "kernel set: scalar, avx2, avx512-vnni, amx-int8, neon, … (default: the best)",
+    },
     "kv-bits": { value: "8|16", help: "bits of the cache (default: float32 if exact, else 16)" },
     ...RANK_OPTIONS,
   },

@@ -8,7 +8,7 @@ import { type PlacementNode, planPlacements } from "../cluster/placement.ts";
 import { type PlanReport, planReport, planText } from "../cluster/plan-report.ts";
 import { ASSUMED_SPEED } from "../cluster/predict.ts";
 import type { Link, PlacementRequest } from "../cluster/types.ts";
-import { measureBandwidth, measureInt8 } from "../engine/binding.ts";
+import { measureBandwidth, measureVectorInt8 } from "../engine/binding.ts";
 import { CaravanError } from "../errors.ts";
 import { readModelConfig } from "../model/config.ts";
 import { readHubModel } from "../model/download/hub-headers.ts";
@@ -40,7 +40,7 @@ function thisMachine(plan: LoadPlan, threads: number): PlacementNode {
     device: "cpu",
     memory: { total, available },
     bandwidth: measureBandwidth(Math.min(bytes, available / 4), threads),
-    speed: { ...ASSUMED_SPEED.cpu, multiplyAdds: PROMPT_SHARE * (measureInt8(threads) ?? 0) },
+    speed: { ...ASSUMED_SPEED.cpu, multiplyAdds: PROMPT_SHARE * (measureVectorInt8(threads) ?? 0) },
   };
 }
 

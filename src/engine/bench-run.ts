@@ -12,7 +12,7 @@ import { measurePrefix, type PrefixResult } from "./bench-prefix.ts";
 import { type RanksResult, RankWatch } from "./bench-ranks.ts";
 import { quantile, round, type Spread, spread } from "./bench-statistics.ts";
 import { HEAD_START, runTrial, type Trial } from "./bench-trial.ts";
-import { measureBandwidth, measureInt8 } from "./binding.ts";
+import { bestCpu, cpuLevel, measureBandwidth, measureInt8 } from "./binding.ts";
 import { type LoadedEngine, loadModel } from "./load-model.ts";
 import type { RankOptions } from "./load-options.ts";
 import type { DeviceChoice } from "./metal-device.ts";
@@ -89,6 +89,8 @@ export interface MachineCeiling {
   /** Name of the processor and of the kernel set. */
   processor: string;
   kernels: string;
+  /** Why a better kernel set that the processor has is not used. */
+  kernels_note?: string;
   /** Bytes a second over a buffer as large as the model (at most 4 GB), with the run's threads. */
   read_bandwidth: number;
   /** int8 multiply-adds a second; absent where the kernel set has no such instruction. */
@@ -242,12 +244,12 @@ interface Ceilings {
 }
 
 /** With the engine loaded but idle. */
-function measureCeilings({ memory, threads: each, ranks }: LoadedEngine): Ceilings {
+function measureCeilings({ memory, threads: each, ranks, cpu }: LoadedEngine): Ceilings {
   const threads = each * (ranks === undefined ? 1 : ranks.grid.tensor * ranks.grid.pipeline);
   const size = memory.weights_mapped + memory.weights_copied;
   return {
     bandwidth: measureBandwidth(Math.min(Math.max(size, SMALLEST_BUFFER), LARGEST_BUFFER), threads),
-    int8: measureInt8(threads),
+    int8: measureInt8(threads, cpuLevel(cpu)),
   };
 }
 
@@ -262,9 +264,11 @@ function machineOf(
   const int8 =
     before.int8 === undefined || after.int8 === undefined ? undefined : Math.max(before.int8, after.int8);
   const promptWork = multiplyAddsOfPromptToken(model.plan);
+  const { note } = bestCpu();
   return {
     processor: cpus()[0]?.model.trim() ?? "unknown processor",
     kernels: model.cpu,
+    ...(note === undefined ? {} : { kernels_note: note }),
     read_bandwidth: Math.round(bandwidth),
     ...(int8 === undefined ? {} : { int8_multiply_adds: Math.round(int8) }),
     limits: results.map(({ streams }) => ({

@@ -57,6 +57,7 @@ const FUNCTIONS = {
   cv_layout: { args: [ptr, usize], returns: FFIType.u64_fast },
   cv_cpu_best: { args: [], returns: u32 },
   cv_cpu_name: { args: [u32], returns: cstring },
+  cv_cpu_note: { args: [], returns: cstring },
   cv_metal_info: { args: [ptr, usize, ptr, usize], returns: i32 },
   cv_metal_selftest: { args: [u32, u32, ptr, usize, ptr, usize], returns: i32 },
   cv_metal_speed: { args: [u32, u64, ptr, usize, ptr, usize], returns: i32 },
@@ -133,9 +134,26 @@ function library(): Symbols {
             hint: "build both again with `make`",
           },
         );
+      checkCpuLimit(symbols);
       return symbols;
     });
   return loaded;
+}
+
+/** CV_CPU_* of caravan.h. */
+const AVX512_VNNI = 4;
+const AMX = 5;
+const CPU_LEVELS: readonly number[] = [1, 2, 3, AVX512_VNNI, AMX, 16, 17, 18];
+
+/** The C library takes CARAVAN_CPU as the highest kernel set; a name that it does not know would limit nothing. */
+function checkCpuLimit({ cv_cpu_name }: Symbols): void {
+  const name = process.env.CARAVAN_CPU ?? "";
+  const names = CPU_LEVELS.map((level) => String(cv_cpu_name(level)));
+  if (name === "" || names.includes(name)) return;
+  throw new CaravanError("invalid_argument", `there is no kernel set "${name}"`, {
+    where: "CARAVAN_CPU",
+    hint: `the sets are ${names.join(", ")}`,
+  });
 }
 
 /** cv_group_* for group.ts. */
@@ -161,14 +179,24 @@ export function nativeLayout(): string {
   return text(bytes);
 }
 
-/** The best CPU kernel set of this machine: number and name. */
-export function bestCpu(): { level: number; name: string } {
+/** The best CPU kernel set of this machine: number and name, and why a better one that the processor has is not used. */
+export function bestCpu(): { level: number; name: string; note?: string } {
   const level = library().cv_cpu_best();
-  return { level, name: cpuName(level) };
+  const note = String(library().cv_cpu_note());
+  return { level, name: cpuName(level), ...(note === "" ? {} : { note }) };
 }
 
 export function cpuName(level: number): string {
   return String(library().cv_cpu_name(level));
+}
+
+/** Names of all kernel sets of all processors. */
+export function cpuNames(): string[] {
+  return CPU_LEVELS.map(cpuName);
+}
+
+export function cpuLevel(name: string): number | undefined {
+  return CPU_LEVELS.find((level) => cpuName(level) === name);
 }
 
 /** Lines "key=value" about the GPU (cv_metal_info). Throws with the reason where there is no Metal device. */
@@ -234,11 +262,16 @@ export function measureBandwidth(bytes: number, threads: number): number {
   return out[0] ?? 0;
 }
 
-/** int8 multiply-adds a second of the machine's best kernel set; undefined where it has no int8 instruction of its own.
- * Blocks for a moment. */
-export function measureInt8(threads: number): number | undefined {
+/** int8 multiply-adds a second of a kernel set, the machine's best unless `level` says which; undefined where it has no int8
+ * instruction of its own. Blocks for a moment. */
+export function measureInt8(threads: number, level = 0): number | undefined {
   const out = new Float64Array(1);
-  return library().cv_measure_int8(0, threads, out) === 0 ? out[0] : undefined;
+  return library().cv_measure_int8(level, threads, out) === 0 ? out[0] : undefined;
+}
+
+/** The same without AMX: what predictions of prompts scale from. What of its tiles' peak, sixteen times as high, a prompt gets was not measured. */
+export function measureVectorInt8(threads: number): number | undefined {
+  return measureInt8(threads, library().cv_cpu_best() === AMX ? AVX512_VNNI : 0);
 }
 
 /** An open engine. Not to be used after `close`. */

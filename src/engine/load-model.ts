@@ -15,7 +15,7 @@ import type { CacheGeometry } from "../scheduler/pages.ts";
 import type { BackendCapabilities, CacheKind } from "../scheduler/policy.ts";
 import { PROMPT_LOGITS_A_STEP } from "../scheduler/scheduler.ts";
 import type { StepLimits } from "../scheduler/step.ts";
-import { bestCpu, cpuName, type GroupPointer, performanceCores } from "./binding.ts";
+import { bestCpu, cpuLevel, cpuName, cpuNames, type GroupPointer, performanceCores } from "./binding.ts";
 import { engineSizes, STEP_TOKENS } from "./instance-sizes.ts";
 import type { LoadOptions } from "./load-options.ts";
 import { LocalRanks } from "./local-ranks.ts";
@@ -31,8 +31,6 @@ import { NativeStepEngine } from "./step-engine.ts";
 const MOST_THREADS = 256;
 /** Share of the progress that reading config and headers stands for. */
 const HEADERS_SHARE = 0.05;
-/** CV_CPU_* of caravan.h. */
-const CPU_LEVELS = [1, 2, 3, 4, 5, 16, 17, 18];
 /** The graph has one batched attention kernel that reads both kinds of pages. */
 const BACKENDS: Record<Device, BackendCapabilities> = {
   cpu: { name: "cpu", batchedKinds: ["full", "chunked", "quantized"] },
@@ -261,10 +259,10 @@ function kvTypeOf(config: ModelConfig, compute: "fast" | "exact", bfloat: boolea
 }
 
 function cpuLevelOf(name: string): number {
-  const level = CPU_LEVELS.find((each) => cpuName(each) === name);
+  const level = cpuLevel(name);
   if (level !== undefined) return level;
   throw new CaravanError("invalid_argument", `there is no kernel set "${name}"`, {
     param: "cpu",
-    hint: `the sets are ${CPU_LEVELS.map(cpuName).join(", ")}`,
+    hint: `the sets are ${cpuNames().join(", ")}`,
   });
 }

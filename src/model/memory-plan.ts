@@ -53,7 +53,7 @@ const QUERIES = 64;
 const KEY_BLOCK = 256;
 const SPLIT_PARTS = 512;
 /** What a kernel keeps of a block of rows beside what grows with the columns. */
-const KERNEL_BYTES = 1 << 13;
+const KERNEL_BYTES = 1 << 15;
 /** Tables whose size hardly depends on the model. */
 const FIXED_BYTES = 1 << 17;
 

@@ -7,7 +7,7 @@ import type { ModelDirectory } from "../api/model-directory.ts";
 import { clusterFolder } from "../cluster/net/identity.ts";
 import { ASSUMED_SPEED } from "../cluster/predict.ts";
 import type { ModelPresence, NodeSpeed } from "../cluster/types.ts";
-import { measureBandwidth, measureInt8, performanceCores } from "../engine/binding.ts";
+import { measureBandwidth, measureVectorInt8, performanceCores } from "../engine/binding.ts";
 import type { Logger } from "../log.ts";
 import { availableMemory } from "../model/machine-memory.ts";
 import { type ModelStore, resolveModel, scanStore } from "../model/store.ts";
@@ -63,7 +63,7 @@ export function makeCluster({ settings, run, store, local, log }: StartClusterOp
       figures: () => {
         figures ??= {
           bandwidth: measureBandwidth(Math.min(READ_BYTES, availableMemory().available / 4), threads),
-          speed: { ...ASSUMED_SPEED.cpu, multiplyAdds: PROMPT_SHARE * (measureInt8(threads) ?? 0) },
+          speed: { ...ASSUMED_SPEED.cpu, multiplyAdds: PROMPT_SHARE * (measureVectorInt8(threads) ?? 0) },
         };
         return figures;
       },

@@ -109,6 +109,7 @@ const cv_cpu_kernels *cv_kernels_scalar(void);
 const cv_cpu_kernels *cv_kernels_avx2(void);        /* AVX2 + FMA + F16C */
 const cv_cpu_kernels *cv_kernels_avx512(void);      /* AVX-512 F, BW, DQ, VL, without VNNI */
 const cv_cpu_kernels *cv_kernels_avx512_vnni(void); /* and VNNI */
+const cv_cpu_kernels *cv_kernels_amx(void);         /* and AMX's int8 tiles. Takes the system's permission and tries them first (x86/amx.h): some 100 µs */
 #elif defined(__aarch64__)
 const cv_cpu_kernels *cv_kernels_neon(void);
 const cv_cpu_kernels *cv_kernels_neon_dot(void);  /* sdot/udot */

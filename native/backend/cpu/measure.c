@@ -11,6 +11,7 @@
 
 #if defined(__x86_64__)
 #include "x86/cpu_features.h"
+#include "x86/tiles.h"
 #include "x86/vnni.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -115,6 +116,24 @@ CV_TARGET_VNNI static double multiply_vnni(size_t loops) {
     return (double)loops * 12 * 64;
 }
 
+/* A product of tiles takes as long as 16 vpdpbusd at most. */
+static double multiply_amx(size_t loops) {
+    enum { SHARE = 16 };
+    cv_tile_config whole = {.palette = CV_TILE_PALETTE};
+    for (size_t t = 0; t < CV_TILES; t++) {
+        whole.rows[t] = CV_TILE_ROWS;
+        whole.row_bytes[t] = CV_TILE_ROW_BYTES;
+    }
+    cv_tiles_configure(&whole);
+    for (size_t n = 0; n < loops / SHARE; n++) {
+#define DOT(i) cv_tile_dot(0, 4, 6); cv_tile_dot(1, 4, 7); cv_tile_dot(2, 5, 6); cv_tile_dot(3, 5, 7);
+        DOT(0) DOT(1) DOT(2)
+#undef DOT
+    }
+    cv_tiles_release();
+    return (double)(loops / SHARE) * 12 * CV_TILE_ROWS * CV_TILE_ROWS * CV_TILE_ROW_BYTES;
+}
+
 /* As the AVX2 and AVX-512 sets multiply: pairs to 16 bits, pairs to 32, add. */
 __attribute__((target("avx512f,avx512bw"))) static double multiply_avx512(size_t loops) {
     __m512i a[12], x = _mm512_set1_epi8(1), ones = _mm512_set1_epi16(1);
@@ -179,6 +198,7 @@ static double multiply_neon(size_t loops) {
 static multiply_fn multiply_of(uint32_t level) {
     switch (level) {
 #if defined(__x86_64__)
+    case CV_CPU_AMX: return multiply_amx;
     case CV_CPU_AVX512_VNNI: return multiply_vnni;
     case CV_CPU_AVX512: return multiply_avx512;
     case CV_CPU_AVX2: return multiply_avx2;

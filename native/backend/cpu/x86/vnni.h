@@ -28,6 +28,10 @@ size_t cv_vnni_batch_scratch(size_t cols);
 void cv_vnni_tile(const cv_weight *w, size_t expert, size_t row0, size_t row1, const cv_qact *a, float *out, size_t ldo, void *scratch);
 size_t cv_vnni_tile_scratch(size_t cols);
 
+/* Codes of rows first … first+15 of an expert (clamped to `last`) as bytes, into half h of codes [columns padded to 128 / 4, 2, 16 rows, 4]: what
+ * the tile kernels multiply. */
+void cv_vnni_unpack(const cv_weight *w, size_t expert, size_t first, size_t last, size_t h, uint8_t *codes);
+
 /* acc + the dots of four unsigned codes and four activations a lane. Assembly because GCC 12 copies (and spills) the
  * accumulators of its intrinsic around loops; "+v" ties them to their registers. */
 CV_INLINE_VNNI __m512i cv_vnni_dot(__m512i acc, __m512i codes, __m512i activations) {

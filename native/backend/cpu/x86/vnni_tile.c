@@ -81,6 +81,12 @@ CV_TARGET_VNNI static void unpack_nibbles(const uint8_t *data, size_t row_bytes,
     }
 }
 
+CV_TARGET_VNNI void cv_vnni_unpack(const cv_weight *w, size_t e, size_t first, size_t last, size_t h, uint8_t *codes) {
+    const uint8_t *data = w->data + e * w->expert_bytes;
+    if (w->bits == 4) unpack_nibbles(data, w->row_bytes, first, last, w->cols, h, codes);
+    else unpack_bytes(data, w->row_bytes, first, last, w->bits, w->cols, h, codes);
+}
+
 /* `tokens` activation rows times the tile; halves 1 or 2. Both are constants where this is inlined. q, scale and sum point at
  * the first of the rows. Leaves the four chains of every result in tile.chain. */
 CV_INLINE_VNNI void multiply(const tile *w, const int8_t *q, size_t q_stride, const float *scale, const float *sum, size_t g_stride, size_t groups, size_t group, int tokens, int halves) {
@@ -147,8 +153,7 @@ CV_TARGET_VNNI void cv_vnni_tile(const cv_weight *w, size_t e, size_t row0, size
     for (size_t r = row0; r < row1; r += ROWS) {
         const size_t halves = row1 - r > 16 ? 2 : 1, last = row1 - 1;
         for (size_t h = 0; h < halves; h++) {
-            if (w->bits == 4) unpack_nibbles(data, w->row_bytes, r + h * 16, last, w->cols, h, tl.codes);
-            else unpack_bytes(data, w->row_bytes, r + h * 16, last, w->bits, w->cols, h, tl.codes);
+            cv_vnni_unpack(w, e, r + h * 16, last, h, tl.codes);
             cv_vnni_scales(scales, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, tl.scale + h * 16, ROWS);
             cv_vnni_scales(biases, w->scale_row_bytes, r + h * 16, last, w->scale_type, groups, tl.bias + h * 16, ROWS);
         }
