@@ -1,4 +1,5 @@
-// The text of the service definitions that start `caravan serve` at login: a systemd user unit, a launchd agent. Pure.
+// The text of the service definitions that start `caravan serve` at login or at boot: a systemd user unit, a launchd agent, a
+// launchd daemon that runs as a user. Pure.
 
 /** What both are called by their managers. */
 export const SYSTEMD_NAME = "caravan.service";
@@ -36,14 +37,37 @@ function xml(text: string): string {
   return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
-export function launchdAgent(command: readonly string[], drainSeconds: number, logFile: string): string {
+/** Who a launchd daemon runs as, and where that user's home is: a daemon is given neither by launchd. */
+export interface DaemonUser {
+  name: string;
+  home: string;
+}
+
+/** An agent of the user who is logged in, or with `user` a daemon that the system starts at boot, as that user. */
+export function launchdAgent(
+  command: readonly string[],
+  drainSeconds: number,
+  logFile: string,
+  user?: DaemonUser,
+): string {
+  const as =
+    user === undefined
+      ? ""
+      : `
+  <key>UserName</key>
+  <string>${xml(user.name)}</string>
+  <key>EnvironmentVariables</key>
+  <dict>
+    <key>HOME</key>
+    <string>${xml(user.home)}</string>
+  </dict>`;
   const words = command.map((word) => `    <string>${xml(word)}</string>`).join("\n");
   return `<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
 <plist version="1.0">
 <dict>
   <key>Label</key>
-  <string>${LAUNCHD_LABEL}</string>
+  <string>${LAUNCHD_LABEL}</string>${as}
   <key>ProgramArguments</key>
   <array>
 ${words}
@@ -66,4 +90,21 @@ ${words}
 </dict>
 </plist>
 `;
+}
+
+/** A word of a command that a person copies into a shell. */
+export function shellWord(word: string): string {
+  return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
+}
+
+/** The commands, for a person with the right to, that have a Mac start the daemon of `plist` at boot, and that undo it. */
+export function daemonCommands(plist: string): { install: string[]; remove: string[] } {
+  const place = `/Library/LaunchDaemons/${LAUNCHD_LABEL}.plist`;
+  return {
+    install: [
+      `sudo install -o root -g wheel -m 644 ${shellWord(plist)} ${place}`,
+      `sudo launchctl bootstrap system ${place}`,
+    ],
+    remove: [`sudo launchctl bootout system/${LAUNCHD_LABEL}`, `sudo rm ${place}`],
+  };
 }

@@ -1,5 +1,5 @@
-// caravan service: has the system start `caravan serve` at login and again after a crash. One file in the user's own folder, and
-// the system's own manager told about it; no root, and nothing else is touched.
+// caravan service: has the system start `caravan serve` at login, with --boot also before anybody has logged in, and again after a
+// crash. One file in the user's own folder, and the system's own manager told about it; no root, and nothing else is touched.
 
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { userInfo } from "node:os";
@@ -9,7 +9,7 @@ import { CaravanError } from "../errors.ts";
 import { homeFolder, makeFolder, resolvePaths } from "../paths.ts";
 import { loadSettings } from "../settings.ts";
 import { type Command, usage } from "./command.ts";
-import { LAUNCHD_LABEL, launchdAgent, SYSTEMD_NAME, systemdUnit } from "./service-unit.ts";
+import { daemonCommands, LAUNCHD_LABEL, launchdAgent, SYSTEMD_NAME, systemdUnit } from "./service-unit.ts";
 
 interface Manager {
   /** The definition's file. */
@@ -93,6 +93,62 @@ function install(): number {
   return 0;
 }
 
+/** Linux: this user's services start at boot and go on without a login. A user may ask that for himself. */
+const LINGER = ["loginctl", "enable-linger"];
+
+/** Installs for boot; where only a person with more rights can do it, says how. */
+function installForBoot(): number {
+  return process.platform === "darwin" ? prepareDaemon() : installWithLinger();
+}
+
+function installWithLinger(): number {
+  const code = install();
+  const failure = run(LINGER);
+  if (failure === undefined) {
+    process.stdout.write(
+      "and at boot, before anybody has logged in (lingering is on; `loginctl disable-linger` ends that)\n",
+    );
+    return code;
+  }
+  const { username } = userInfo();
+  throw new CaravanError(
+    "permission_denied",
+    `it starts at login, but not at boot: \`${LINGER.join(" ")}\` failed: ${failure}`,
+    { hint: `Somebody who may, runs: sudo loginctl enable-linger ${username}` },
+  );
+}
+
+/** A Mac's launchd starts at boot only what root has put into /Library/LaunchDaemons: the file is written, the rest is said. */
+function prepareDaemon(): number {
+  const { path: agent } = manager();
+  const home = homeFolder();
+  const { drain_seconds } = loadSettings().settings;
+  const folder = resolvePaths().data;
+  const path = join(folder, `${LAUNCHD_LABEL}.daemon.plist`);
+  const log = join(home, "Library", "Logs", "caravan.log");
+  makeFolder(folder, "prepare the service");
+  const user = { name: userInfo().username, home };
+  writeFileSync(path, launchdAgent(serveCommand(), drain_seconds, log, user), { mode: 0o644 });
+  const { install: commands, remove } = daemonCommands(path);
+  process.stdout.write(
+    [
+      `wrote ${path}: caravan serve as ${user.name}, started at boot. caravan itself never uses root; these commands install it:`,
+      ...commands.map((command) => `  ${command}`),
+      "and these remove it:",
+      ...remove.map((command) => `  ${command}`),
+      ...(existsSync(agent)
+        ? [
+            "Before that, `caravan service uninstall` ends the one that starts at login: both want the same port.",
+          ]
+        : []),
+      "With FileVault on, the disk is locked until somebody has logged in after a restart, and nothing starts before. Without it,",
+      "automatic login (System Settings, Users & Groups) with `caravan service install` does the same without root.",
+      "",
+    ].join("\n"),
+  );
+  return 0;
+}
+
 function uninstall(): number {
   const { path, disable } = manager();
   if (!existsSync(path)) {
@@ -126,18 +182,25 @@ function sameFile(path: string, text: string): boolean {
 
 export const service: Command = {
   name: "service",
-  summary: "start the node at login, and again after a crash",
+  summary: "start the node at login or at boot, and again after a crash",
   positionals: "install | uninstall | status",
   count: [1, 1],
-  options: {},
+  options: {
+    boot: {
+      help: "with install: start before anybody has logged in (Linux: lingering; macOS: says the sudo commands)",
+    },
+  },
   details: `Writes one file for the system's own manager (systemd user unit, launchd agent), as this user.
-Settings are read from caravan.toml, not from this terminal's variables. On Linux,
-\`loginctl enable-linger\` keeps a user's services running without a login.
+Settings are read from caravan.toml, not from this terminal's variables. --boot on Linux turns on
+lingering, which keeps all of a user's services running without a login; uninstall leaves it on.
+On macOS only root may start something at boot: --boot writes the daemon's file and prints the commands.
 status ends with 0 where the service runs, with 3 where it does not.`,
   async run(args) {
+    const boot = args.flag("boot");
+    if (boot && args.positional(0) !== "install") throw usage("--boot goes with `caravan service install`");
     switch (args.positional(0)) {
       case "install":
-        return install();
+        return boot ? installForBoot() : install();
       case "uninstall":
         return uninstall();
       case "status":

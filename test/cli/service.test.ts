@@ -4,7 +4,7 @@ import { afterEach, beforeEach, expect, setDefaultTimeout, test } from "bun:test
 import { chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { launchdAgent, systemdUnit } from "../../src/cli/service-unit.ts";
+import { daemonCommands, launchdAgent, systemdUnit } from "../../src/cli/service-unit.ts";
 
 // Of a busy machine; each waits for what it needs and no longer.
 setDefaultTimeout(120_000);
@@ -23,7 +23,12 @@ afterEach(() => rmSync(home, { recursive: true, force: true }));
 
 /** Writes down its arguments, then does what the shell line says. */
 function manager(line: string): void {
-  const path = join(home, "bin", "systemctl");
+  tool("systemctl", line);
+  tool("loginctl", "exit 0");
+}
+
+function tool(name: string, line: string): void {
+  const path = join(home, "bin", name);
   writeFileSync(path, `#!/bin/sh\necho "$*" >> "${home}/told"\n${line}\n`);
   chmodSync(path, 0o755);
 }
@@ -66,6 +71,36 @@ test.skipIf(!linux)(
     expect(caravan("status")).toMatchObject({ code: 3, text: expect.stringContaining("not running") });
   },
 );
+
+test.skipIf(!linux)(
+  "with --boot it also starts without a login; where that is refused it says who can",
+  () => {
+    const installed = caravan("install", "--boot");
+    expect(installed.code).toBe(0);
+    expect(installed.text).toContain("at boot, before anybody has logged in");
+    expect(told()).toEqual(["--user daemon-reload", "--user enable --now caravan.service", "enable-linger"]);
+    tool("loginctl", 'echo "Access denied" >&2; exit 1');
+    const refused = caravan("install", "--boot");
+    expect(refused.code).toBe(1);
+    expect(refused.text).toContain("starts at login, but not at boot");
+    expect(refused.text).toMatch(/Access denied[\s\S]*sudo loginctl enable-linger \w+/);
+    expect(existsSync(unit())).toBe(true);
+    expect(caravan("status", "--boot").text).toContain("--boot goes with `caravan service install`");
+  },
+);
+
+test("a Mac's daemon runs as the user, and the commands that install it are for the user to run", () => {
+  const plist = launchdAgent(["/a/caravan", "serve"], 30, "/log", { name: "an & other", home: "/Users/o" });
+  expect(plist).toContain("<key>UserName</key>\n  <string>an &amp; other</string>");
+  expect(plist).toContain("<key>HOME</key>\n    <string>/Users/o</string>");
+  expect(launchdAgent(["/a/caravan", "serve"], 30, "/log")).not.toContain("UserName");
+  const { install, remove } = daemonCommands("/Users/o/Library/Application Support/it's.plist");
+  expect(install).toEqual([
+    "sudo install -o root -g wheel -m 644 '/Users/o/Library/Application Support/it'\\''s.plist' /Library/LaunchDaemons/ai.caravan.serve.plist",
+    "sudo launchctl bootstrap system /Library/LaunchDaemons/ai.caravan.serve.plist",
+  ]);
+  expect(remove.at(-1)).toBe("sudo rm /Library/LaunchDaemons/ai.caravan.serve.plist");
+});
 
 test("commands with strange characters reach the program as they are", () => {
   const command = ['/opt/my apps/50% "a\\b" $HOME/caravan', "serve"];
