@@ -12,6 +12,8 @@ import type { NodeId } from "./types.ts";
 export const SILENT_MS = 2000;
 /** Signs of life of a running request. */
 export const ALIVE_MS = 500;
+/** Turns come every half second: after a longer pause this node itself stood still, and what was sent to it is not read yet. */
+const PAUSE_MS = 1000;
 
 export interface RunningRequest {
   id: string;
@@ -35,9 +37,11 @@ export class Requests {
   readonly #options: RequestsOptions;
   readonly #running = new Map<string, RunningRequest>();
   readonly #outstanding = new Outstanding();
+  #steppedAt: number;
 
   constructor(options: RequestsOptions) {
     this.#options = options;
+    this.#steppedAt = options.now();
   }
 
   get running(): ReadonlyMap<string, RunningRequest> {
@@ -86,6 +90,11 @@ export class Requests {
 
   /** Ends what cannot be answered any more. */
   step(members: readonly Member[]): void {
+    const now = this.#options.now();
+    const pause = now - this.#steppedAt;
+    this.#steppedAt = now;
+    if (pause > PAUSE_MS)
+      for (const request of this.#running.values()) request.heardAt = Math.min(now, request.heardAt + pause);
     for (const request of this.#running.values()) {
       const fault = this.#fault(request, members);
       if (fault !== undefined) this.#fail(request, interrupted(request.model, fault));

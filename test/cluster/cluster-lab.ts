@@ -158,17 +158,28 @@ export class LabNode {
     });
   }
 
-  /** A short greedy answer. Throws with status and body where there is none. */
+  /**
+   * A short greedy answer. Throws with status and body where there is none. Where the machine is so busy that a node or a rank
+   * is taken for silent, it does what the error says: it sends the request again in a few seconds.
+   */
   async say(model: string, tokens = 12): Promise<string> {
-    const reply = await this.post("/v1/chat/completions", {
-      model,
-      messages: [{ role: "user", content: "Hi" }],
-      max_tokens: tokens,
-      temperature: 0,
-    });
-    const text = await reply.text();
-    if (!reply.ok) throw new Error(`${reply.status} ${text}`);
-    return JSON.parse(text).choices[0].message.content;
+    const deadline = performance.now() + 60_000;
+    for (let silent = false; ; ) {
+      const reply = await this.post("/v1/chat/completions", {
+        model,
+        messages: [{ role: "user", content: "Hi" }],
+        max_tokens: tokens,
+        temperature: 0,
+      });
+      const text = await reply.text();
+      if (reply.ok) return JSON.parse(text).choices[0].message.content;
+      silent ||= /silent|has said nothing/.test(text);
+      if (!silent || reply.status !== 503 || performance.now() > deadline)
+        throw new Error(`${reply.status} ${text}`);
+      console.log(`  once more: ${text.slice(0, 200)}`);
+      const seconds = Number(reply.headers.get("retry-after") ?? 1);
+      await new Promise((resolve) => setTimeout(resolve, 1000 * Math.min(seconds, 3)));
+    }
   }
 
   /** A stream that goes on for longer than any test, after its first text. */

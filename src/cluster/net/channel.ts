@@ -25,6 +25,9 @@ export interface ChannelOptions {
   onMalformed?: (reason: string) => void;
 }
 
+/** Time in which bytes that have come already are read before a wait for them ends. */
+const READ_FIRST_MS = 20;
+
 export class Channel {
   readonly socket: TLSSocket;
   /** Resolves when the connection is over, with why; never rejects. */
@@ -121,13 +124,14 @@ export class Channel {
         },
       };
       if (limitMs === undefined) return;
-      timer = setTimeout(
-        () =>
-          this.close(
-            new CaravanError("deadline_exceeded", `the other node answered nothing for ${limitMs} ms`),
-          ),
-        limitMs,
-      );
+      const late = () =>
+        this.close(
+          new CaravanError("deadline_exceeded", `the other node answered nothing for ${limitMs} ms`),
+        );
+      // What came while this process stood still is read first.
+      timer = setTimeout(() => {
+        timer = setTimeout(late, READ_FIRST_MS);
+      }, limitMs);
     });
   }
 
