@@ -53,7 +53,7 @@ static void touch(const void *memory, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 4096) (void)*((const volatile char *)memory + i);
 }
 
-bool cv_reread_in_huge_pages(int fd, void *memory, size_t bytes, const atomic_bool *stop) {
+bool cv_reread_in_huge_pages(int fd, void *memory, size_t bytes, cv_reread *reread) {
     enum { SAMPLES = 8, TRIAL = 4 * CV_HUGE_PAGE, PIECE = 16 * CV_HUGE_PAGE };
     uint8_t *const first = (uint8_t *)(((uintptr_t)memory + CV_HUGE_PAGE - 1) & ~(uintptr_t)(CV_HUGE_PAGE - 1));
     const size_t windows = bytes < 4 * TRIAL ? 0 : (bytes - (size_t)(first - (uint8_t *)memory)) / CV_HUGE_PAGE;
@@ -71,17 +71,20 @@ bool cv_reread_in_huge_pages(int fd, void *memory, size_t bytes, const atomic_bo
     const uint64_t start = now_ms();
     touch(first, TRIAL);
     const uint64_t took = now_ms() - start + 1; /* rounded up */
-    if (cv_in_huge_pages(memory, bytes) * 2 < TRIAL || took * (bytes / TRIAL) > CV_REREAD_MS) return false;
+    if (cv_in_huge_pages(memory, bytes) * 2 < TRIAL || took * (bytes / TRIAL) > reread->left_ms) return false;
     (void)madvise(memory, bytes, MADV_DONTNEED);
     (void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
     /* A disk that turns out slower than its trial does not hold up the start: the rest comes when it is used. What was read stays in
      * memory without being mapped, so that a rank's memory counts what it uses. */
-    const uint64_t until = now_ms() + 2 * CV_REREAD_MS;
-    for (size_t i = 0; i < bytes && now_ms() < until && !atomic_load_explicit(stop, memory_order_relaxed); i += PIECE) {
+    const uint64_t from = now_ms(), until = from + 2 * reread->left_ms;
+    for (size_t i = 0; i < bytes && now_ms() < until && !atomic_load_explicit(reread->stop, memory_order_relaxed); i += PIECE) {
         const size_t n = bytes - i < PIECE ? bytes - i : PIECE;
         touch((uint8_t *)memory + i, n);
         (void)madvise((uint8_t *)memory + i, n, MADV_DONTNEED);
+        atomic_fetch_add_explicit(reread->done, n, memory_order_relaxed);
     }
+    const uint64_t cost = now_ms() - from + took;
+    reread->left_ms -= cost < reread->left_ms ? cost : reread->left_ms;
     return true;
 }
 
@@ -92,8 +95,8 @@ size_t cv_in_huge_pages(const void *memory, size_t bytes) {
     return 0;
 }
 
-bool cv_reread_in_huge_pages(int fd, void *memory, size_t bytes, const atomic_bool *stop) {
-    (void)fd, (void)memory, (void)bytes, (void)stop;
+bool cv_reread_in_huge_pages(int fd, void *memory, size_t bytes, cv_reread *reread) {
+    (void)fd, (void)memory, (void)bytes, (void)reread;
     return false;
 }
 

@@ -18,6 +18,7 @@ typedef struct {
     const char *path;
     const uint8_t *map; /* whole file, read only; NULL until a tensor needs it */
     uint64_t size;
+    uint64_t used, copied; /* bytes of tensors that stay in the mapping, and of those that do not */
     int fd;
 } file;
 
@@ -102,13 +103,12 @@ static int check_view(const cv_weights *w, const cv_plan_source *s, uint64_t out
     return CV_OK;
 }
 
-static int map_file(file *f, const atomic_bool *stop, cv_err err) {
+static int map_file(file *f, cv_err err) {
     if (f->map) return CV_OK;
     void *p = mmap(NULL, (size_t)f->size, PROT_READ, MAP_PRIVATE, f->fd, 0);
     if (p == MAP_FAILED) return cv_fail(err, CV_E_IO, "%s: cannot map %llu bytes: %s", f->path, (unsigned long long)f->size, strerror(errno));
     f->map = p;
     cv_want_huge_pages(p, (size_t)f->size);
-    (void)cv_reread_in_huge_pages(f->fd, p, (size_t)f->size, stop); /* where it does not, steps are slower and nothing else */
     return CV_OK;
 }
 
@@ -141,7 +141,7 @@ static int stopped(cv_err err) { return cv_fail(err, CV_E_ABORTED, "loading was 
  * rows (a rank's columns) are copied because mapping them would keep the other ranks' columns in memory too: they share pages. */
 static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_t rows, uint64_t bytes, size_t align, const uint8_t **data, size_t *row_stride, size_t *outer_stride, cv_err err) {
     file *f = &w->files[s->file];
-    int code = map_file(f, &w->progress->stop, err);
+    int code = map_file(f, err);
     if (code) return code;
     uint64_t total;
     if (!times(outer, rows, &total) || !times(total, bytes, &total)) return cv_fail(err, CV_E_PLAN, "%s: a tensor is larger than 2^64 bytes", f->path);
@@ -152,10 +152,12 @@ static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_
         *row_stride = (size_t)s->row_stride;
         *outer_stride = (size_t)s->outer_stride;
         w->mapped_bytes += total;
-        return advance(w, total) ? CV_OK : stopped(err);
+        f->used += total; /* done when map_in_huge_pages is */
+        return CV_OK;
     }
     uint8_t *to = new_copy(w, total);
     if (!to) return cv_fail(err, CV_E_MEMORY, "%s: no memory for a copy of %llu bytes", f->path, (unsigned long long)total);
+    f->copied += total;
     *data = to;
     *row_stride = (size_t)bytes;
     *outer_stride = (size_t)(rows * bytes);
@@ -173,12 +175,13 @@ static int place(cv_weights *w, const cv_plan_source *s, uint64_t outer, uint64_
 static int place_transposed(cv_weights *w, const cv_plan_tensor *t, cv_weight *m, cv_err err) {
     file *f = &w->files[t->weight.file];
     size_t size = element_bytes(t);
-    int code = map_file(f, &w->progress->stop, err);
+    int code = map_file(f, err);
     if (code) return code;
     uint64_t total;
     if (!times(t->experts, t->rows, &total) || !times(total, m->row_bytes, &total)) return cv_fail(err, CV_E_PLAN, "%s: a tensor is larger than 2^64 bytes", f->path);
     uint8_t *to = new_copy(w, total);
     if (!to) return cv_fail(err, CV_E_MEMORY, "%s: no memory for a copy of %llu bytes", f->path, (unsigned long long)total);
+    f->copied += total;
     m->data = to;
     m->expert_bytes = (size_t)(t->rows * m->row_bytes);
     for (uint64_t e = 0; e < t->experts; e++)
@@ -283,6 +286,21 @@ static int open_files(cv_weights *w, const uint8_t *plan, const cv_plan *head, c
     return CV_OK;
 }
 
+/* Tensors that stay in their file are read by every step. Of a file that is copied for the most part nothing is gained: it is read once. */
+static int map_in_huge_pages(cv_weights *w, cv_err err) {
+    cv_reread reread = {.left_ms = CV_REREAD_MS, .done = &w->progress->bytes_done, .stop = &w->progress->stop};
+    for (size_t i = 0; i < w->n_files; i++) {
+        file *f = &w->files[i];
+        const uint64_t before = atomic_load_explicit(&w->progress->bytes_done, memory_order_relaxed);
+        /* Where it does not, steps are slower and nothing else. */
+        if (f->used > f->copied) (void)cv_reread_in_huge_pages(f->fd, (void *)(uintptr_t)f->map, (size_t)f->size, &reread);
+        /* In the end the file's tensors count, whatever else lies in it. */
+        atomic_store_explicit(&w->progress->bytes_done, before + f->used, memory_order_relaxed);
+        if (!advance(w, 0)) return stopped(err);
+    }
+    return CV_OK;
+}
+
 int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_load_progress *progress, cv_weights **out, cv_err err) {
     cv_weights *w = calloc(1, sizeof *w);
     if (!w) return cv_fail(err, CV_E_MEMORY, "no memory");
@@ -295,6 +313,7 @@ int cv_weights_open(const uint8_t *plan, const cv_plan *head, cv_load_progress *
         w->n_tensors = i + 1;
         code = is_vector(records[i].slot) ? place_vector(w, &records[i], &w->tensors[i], err) : place_tensor(w, &records[i], &w->tensors[i], err);
     }
+    if (!code) code = map_in_huge_pages(w, err);
     if (code) {
         cv_weights_close(w);
         return code;

@@ -49,12 +49,19 @@ int main(void) {
         same_bytes(&c, map, "before");
         const size_t before = cv_in_huge_pages(map, FILE_BYTES);
         atomic_bool stop = false;
-        const bool did = cv_reread_in_huge_pages(fd, map, FILE_BYTES, &stop);
+        _Atomic uint64_t done = 0;
+        cv_reread none = {.left_ms = 0, .done = &done, .stop = &stop};
+        cv_check(&c, !cv_reread_in_huge_pages(fd, map, FILE_BYTES, &none) && !done, "pages were read anew with no time left for it");
+        same_bytes(&c, map, "after a trial");
+        cv_reread reread = {.left_ms = CV_REREAD_MS, .done = &done, .stop = &stop};
+        const bool did = cv_reread_in_huge_pages(fd, map, FILE_BYTES, &reread);
+        cv_check(&c, done == (did ? FILE_BYTES : 0), "%llu bytes count as read", (unsigned long long)done);
+        cv_check(&c, did == (reread.left_ms < CV_REREAD_MS), "%llu ms are left", (unsigned long long)reread.left_ms);
         same_bytes(&c, map, "after");
         const size_t after = cv_in_huge_pages(map, FILE_BYTES);
         printf("# read anew: %s; in huge pages %zu MiB before, %zu MiB after\n", did ? "yes" : "no", before >> 20, after >> 20);
         cv_check(&c, !did || after > FILE_BYTES / 2, "pages were read anew and only %zu bytes are in huge ones", after);
-        cv_check(&c, !did || !cv_reread_in_huge_pages(fd, map, FILE_BYTES, &stop), "pages that are huge were read anew once more");
+        cv_check(&c, !did || !cv_reread_in_huge_pages(fd, map, FILE_BYTES, &reread), "pages that are huge were read anew once more");
         munmap(map, FILE_BYTES);
     }
     if (fd >= 0) close(fd);
@@ -68,7 +75,10 @@ int main(void) {
         cv_want_huge_pages(mine, FILE_BYTES);
         same_bytes(&c, other, "in the other mapping before");
         atomic_bool stop = true; /* and a stop that comes early leaves nothing undone that matters */
-        (void)cv_reread_in_huge_pages(shared, mine, FILE_BYTES, &stop);
+        _Atomic uint64_t done = 0;
+        cv_reread reread = {.left_ms = CV_REREAD_MS, .done = &done, .stop = &stop};
+        (void)cv_reread_in_huge_pages(shared, mine, FILE_BYTES, &reread);
+        cv_check(&c, done == 0, "%llu bytes count as read after the stop", (unsigned long long)done);
         same_bytes(&c, mine, "after");
         same_bytes(&c, other, "in the other mapping after");
     }
