@@ -164,20 +164,29 @@ function complaint(name: string, value: unknown, issue: v.BaseIssue<unknown> | u
   return `${name}: ${kind}${got}`;
 }
 
+/** What is wrong with a value of the file, and its line (0 = not found). */
+function fileProblem(
+  content: string,
+  issue: v.BaseIssue<unknown>,
+): { name: string; line: number; message: string } {
+  const path = issue.path?.map((item) => String(item.key)) ?? [];
+  const line = lineOfKey(content, path);
+  const name = path.join(".");
+  const wrong =
+    issue.type === "strict_object" ? `${name} is not a setting` : complaint(name, issue.input, issue);
+  return { name, line: line ?? 0, message: `${line === undefined ? "" : `line ${line}: `}${wrong}` };
+}
+
 function fromFile(file: string, content: string): Partial<Settings> {
   const table = parseToml(file, content, "invalid_argument");
   const result = v.safeParse(FILE_SCHEMA, table);
   if (!result.success) {
-    const issue = result.issues[0];
-    const path = issue.path?.map((item) => String(item.key)) ?? [];
-    const line = lineOfKey(content, path);
-    const name = path.join(".");
-    const message =
-      issue.type === "strict_object" ? `${name} is not a setting` : complaint(name, issue.input, issue);
-    throw new CaravanError("invalid_argument", `${line === undefined ? "" : `line ${line}: `}${message}`, {
+    const problems = result.issues.map((issue) => fileProblem(content, issue));
+    problems.sort((one, other) => one.line - other.line);
+    throw new CaravanError("invalid_argument", problems.map(({ message }) => message).join("\n  "), {
       where: file,
       hint: `settings are: ${Object.keys(FIELDS).join(", ")}`,
-      param: name,
+      param: problems[0]?.name ?? "",
     });
   }
   const { api_key, ...values } = result.output;
@@ -295,10 +304,18 @@ export function loadSettings(options: LoadSettingsOptions = {}): LoadedSettings 
   }
   const settings: Settings = Object.assign({}, ...layers.map(([, values]) => values));
   if ((settings.tls_cert === "") !== (settings.tls_key === "")) {
-    throw new CaravanError("invalid_argument", "tls_cert and tls_key belong together, and only one is set", {
-      hint: "Set both, or neither.",
-      param: settings.tls_cert === "" ? "tls_cert" : "tls_key",
-    });
+    const name = settings.tls_cert === "" ? "tls_key" : "tls_cert";
+    const inFile = sources[name] === "file" && content !== undefined;
+    const line = inFile ? `line ${lineOfKey(content, [name])}: ` : "";
+    throw new CaravanError(
+      "invalid_argument",
+      `${line}tls_cert and tls_key belong together, and only one is set`,
+      {
+        ...(inFile ? { where: file } : {}),
+        hint: "Set both, or neither.",
+        param: settings.tls_cert === "" ? "tls_cert" : "tls_key",
+      },
+    );
   }
   for (const name of ["api_keys", "admin_keys"] as const) {
     if (settings[name].some((key) => key.length < SHORT_KEY))

@@ -55,6 +55,11 @@ export function parseParameters<Schema extends v.GenericSchema>(
 ): v.InferOutput<Schema> {
   const given: Record<string, unknown> = {};
   for (const [name, value] of Object.entries(body)) {
+    // Assigned, it would be the record's prototype, and pass unseen.
+    if (name === "__proto__")
+      throw new CaravanError("unsupported_parameter", `${name}: there is no such parameter.`, {
+        param: name,
+      });
     if (value === null) continue;
     const rule = Object.hasOwn(unbuilt, name) ? unbuilt[name] : undefined;
     if (rule === undefined) given[name] = value;

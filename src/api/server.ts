@@ -50,11 +50,17 @@ const IDLE_SECONDS = 120;
 /** How long requests that were cut off get to notice it, and replies to leave, before sockets are closed. */
 const LAST_BYTES_MS = 500;
 
+/** Whether it may serve so, before it binds: open to others only with a key, TLS only with readable files. Throws
+ * invalid_argument. */
+export function checkServing({ host, keyed, tls }: Pick<ServerOptions, "host" | "keyed" | "tls">) {
+  if (!keyed && !isLoopback(host)) throw openToAll(host);
+  return tls === undefined ? undefined : readTls(tls);
+}
+
 /** Starts serving. Throws invalid_argument when the address cannot be bound. */
 export function startServer(options: ServerOptions): RunningServer {
   const { app, lifecycle, log } = options;
-  if (!options.keyed && !isLoopback(options.host)) throw openToAll(options.host);
-  const tls = options.tls === undefined ? undefined : readTls(options.tls);
+  const tls = checkServing(options);
   const server = bind(options);
   const url = `${tls === undefined ? "http" : "https"}://${urlHost(options.host)}:${server.port}`;
   if (tls === undefined && !isLoopback(options.host)) {

@@ -1,5 +1,6 @@
 // caravan config: the settings in force, where each comes from, and whether they are in order.
 
+import { checkServing } from "../api/server.ts";
 import { loadSettings, type SettingName } from "../settings.ts";
 import { type Command, usage } from "./command.ts";
 import { table } from "./table.ts";
@@ -25,6 +26,12 @@ show    the same, and every setting with its value and its source`,
     if (what !== "check" && what !== "show") throw usage(`caravan config takes check or show, not "${what}"`);
     // Throws with the file and its line where something is wrong.
     const { settings, sources, file, warnings } = loadSettings();
+    // What a server with these settings would refuse to start with.
+    checkServing({
+      host: settings.host,
+      keyed: settings.api_keys.length + settings.admin_keys.length > 0,
+      ...(settings.tls_cert === "" ? {} : { tls: { cert: settings.tls_cert, key: settings.tls_key } }),
+    });
     const names = Object.keys(settings) as SettingName[];
     if (args.flag("json")) {
       const all = names.map((name) => ({

@@ -270,21 +270,25 @@ export interface RemovedModel {
  * Throws model_not_found when there is nothing of that name. Folders elsewhere are never touched.
  */
 export function removeModel(store: ModelStore, name: string): RemovedModel {
+  const { path, locks } = removable(store, name);
+  const removed = removeTree(path);
+  if (locks !== undefined) rmSync(locks, { recursive: true, force: true });
+  return removed;
+}
+
+/** What removeModel would delete. Throws as it does. */
+export function removable(store: ModelStore, name: string): { path: string; locks?: string } {
   const card = store.cards.cards.find((each) => each.name === name || each.model_id === name);
   for (const short of new Set([name, ...(card === undefined ? [] : [card.name])])) {
     // A full hub id asks for the pulled files, not for an import under the card's name.
     if (!SHORT_NAME.test(short) || name.includes("/")) continue;
     const path = join(store.models, short);
-    if (exists(path)) return removeTree(path);
+    if (exists(path)) return { path };
   }
   const { id } = hubName(card?.model_id ?? name);
   if (id !== undefined) {
-    const repo = repoFolder(store.hub, id);
-    if (exists(repo)) {
-      const removed = removeTree(repo);
-      rmSync(join(store.hub, ".locks", `models--${id.replace("/", "--")}`), { recursive: true, force: true });
-      return removed;
-    }
+    const path = repoFolder(store.hub, id);
+    if (exists(path)) return { path, locks: join(store.hub, ".locks", `models--${id.replace("/", "--")}`) };
   }
   throw new CaravanError("model_not_found", `there is no model ${JSON.stringify(name)} here to remove`, {
     hint: "caravan models lists what is here",

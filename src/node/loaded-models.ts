@@ -45,6 +45,8 @@ interface Entry {
 export class LoadedModels implements ModelDirectory {
   /** By folder. */
   readonly #entries = new Map<string, Entry>();
+  /** Folders of the command line, by path: they are loaded again like others, though no list of models has them. */
+  readonly #named = new Map<string, InstalledModel>();
   /** Last load error of a folder's model, until it is tried again. */
   readonly #failed = new Map<string, string>();
   readonly #options: LoadedModelsOptions;
@@ -65,6 +67,7 @@ export class LoadedModels implements ModelDirectory {
   list(): ModelInfo[] {
     const infos = new Map<string, ModelInfo>();
     for (const model of listModels(this.#options.store())) infos.set(model.name, this.#describe(model));
+    for (const model of this.#named.values()) infos.set(model.name, this.#describe(model));
     for (const { model } of this.#entries.values()) infos.set(model.name, this.#describe(model));
     return [...infos.values()];
   }
@@ -95,14 +98,23 @@ export class LoadedModels implements ModelDirectory {
   }
 
   async find(name: string, options: FindOptions = {}): Promise<LoadedModel> {
-    const entry = this.#known(name) ?? this.#open(resolveModel(this.#options.store(), name));
+    const entry = this.#known(name) ?? this.#open(this.#resolve(name));
     entry.lastUsed = performance.now();
     return await this.#whenReady(entry, options.signal);
   }
 
   /** Loads a model of the command line (any folder) and waits for as long as it takes. */
   async load(model: InstalledModel): Promise<LoadedModel> {
+    if (model.source === "folder") this.#named.set(model.path, model);
     return await this.#open(model).opening;
+  }
+
+  /** Throws model_not_found. */
+  #resolve(name: string): InstalledModel {
+    const named = [...this.#named.values()].find(
+      (model) => model.name === name || aliasesOf(model).includes(name),
+    );
+    return named ?? resolveModel(this.#options.store(), name);
   }
 
   #open(model: InstalledModel): Entry {
@@ -185,7 +197,7 @@ export class LoadedModels implements ModelDirectory {
   async unload(name: string): Promise<boolean> {
     const entry = this.#known(name);
     if (entry === undefined) {
-      resolveModel(this.#options.store(), name);
+      this.#resolve(name);
       return false;
     }
     const open = await entry.opening;

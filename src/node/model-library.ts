@@ -3,7 +3,7 @@
 import type { ModelLibrary } from "../api/ops/model-library.ts";
 import type { Logger } from "../log.ts";
 import { pullModel } from "../model/download/pull.ts";
-import { type ModelStore, removeModel } from "../model/store.ts";
+import { type ModelStore, removable, removeModel } from "../model/store.ts";
 
 export function modelLibrary(store: () => ModelStore, log: Logger): ModelLibrary {
   return {
@@ -15,6 +15,9 @@ export function modelLibrary(store: () => ModelStore, log: Logger): ModelLibrary
         onRetry: (message) => log.warn(message, { model: name }),
       });
       return { bytes: totalBytes };
+    },
+    check(name) {
+      removable(store(), name);
     },
     async remove(name) {
       return removeModel(store(), name).bytes;

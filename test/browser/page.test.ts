@@ -422,6 +422,7 @@ describe.skipIf(program === undefined)("the page", () => {
     let stopped = false;
     let finish: () => void = () => {};
     const library: ModelLibrary = {
+      check: () => undefined,
       pull: (name, { signal, onProgress }) =>
         new Promise((resolve, reject) => {
           onProgress({ doneBytes: 2e9, totalBytes: 8e9 });

@@ -107,6 +107,7 @@ describe.skipIf(!built)("caravan config", () => {
       ["port = 123456\n", "line 1: port: must be <=65535"],
       ['api_key = "open sesame"\n', "line 1: api_key"],
       ["port = [1\n", "line 2"],
+      ['tls_cert = "x.pem"\n', "line 1: tls_cert and tls_key belong together"],
     ] as const) {
       const checked = await check(text);
       expect(checked.code).toBe(2);
@@ -114,6 +115,13 @@ describe.skipIf(!built)("caravan config", () => {
       expect(checked.err).toContain(message);
       expect(checked.err).not.toContain("sesame");
     }
+  });
+
+  test("refuses what the server would refuse to start with", async () => {
+    const open = await check('host = "0.0.0.0"\n');
+    expect([open.code, open.err]).toEqual([2, expect.stringContaining("no key is set")]);
+    const absent = await check('tls_cert = "/nowhere/c.pem"\ntls_key = "/nowhere/k.pem"\n');
+    expect([absent.code, absent.err]).toEqual([2, expect.stringContaining("/nowhere/c.pem")]);
   });
 
   test("shows each setting with its source, and of keys only their number", async () => {

@@ -25,8 +25,11 @@ class Library implements ModelLibrary {
     return { bytes: 9 };
   }
 
-  async remove(name: string) {
+  check(name: string) {
     if (name !== MODEL) throw new CaravanError("model_not_found", "nothing of that name");
+  }
+
+  async remove(name: string) {
     this.removed.push(name);
     return 123;
   }
@@ -90,7 +93,17 @@ test("a delete unloads the model first and says what came free", async () => {
   expect(await reply.json()).toEqual({ model: MODEL, deleted: true, freed_bytes: 123 });
   expect(models.info.state).toBe("available");
   expect(library.removed).toEqual([MODEL]);
-  expect((await post("/models/delete", "org/x")).status).toBe(404);
+});
+
+test("a delete that finds no files leaves what is loaded alone", async () => {
+  const { library, models, post } = setup();
+  library.check = () => {
+    throw new CaravanError("model_not_found", "a folder elsewhere");
+  };
+  const before = models.info.state;
+  expect(before).not.toBe("available");
+  expect((await post("/models/delete", MODEL)).status).toBe(404);
+  expect(models.info.state).toBe(before);
 });
 
 test("both take a key of administration", async () => {

@@ -53,6 +53,7 @@ describe("what is not built", () => {
     ["web_search_options", {}],
     ["prompt_cache_retention", "24h"],
     ["no_such_thing", 1],
+    ["constructor", 1],
     ["best_of", 2],
   ];
   for (const [name, value] of refused) {
@@ -64,6 +65,22 @@ describe("what is not built", () => {
       ]);
     });
   }
+
+  test("a name of every object's own is refused like others", async () => {
+    const app = createApp({ models: scriptedModels(sayScript("x")) });
+    const request = (more: string) =>
+      app.request("/v1/chat/completions", {
+        method: "POST",
+        body: `{"model":"${MODEL}","messages":[{"role":"user","content":"Hi"}],${more}}`,
+        headers: { "content-type": "application/json" },
+      });
+    for (const value of ["1", "null", '{"stream":true}'])
+      expect(await refusal(await request(`"__proto__":${value}`))).toEqual([
+        400,
+        "unsupported_parameter",
+        "__proto__",
+      ]);
+  });
 
   test("what asks for nothing is accepted", async () => {
     const harmless = {

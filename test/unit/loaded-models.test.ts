@@ -188,6 +188,18 @@ describe("finding a model", () => {
     expect((await thrown(models.find(path))).code).toBe("model_not_found");
     expect(JSON.stringify(models.list())).not.toContain(root);
   });
+
+  test("of a folder that was unloaded is still there, and loaded again", async () => {
+    const machine = new Machine(9);
+    const models = modelsOn(machine);
+    const path = makeModel(join(root, "elsewhere"));
+    await models.load({ name: "elsewhere", path, source: "folder", bytes: 1, created: 1 });
+    expect(await models.unload("elsewhere")).toBe(true);
+    expect(models.list().find(({ id }) => id === "elsewhere")).toMatchObject({ state: "available" });
+    expect(await models.unload("elsewhere")).toBe(false);
+    expect((await models.find(folderAlias(path))).id).toBe("elsewhere");
+    expect(machine.opened).toEqual(["elsewhere", "elsewhere"]);
+  });
 });
 
 describe("when memory is short", () => {

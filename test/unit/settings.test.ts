@@ -96,6 +96,11 @@ describe("settings", () => {
     ["a value out of range", "# x\nport = 70000\n", "line 2: port: must be <=65535, not 70000"],
     ["a fraction", "threads = 1.5\n", "line 1: threads: must be"],
     ["a level that is none", 'log_level = "loud"\n', "line 1: log_level: must be of the form"],
+    [
+      "everything at once",
+      'host = "x"\nlog_level = "loud"\nport = 70000\n',
+      'line 2: log_level: must be of the form ("debug" | "info" | "warn" | "error" | "silent"), not "loud"\n  line 3: port: must be <=65535',
+    ],
     ["no TOML", "port = = 1\n", "line 1, column"],
   ];
   for (const [what, text, message] of bad) {
@@ -152,7 +157,7 @@ describe("settings", () => {
       const short = withFile(undefined, { env: { HOME, CARAVAN_ADMIN_KEYS: "short" } });
       expect(short.warnings.join()).toContain("admin_keys has fewer than 16 characters");
       const half = refused(() => withFile('tls_cert = "cert.pem"'));
-      expect(half.message).toContain("belong together");
+      expect(half.message).toMatch(/^line 1: .*belong together/);
       expect(half.param).toBe("tls_key");
     });
 

@@ -22,6 +22,8 @@ export interface ModelLibrary {
     name: string,
     options: { signal: AbortSignal; onProgress: (report: PullReport) => void },
   ): Promise<{ bytes: number }>;
+  /** Throws model_not_found for what `remove` would not find. */
+  check(name: string): void;
   /** Deletes a model that is not loaded any more; the bytes that came free. Rejects with model_not_found. */
   remove(name: string): Promise<number>;
 }
@@ -106,6 +108,8 @@ export function deleteRoute({ settings, models, log }: ApiDependencies, library:
   return async (context: ApiContext): Promise<Response> => {
     const { model } = parseParameters(modelNameSchema, {}, await readJsonObject(context, settings));
     const keeper = required(library);
+    // A folder elsewhere that was named at the start is not ours to delete, and goes on answering.
+    keeper.check(model);
     context.env?.keepOpen?.();
     try {
       await models.unload(model);
