@@ -1,44 +1,27 @@
 // Load: many connections at once against the built executable, streams and whole replies mixed, some cancelled, some
-// read slowly. Fails when a request is neither answered nor refused with 429, when the memory of the node grows behind
-// the warm-up, or when the headers of streams take too long while the model generates.
+// read slowly. Fails when a request is neither answered nor refused with 429, when the memory of a process grows behind
+// the warm-up, or when the headers of streams take too long while the model generates. A few times the connections pause,
+// and every process collects its garbage and says what it has resident.
 // usage: bun test/soak/load.ts MODEL [seconds] [connections]   (MODEL: a folder or a name; Linux, for /proc)
 
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
+import { growth, type Sample } from "./growth.ts";
+import { WatchedServer } from "./watched-server.ts";
 
 /** CARAVAN_HEADERS_P99_MS is for machines that do other work meanwhile. */
 const HEADERS_P99_MS = Number(process.env.CARAVAN_HEADERS_P99_MS ?? "50");
 /** Before this, code is still being compiled: times do not count yet. */
 const WARM_UP_SECONDS = 3;
-/** Least squares over the second half of the run. */
-const GROWTH_LIMIT_BYTES_PER_MINUTE = 8e6;
+/** Before so many requests, memory does not count: the node remembers the last ones (KEPT of src/api/ops/request-trace.ts). */
+const WARM_UP_REQUESTS = 1000;
+const ROUNDS = 8;
+const GROWTH_LIMIT_BYTES_PER_MINUTE = 2e6;
 /** A client that reads a piece, and the next after this. */
 const SLOW_READ_MS = 100;
-const SAMPLE_MS = 500;
 
 const [model = ".models/smollm2", lasting = "120", many = "64"] = process.argv.slice(2);
 const seconds = Number(lasting);
 const connections = Number(many);
-const executable = process.env.CARAVAN_TEST_PROGRAM ?? join(import.meta.dir, "../../dist/caravan");
-
-const server = Bun.spawn(
-  [executable, "serve", model, "--port", "0", "--context", "1024", "--log-level", "error"],
-  { stdout: "pipe", stderr: "inherit", env: { ...process.env, CARAVAN_MAX_QUEUE: "24" } },
-);
-
-async function address(): Promise<string> {
-  let text = "";
-  for await (const chunk of server.stdout) {
-    text += new TextDecoder().decode(chunk);
-    const found = /http:\/\/\S+/.exec(text);
-    if (found !== null) return found[0];
-  }
-  throw new Error(`the server ended: ${text}`);
-}
-
-function residentBytes(pid: number): number {
-  return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1] ?? 0) * 1024;
-}
+const server = await WatchedServer.start(model, { CARAVAN_MAX_QUEUE: "24" });
 
 let state = 2463534242;
 /** 0 … below-1, reproducible. */
@@ -120,60 +103,61 @@ async function finish(kind: Kind, reply: Response, abort: AbortController): Prom
   return kind;
 }
 
-/** Bytes a minute, of (seconds, bytes). */
-function slope(samples: readonly (readonly [number, number])[]): number {
-  const n = samples.length;
-  const meanX = samples.reduce((sum, [x]) => sum + x, 0) / n;
-  const meanY = samples.reduce((sum, [, y]) => sum + y, 0) / n;
-  const over = samples.reduce((sum, [x, y]) => sum + (x - meanX) * (y - meanY), 0);
-  const under = samples.reduce((sum, [x]) => sum + (x - meanX) ** 2, 0);
-  return under === 0 ? 0 : (over / under) * 60;
-}
-
 function percentile(sorted: readonly number[], share: number): number {
   return sorted[Math.max(0, Math.ceil(sorted.length * share) - 1)] ?? Number.NaN;
 }
 
-const url = await address();
-const { data } = (await (await fetch(`${url}/v1/models`)).json()) as { data: { id: string }[] };
-const id = data[0]?.id ?? model;
-while (!(await fetch(`${url}/ready`)).ok) await Bun.sleep(200);
+const { url, id } = server;
 await one(url, id);
 
-const begun = performance.now();
-countFrom = begun + WARM_UP_SECONDS * 1000;
-const elapsed = () => (performance.now() - begun) / 1000;
-const memory: [number, number][] = [];
-const sampler = setInterval(() => memory.push([elapsed(), residentBytes(server.pid)]), SAMPLE_MS);
-const connection = async () => {
-  while (elapsed() < seconds) await one(url, id);
-};
-await Promise.all(Array.from({ length: connections }, connection));
-clearInterval(sampler);
+const MB = (bytes: number) => `${(bytes / 1e6).toFixed(1)} MB`;
+const requests = () => Object.values(tally).reduce((sum, count) => sum + count, 0);
+/** Of each process, over minutes under load. */
+const memory = new Map<string, Sample[]>();
+let most = 0;
+let loaded = 0;
+for (let round = 1; round <= ROUNDS; round++) {
+  const begun = performance.now();
+  if (round === 1) countFrom = begun + WARM_UP_SECONDS * 1000;
+  const connection = async () => {
+    while (performance.now() - begun < (seconds * 1000) / ROUNDS) await one(url, id);
+  };
+  await Promise.all(Array.from({ length: connections }, connection));
+  loaded += performance.now() - begun;
+  for (const { pid, name, before, after } of await server.collect()) {
+    if (pid === server.pid) most = Math.max(most, before);
+    const known = memory.get(`${name} (${pid})`) ?? [];
+    memory.set(`${name} (${pid})`, known);
+    if (requests() > WARM_UP_REQUESTS) known.push({ at: loaded / 60_000, bytes: after });
+  }
+}
 
-const metrics = await (await fetch(`${url}/metrics`)).text();
-const open = Number(/^caravan_generations_running (\d+)$/m.exec(metrics)?.[1] ?? Number.NaN);
-server.kill("SIGTERM");
-const code = await server.exited;
+const open = await server.metric("caravan_generations_running");
+const code = await server.stop();
 
 headerMs.sort((a, b) => a - b);
-const half = memory.filter(([at]) => at > elapsed() / 2);
-const growth = slope(half);
-const total = Object.values(tally).reduce((sum, count) => sum + count, 0);
-console.log(`${total} requests over ${connections} connections in ${elapsed().toFixed(0)} s:`, tally);
+console.log(
+  `${requests()} requests over ${connections} connections in ${(loaded / 1000).toFixed(0)} s:`,
+  tally,
+);
 console.log(
   `time to a stream's headers: p50 ${percentile(headerMs, 0.5).toFixed(1)} ms, p99 ${percentile(headerMs, 0.99).toFixed(1)} ms, ` +
     `most ${(headerMs.at(-1) ?? Number.NaN).toFixed(1)} ms over ${headerMs.length}`,
 );
-console.log(
-  `the node's memory: ${((memory[0]?.[1] ?? 0) / 1e6).toFixed(0)} MB at first, ` +
-    `${((memory.at(-1)?.[1] ?? 0) / 1e6).toFixed(0)} MB at last, ${(growth / 1e6).toFixed(2)} MB a minute in the second half`,
-);
+console.log(`the node's memory at the end of a round: at most ${MB(most)}, garbage included`);
+const growths = [...memory].map(([name, samples]) => {
+  const perMinute = growth(samples);
+  const sizes = samples.map(({ bytes }) => (bytes / 1e6).toFixed(1)).join(", ");
+  console.log(`${name} without garbage: ${sizes} MB; ${MB(perMinute)} a minute under load`);
+  return { name, perMinute };
+});
 const failures = [
   ...wrong.slice(0, 10),
   ...(open === 0 ? [] : [`${open} generations are still running at the end`]),
   ...(code === 0 ? [] : [`the server ended with ${code}`]),
-  ...(seconds >= 60 && growth > GROWTH_LIMIT_BYTES_PER_MINUTE ? ["memory grows"] : []),
+  ...growths
+    .filter(({ perMinute }) => seconds >= 60 && !(perMinute <= GROWTH_LIMIT_BYTES_PER_MINUTE))
+    .map(({ name }) => `the memory of ${name} grows`),
   ...(percentile(headerMs, 0.99) > HEADERS_P99_MS ? [`p99 of the headers is over ${HEADERS_P99_MS} ms`] : []),
 ];
 for (const failure of failures) console.log(`FAIL ${failure}`);

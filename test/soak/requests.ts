@@ -1,51 +1,26 @@
 // Soak: many requests of mixed lengths through HTTP against the built executable, some cancelled, some left without a
-// word, some that must be refused. Prints resident memory as it goes and fails when a request has no end, when memory
+// word, some that must be refused. Between rounds nothing runs: then every process collects its garbage and says what it has
+// resident. Fails when a request has no end, when a round leaves a request or a page behind, when the memory of a process
 // grows by more than 1 % for 1,000 requests behind the warm-up, or when the server does not answer at the end.
-// usage: bun test/soak/requests.ts MODEL [requests]   (MODEL: a folder or a name; Linux, for /proc)
+// usage: bun test/soak/requests.ts MODEL [requests]   (MODEL: a folder or a name; requests: behind the warm-up; Linux, for /proc)
 
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
+import { growth, mean } from "./growth.ts";
+import { type Rest, WatchedServer } from "./watched-server.ts";
 
 /** More than run at once, so that some wait. The cache of this context is small enough to be in use from end to end
  * within the warm-up: pages that are touched for the first time later would look like a leak. */
 const CONCURRENT = 24;
 const SLOPE_LIMIT = 0.01;
+/** A request that has no end by then has none. */
+const REQUEST_LIMIT_MS = 900_000;
+const ROUNDS = 15;
+/** Code is compiled, tables and the cache come into use, and the node remembers as many requests as it ever will (KEPT of
+ * src/api/ops/request-trace.ts). */
+const WARM_UP_REQUESTS = 1000;
 
-const [model = ".models/smollm2", count = "1000"] = process.argv.slice(2);
-const total = Number(count);
-const executable = join(import.meta.dir, "../../dist/caravan");
-
-const server = Bun.spawn(
-  [executable, "serve", model, "--port", "0", "--context", "1024", "--log-level", "error"],
-  {
-    stdout: "pipe",
-    stderr: "inherit",
-  },
-);
-
-async function address(): Promise<string> {
-  let text = "";
-  for await (const chunk of server.stdout) {
-    text += new TextDecoder().decode(chunk);
-    const found = /http:\/\/\S+/.exec(text);
-    if (found !== null) return found[0];
-  }
-  throw new Error(`the server ended: ${text}`);
-}
-
-/** Resident bytes of the node and its runner. */
-function resident(): { node: number; runner: number } {
-  const rss = (pid: number): number =>
-    Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1] ?? 0) * 1024;
-  const children = readFileSync(`/proc/${server.pid}/task/${server.pid}/children`, "utf8")
-    .trim()
-    .split(" ")
-    .map(Number);
-  return {
-    node: rss(server.pid),
-    runner: children.filter((pid) => pid > 0).reduce((sum, pid) => sum + rss(pid), 0),
-  };
-}
+const [model = ".models/smollm2", count = "1500"] = process.argv.slice(2);
+const measured = Number(count);
+const server = await WatchedServer.start(model);
 
 let state = 12345;
 /** 0 … below-1, reproducible. */
@@ -80,7 +55,9 @@ async function one(url: string, id: string): Promise<void> {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify(body),
-      signal: abort.signal,
+      signal: AbortSignal.any([abort.signal, AbortSignal.timeout(REQUEST_LIMIT_MS)]),
+      // Bun's own is too short for a machine that does other work.
+      timeout: false,
     });
     if (!reply.ok) end = `refused ${reply.status}`;
     const reader = reply.body?.getReader();
@@ -95,44 +72,50 @@ async function one(url: string, id: string): Promise<void> {
       }
     }
   } catch (thrown) {
-    if (!abort.signal.aborted) throw thrown;
-    end = "left";
+    end = abort.signal.aborted ? "left" : `lost: ${thrown}`;
   }
   tally[end] = (tally[end] ?? 0) + 1;
 }
 
-const url = await address();
-while (!(await fetch(`${url}/ready`)).ok) await Bun.sleep(100);
-const { data } = (await (await fetch(`${url}/v1/models`)).json()) as {
-  data: { id: string; state: string }[];
-};
-const id = data.find((each) => each.state === "ready")?.id ?? "";
+const { url, id } = server;
+const MB = (bytes: number) => (bytes / 1e6).toFixed(1);
+const samples: { requests: number; processes: Rest[] }[] = [];
+const left: string[] = [];
 
-const samples: { requests: number; node: number; runner: number }[] = [];
 let started = 0;
-async function worker(): Promise<void> {
-  while (started < total) {
+async function worker(until: number): Promise<void> {
+  while (started < until) {
     started++;
-    if (started % Math.max(1, Math.floor(total / 20)) === 0) {
-      const memory = resident();
-      samples.push({ requests: started, ...memory });
-      console.log(
-        `${started} requests: node ${(memory.node / 1e6).toFixed(1)} MB, runner ${(memory.runner / 1e6).toFixed(1)} MB`,
-      );
-    }
     await one(url, id);
   }
 }
-await Promise.all(Array.from({ length: CONCURRENT }, worker));
 
-/** Growth for 1,000 requests behind the first fifth, as a share of the mean (least squares). */
-function slope(of: "node" | "runner"): number {
-  const kept = samples.slice(Math.floor(samples.length / 5));
-  const meanX = kept.reduce((sum, each) => sum + each.requests, 0) / kept.length;
-  const meanY = kept.reduce((sum, each) => sum + each[of], 0) / kept.length;
-  const top = kept.reduce((sum, each) => sum + (each.requests - meanX) * (each[of] - meanY), 0);
-  const bottom = kept.reduce((sum, each) => sum + (each.requests - meanX) ** 2, 0);
-  return ((top / bottom) * 1000) / meanY;
+for (let round = 0; round <= ROUNDS; round++) {
+  const until = WARM_UP_REQUESTS + Math.round((measured * round) / ROUNDS);
+  await Promise.all(Array.from({ length: CONCURRENT }, () => worker(until)));
+  const processes = await server.collect();
+  for (const what of [
+    "caravan_generations_running",
+    "vllm:num_requests_running",
+    "vllm:kv_cache_usage_perc",
+  ]) {
+    const value = await server.metric(what);
+    if (value !== 0) left.push(`${what} is ${value} after ${until} requests`);
+  }
+  samples.push({ requests: until, processes });
+  const words = processes.map(
+    ({ name, before, after, heap, objects }) =>
+      `${name} ${MB(after)} MB (${MB(before)} with garbage; heap ${MB(heap)} MB, ${objects} objects)`,
+  );
+  console.log(`${until} requests: ${words.join(", ")}`);
+}
+
+/** Growth of a process for 1,000 requests behind the warm-up, as a share of its mean. */
+function slope(pid: number, of: "before" | "after" | "heap"): number {
+  const kept = samples.flatMap(({ requests, processes }) =>
+    processes.filter((one) => one.pid === pid).map((one) => ({ at: requests / 1000, bytes: one[of] })),
+  );
+  return growth(kept) / mean(kept);
 }
 
 const last = await fetch(`${url}/v1/chat/completions`, {
@@ -140,23 +123,29 @@ const last = await fetch(`${url}/v1/chat/completions`, {
   headers: { "content-type": "application/json" },
   body: JSON.stringify({ model: id, messages: [{ role: "user", content: "Hello" }], max_tokens: 5 }),
 });
-server.kill("SIGTERM");
-const code = await server.exited;
+const code = await server.stop();
 const ended = Object.values(tally).reduce((sum, n) => sum + n, 0);
+const slopes = (samples.at(-1)?.processes ?? []).map(({ pid, name }) => ({
+  process: name,
+  resident: slope(pid, "after"),
+  heap: slope(pid, "heap"),
+  with_garbage: slope(pid, "before"),
+}));
 console.log(
-  JSON.stringify({
-    tally,
-    ended,
-    slope_node: slope("node"),
-    slope_runner: slope("runner"),
-    last: last.status,
-    exit: code,
-  }),
+  JSON.stringify({ tally, ended, growth_per_1000_requests: slopes, last: last.status, exit: code }),
 );
-const failed =
-  ended !== total ||
-  last.status !== 200 ||
-  code !== 0 ||
-  slope("node") > SLOPE_LIMIT ||
-  slope("runner") > SLOPE_LIMIT;
-process.exit(failed ? 1 : 0);
+const processes = new Set(samples.flatMap((each) => each.processes.map(({ pid }) => pid)));
+const failures = [
+  ...left,
+  ...Object.keys(tally).filter((end) => end.startsWith("lost")),
+  ...(last.status === 200 ? [] : [`the last request was answered with ${last.status}`]),
+  ...(code === 0 ? [] : [`the server ended with ${code}`]),
+  ...(processes.size === slopes.length ? [] : ["a process was replaced"]),
+  ...slopes
+    .filter(({ resident }) => !(resident <= SLOPE_LIMIT))
+    .map(
+      ({ process, resident }) => `${process} grows by ${(resident * 100).toFixed(2)} % for 1,000 requests`,
+    ),
+];
+for (const failure of failures) console.log(`FAIL ${failure}`);
+process.exit(failures.length === 0 ? 0 : 1);
