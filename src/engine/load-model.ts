@@ -156,6 +156,7 @@ async function prepare(options: LoadModelOptions, onProgress?: LoadProgress): Pr
     ...(options.context === undefined ? {} : { context: options.context }),
     ...(options.streams === undefined && instance === undefined ? {} : { streams: rows }),
     kvType,
+    exact: compute === "exact",
     threads,
     maxTokens,
     maxLogits,

@@ -17,6 +17,8 @@ export interface MemoryRequest {
   /** Sequences that run at once; undefined = what fits, up to MOST_STREAMS. */
   streams?: number;
   kvType: KvType;
+  /** `--compute exact`: float32 activations on a GPU also beside a cache of 8 bits. */
+  exact?: boolean;
   threads: number;
   maxTokens: number;
   maxLogits: number;

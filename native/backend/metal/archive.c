@@ -49,7 +49,7 @@ static uint64_t key_of(cv_metal_device *d) {
     const char *gpu = name ? CV_SEND0(&d->objc, const char *, name, utf8) : "";
     uint64_t h = hash(hash(FIRST_HASH, build, strlen(build) + 1), gpu, strlen(gpu) + 1);
     for (int i = 0; i < CV_METAL_FAMILIES; i++) {
-        char *text = cv_metal_source(i);
+        char *text = cv_metal_source(&(cv_metal_part){i, 0, 0});
         if (!text) return 0;
         h = hash(h, text, strlen(text) + 1);
         free(text);

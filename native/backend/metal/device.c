@@ -71,13 +71,15 @@ bool cv_metal_has_bfloat(const cv_metal_device *d) {
     return !*macos || atoi(macos) >= FIRST_MACOS;
 }
 
+void cv_metal_prefer_type(cv_metal_device *d, const char *type) { d->type = cv_metal_type_named(type); }
+
 void cv_metal_device_close(cv_metal_device *d) {
     if (!d) return;
     void *pool = d->objc.pool_push();
     cv_metal_close_hand_overs(d);
     cv_metal_archive_close(d);
     for (size_t i = 0; i < CV_METAL_PIPELINES; i++) cv_metal_release(d, d->pipelines[i].pipeline);
-    for (size_t i = 0; i < CV_METAL_FAMILIES; i++) cv_metal_release(d, d->libraries[i]);
+    for (size_t i = 0; i < d->n_libraries; i++) cv_metal_release(d, d->libraries[i].library);
     for (size_t i = 0; i < d->n_regions; i++) cv_metal_release(d, d->regions[i].buffer);
     cv_metal_release(d, d->queue);
     cv_metal_release(d, d->residency);

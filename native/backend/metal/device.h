@@ -27,6 +27,9 @@ void cv_metal_device_close(cv_metal_device *d);
 /* Whether kernels may use bfloat16 (macOS 14). */
 bool cv_metal_has_bfloat(const cv_metal_device *d);
 
+/* Kernels without a type of activations ("embed") are compiled together with those of this one: f32, f16 or bf16. */
+void cv_metal_prefer_type(cv_metal_device *d, const char *type);
+
 /* Memory that host and GPU share, zeroed. */
 int cv_metal_alloc(cv_metal_device *d, size_t bytes, void **out, cv_err err);
 void cv_metal_free(cv_metal_device *d, void *p);

@@ -8,7 +8,7 @@
 #include "kernel_source.h"
 #include "objc.h"
 
-enum { CV_METAL_PIPELINES = 512, CV_METAL_OPEN_COMMANDS = 256, CV_METAL_TEXT = 1024, CV_METAL_FOLDER = 768 };
+enum { CV_METAL_PIPELINES = 512, CV_METAL_OPEN_COMMANDS = 256, CV_METAL_TEXT = 1024, CV_METAL_FOLDER = 768, CV_METAL_LIBRARIES = 64 };
 
 /* Memory that a buffer covers. */
 typedef struct {
@@ -72,7 +72,12 @@ struct cv_metal_device {
     cv_objc objc;
     id device, queue, residency;
     bool residency_changed;
-    id libraries[CV_METAL_FAMILIES];
+    struct {
+        cv_metal_part part;
+        id library;
+    } libraries[CV_METAL_LIBRARIES];
+    size_t n_libraries;
+    unsigned type; /* of the parts that kernels without a type are taken from */
     cv_metal_pipeline pipelines[CV_METAL_PIPELINES]; /* hash table */
     cv_metal_region *regions;                        /* by low */
     size_t n_regions, room_regions, used_bytes, working_set, max_buffer;

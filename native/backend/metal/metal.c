@@ -58,6 +58,7 @@ static int open_scratch(cv_metal *m, cv_err err) {
         if (all[i].row_bytes && all[i].rows > SIZE_MAX / 2 / all[i].row_bytes) return cv_fail(err, CV_E_MEMORY, "a step of %zu tokens is too large", n);
         int code = cv_metal_alloc(m->d, all[i].rows * all[i].row_bytes, all[i].out, err);
         if (code) return code;
+        m->base.scratch_bytes += all[i].rows * all[i].row_bytes;
     }
     return cv_metal_grow_pages(m, CV_METAL_FIRST_PAGES) ? cv_fail(err, CV_E_MEMORY, "no memory for page tables") : CV_OK;
 }
@@ -68,6 +69,7 @@ static void choose_type(cv_metal *m) {
     uint32_t type = s->kv_type != CV_Q8 ? s->kv_type : s->exact ? CV_F32 : s->act_type == CV_F16 || !cv_metal_has_bfloat(m->d) ? CV_F16 : CV_BF16;
     m->type = type == CV_F32 ? "f32" : type == CV_F16 ? "f16" : "bf16";
     m->element = cv_kv_element_bytes(type);
+    cv_metal_prefer_type(m->d, m->type);
 }
 
 int cv_backend_metal_open(const cv_shape *shape, const cv_memory *shared, size_t n_shared, cv_backend **out, char *text, size_t text_size) {

@@ -1,4 +1,4 @@
-/* pipelines.c — kernels: compiled from their embedded text by family, made into pipelines by name and function constants, kept in a table. */
+/* pipelines.c — kernels: compiled from their embedded text by family and type, when the first of them is needed, made into pipelines by name and function constants, kept in a table. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,17 +10,25 @@
 /* Without fast math: it lets the compiler sum in another order in each variant of a kernel, and then a row would have other bits
  * in a batch than alone. The products are fma by fma anyway; where speed needs it, kernels say fast::exp. */
 static id library(cv_metal_device *d, const char *kernel) {
-    int family = cv_metal_family_of(kernel);
-    if (family < 0 || d->libraries[family]) return family < 0 ? NULL : d->libraries[family];
-    char *source = cv_metal_source(family);
+    cv_metal_part part;
+    if (!cv_metal_part_of(kernel, d->type, &part)) return NULL;
+    for (size_t i = 0; i < d->n_libraries; i++) {
+        const cv_metal_part *p = &d->libraries[i].part;
+        if (p->family == part.family && p->type == part.type && p->head_dim == part.head_dim) return d->libraries[i].library;
+    }
+    char *source = d->n_libraries < CV_METAL_LIBRARIES ? cv_metal_source(&part) : NULL;
     if (!source) return NULL;
     id error = NULL, options = cv_metal_new(d, "MTLCompileOptions");
     if (options) CV_SEND(&d->objc, void, options, fast_math, (bool), false);
-    d->libraries[family] = CV_SEND(&d->objc, id, d->device, new_library, (id, id, id *), cv_metal_string(d, source), options, &error);
-    if (!d->libraries[family]) cv_metal_fail(d, CV_E_UNSUPPORTED, "Metal cannot compile the kernels", error);
+    id made = CV_SEND(&d->objc, id, d->device, new_library, (id, id, id *), cv_metal_string(d, source), options, &error);
+    if (!made) cv_metal_fail(d, CV_E_UNSUPPORTED, "Metal cannot compile the kernels", error);
+    else {
+        d->libraries[d->n_libraries].part = part;
+        d->libraries[d->n_libraries++].library = made;
+    }
     cv_metal_release(d, options);
     free(source);
-    return d->libraries[family];
+    return made;
 }
 
 static id constant_values(cv_metal_device *d, const cv_metal_constants *c) {

@@ -12,6 +12,7 @@ int cv_metal_grow_pages(cv_metal *m, size_t n) {
     int code = cv_metal_alloc(m->d, room * sizeof *s->pages, &pages, (cv_err){NULL, 0});
     if (code) return code;
     cv_metal_free(m->d, s->pages);
+    m->base.scratch_bytes += (room - s->room_pages) * sizeof *s->pages;
     s->pages = pages;
     s->room_pages = room;
     return CV_OK;

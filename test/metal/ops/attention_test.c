@@ -1,7 +1,7 @@
-/* attention_test.c — rotation, cache writes and attention of the Metal backend against the reference: head dims, groups, page
+/* attention_test.c — rotation, cache writes and attention of the Metal backend against double precision: head dims, groups, page
  * sizes, chunks, ragged batches, contexts that are split, caches of 8 bits. Arguments: how many rounds of random
  * shapes; `short`: nothing but those, and nothing after a case that fails. */
-#include "ops.h"
+#include "reference.h"
 
 enum { MOST_PAGES = 1024 };
 
@@ -20,6 +20,7 @@ typedef struct {
     size_t cache_bytes;
     uint32_t page_lists[3][MOST_PAGES];
     float *q, *k, *v, *out_cpu;     /* reference's */
+    float *before;                  /* queries before they are rotated */
     void *gq, *gk, *gv, *out_gpu;   /* Metal's, typed */
 } bench;
 
@@ -70,6 +71,7 @@ static void open_bench(bench *b, op_context *c, const attention_case *a) {
     b->k = op_alloc(b->w.cpu, q);
     b->v = op_alloc(b->w.cpu, q);
     b->out_cpu = op_alloc(b->w.cpu, q);
+    b->before = op_alloc(b->w.cpu, q);
     b->gq = op_alloc(b->w.gpu, q);
     b->gk = op_alloc(b->w.gpu, q);
     b->gv = op_alloc(b->w.gpu, q);
@@ -100,6 +102,7 @@ static int store(bench *b, size_t n) {
     op_fill(b->w.c, a->type, b->q, n * heads * d);
     op_fill(b->w.c, a->type, b->k, n * a->n_kv * d);
     op_fill(b->w.c, a->type, b->v, n * a->n_kv * d);
+    memcpy(b->before, b->q, n * heads * d * sizeof *b->q);
     op_encode(a->type, b->q, b->gq, n * heads * d);
     op_encode(a->type, b->k, b->gk, n * a->n_kv * d);
     op_encode(a->type, b->v, b->gv, n * a->n_kv * d);
@@ -146,6 +149,24 @@ static void fill_by_hand(bench *b) {
     op_encode(a->type, cpu, gpu, n);
 }
 
+/* Puts double precision in the place of the CPU's rotated queries, and of what attention makes of them over the CPU's cache. */
+static void take_reference(bench *b, size_t n, float *rotated) {
+    const attention_case *a = b->a;
+    size_t heads = a->n_kv * a->group, d = a->head_dim;
+    double *q = ref_room(n * heads * d), *out = ref_room(n * heads * d);
+    for (size_t i = 0; i < n * heads; i++) {
+        size_t t = i / heads, head = i % heads, s = b->w.token_seq[t];
+        uint64_t last = b->w.positions[t], first = a->flags & CV_LAYER_CHUNKED && a->chunk ? last / a->chunk * a->chunk : 0;
+        ref_rotate(&b->w, a->flags, last, b->before + i * d, q + i * d);
+        ref_attend(&b->w, &b->cpu_kv, a->q8 ? CV_Q8 : CV_F32, b->page_lists[s], head / a->group, first, last, b->q + i * d, out + i * d);
+    }
+    memcpy(rotated, b->q, n * heads * d * sizeof *rotated);
+    ref_take(&b->w, "rotated queries", rotated, q, n * heads * d);
+    ref_take(&b->w, "attention", b->out_cpu, out, n * heads * d);
+    free(q);
+    free(out);
+}
+
 /* Fills the cache in steps, then compares rotated queries and attention of the last step. */
 static void run_case(op_context *c, const attention_case *a) {
     bench b;
@@ -177,7 +198,8 @@ static void run_case(op_context *c, const attention_case *a) {
         if (!code) code = b.w.cpu->ops->attention(b.w.cpu, a->flags, heads, a->n_kv, b.q, &b.cpu_kv, b.out_cpu) | b.w.gpu->ops->attention(b.w.gpu, a->flags, heads, a->n_kv, b.gq, &b.gpu_kv, b.out_gpu);
         if (op_finish(&b.w, code)) {
             double bound = op_bound(a->type);
-            op_compare(&b.w, "rotated queries", a->type, b.gq, b.q, total * heads * a->head_dim, bound);
+            take_reference(&b, total, b.before);
+            op_compare(&b.w, "rotated queries", a->type, b.gq, b.before, total * heads * a->head_dim, bound);
             op_compare(&b.w, "attention", a->type, b.out_gpu, b.out_cpu, total * heads * a->head_dim, 2 * bound);
         }
     }

@@ -196,6 +196,23 @@ withFake(
 );
 
 withFake(
+  "where a context is split over threadgroups a token takes one dispatch more in layers with full attention",
+  async () => {
+    const { folder } = await golden("scout-4bit");
+    const tokens = Array.from({ length: 292 }, (_, i) => (i * 7) % 500);
+    const { code, stderr, log } = await command(tokens, folder, ["--prefill", "288", "--piece", "144"]);
+    expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
+    for (const { dispatches, kernels } of log.slice(-4)) {
+      const joins = kernels.filter(({ name }) => name.startsWith("attention_join")).length;
+      expect(joins).toBeGreaterThan(0);
+      expect(dispatches).toBe(7 * 8 + joins + 2);
+      expect(dispatches).toBeLessThanOrEqual(8 * 8 + 8);
+    }
+  },
+  60_000,
+);
+
+withFake(
   "caravan logits --device metal --kv-bits 8: near the reference's logits, in as few dispatches, checked for races and bounds",
   async () => {
     const { folder, tokens, wanted } = await golden("llama-4bit");

@@ -5,9 +5,13 @@ import { afterAll, beforeAll, expect, test } from "bun:test";
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { evenShares } from "../../../src/cluster/even-shares.ts";
+import { shardPlan } from "../../../src/cluster/shard.ts";
+import { loadModel } from "../../../src/engine/load-model.ts";
 import { readModelConfig } from "../../../src/model/config.ts";
-import { makeLoadPlan } from "../../../src/model/load-plan.ts";
-import { type MemoryPlan, planMemory } from "../../../src/model/memory-plan.ts";
+import { type LoadPlan, makeLoadPlan } from "../../../src/model/load-plan.ts";
+import { type KvType, type MemoryPlan, planMemory } from "../../../src/model/memory-plan.ts";
+import { metalCountedBytes } from "../../../src/model/metal-memory.ts";
 import { openCheckpoint } from "../../../src/model/safetensors.ts";
 
 const ROOT = join(import.meta.dir, "../../..");
@@ -24,11 +28,21 @@ afterAll(() => rmSync(dir, { recursive: true }));
 const TOKENS = 40;
 const PIECE = 20;
 
-/** What `caravan logits` plans for the checkpoint. */
-async function planned(name: string): Promise<MemoryPlan> {
+async function loadPlan(name: string): Promise<LoadPlan> {
   const folder = join(DATA, name);
-  const plan = makeLoadPlan(readModelConfig(folder), await openCheckpoint(folder));
-  return planMemory(plan, {
+  return makeLoadPlan(readModelConfig(folder), await openCheckpoint(folder));
+}
+
+/** The plans of the model's ranks, where it is split over `tensor` of them. */
+async function ranksOf(name: string, tensor: number): Promise<LoadPlan[]> {
+  const plan = await loadPlan(name);
+  const shares = evenShares(plan, tensor, 1);
+  return tensor === 1 ? [plan] : shares.map((_, rank) => shardPlan(plan, shares, rank));
+}
+
+/** What `caravan logits` plans for the checkpoint, or for its ranks together. */
+async function planned(name: string, tensor = 1): Promise<MemoryPlan> {
+  return planMemory(await ranksOf(name, tensor), {
     ...{ context: TOKENS, streams: 1, kvType: "bf16", threads: 1, available: 1e12 },
     ...{ maxTokens: PIECE, maxLogits: PIECE, gpu: { workingSet: 1e12, total: 1e12, alone: true } },
   });
@@ -40,7 +54,7 @@ const bytesOf = (plan: MemoryPlan) =>
 /** The share that the plan leaves to the system, so that it uses `bytes`. */
 const workingSetFor = (bytes: number) => Math.ceil(bytes / 0.95) + 1;
 
-async function logits(name: string, env: Record<string, string>) {
+async function logits(name: string, env: Record<string, string>, more: string[] = []) {
   const [tokensFile, out, log] = ["tokens.json", "logits.npy", "gpu.log"].map((file) => join(dir, file)) as [
     string,
     string,
@@ -48,7 +62,17 @@ async function logits(name: string, env: Record<string, string>) {
   ];
   writeFileSync(tokensFile, JSON.stringify({ tokens: Array.from({ length: TOKENS }, (_, i) => i * 7) }));
   rmSync(log, { force: true });
-  const options = ["--tokens-file", tokensFile, "--out", out, "--prefill", "38", "--piece", `${PIECE}`];
+  const options = [
+    "--tokens-file",
+    tokensFile,
+    "--out",
+    out,
+    "--prefill",
+    "38",
+    "--piece",
+    `${PIECE}`,
+    ...more,
+  ];
   const run = Bun.spawn(
     [
       process.execPath,
@@ -93,6 +117,65 @@ withFake(
     });
     expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
   },
+);
+
+withFake.each([
+  ["scout-4bit", 1],
+  ["maverick-4bit", 1],
+  ["llama-4bit", 1],
+  ["scout-4bit", 2],
+] as const)(
+  "what is planned for %s on %d ranks is what the engines count, to the byte, with each kind of cache",
+  async (name, tensor) => {
+    const terms: [compute: "fast" | "exact", bits: 8 | 16, KvType][] = [
+      ["fast", 16, "bf16"],
+      ["exact", 16, "f32"],
+      ["fast", 8, "q8"],
+      ["exact", 8, "q8"],
+    ];
+    const ranks = await ranksOf(name, tensor);
+    for (const [compute, bits, kvType] of terms.slice(tensor - 1)) {
+      const loaded = await loadModel({
+        ...{ model: name, modelDir: join(DATA, name), context: 300, streams: 3, threads: 1, tensor, compute },
+        ...(bits === 8 ? { kvBits: bits } : {}),
+        ...{ device: "metal", piece: () => 64 },
+      });
+      const { memory, memoryPlan, limits } = loaded;
+      await loaded.close();
+      const counted = ranks.reduce(
+        (sum, rank) => sum + metalCountedBytes(rank, { kvType, exact: compute === "exact", ...limits }),
+        0,
+      );
+      expect({ compute, bits, ...memory }).toEqual({
+        ...{ compute, bits, weights_mapped: memoryPlan.weightsMapped },
+        ...{ weights_copied: memoryPlan.weightsCopied, kv: memoryPlan.kvBytes, scratch: counted },
+      });
+      // Beside that: whole pages and hand-overs.
+      expect(memoryPlan.scratchBytes).toBeGreaterThanOrEqual(counted);
+      expect(memoryPlan.scratchBytes).toBeLessThan(counted + tensor * 1.2e6);
+    }
+  },
+  60_000,
+);
+
+withFake(
+  "ranks of one Mac are planned against its one working set, together, and refused together",
+  async () => {
+    const needed = bytesOf(await planned("scout-4bit", 2));
+    const alone = bytesOf(await planned("scout-4bit"));
+    expect(needed).toBeGreaterThan(alone);
+    const enough = { FAKEMETAL_WORKING_SET: `${workingSetFor(needed)}` };
+    const { code, stderr } = await logits("scout-4bit", enough, ["--tensor", "2"]);
+    expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
+    // What one rank with the whole model could still have:
+    const tight = { FAKEMETAL_WORKING_SET: `${workingSetFor(needed) - 5000}` };
+    const refused = await logits("scout-4bit", tight, ["--tensor", "2"]);
+    expect(refused.code).not.toBe(0);
+    expect(refused.steps).toEqual([]);
+    expect(refused.stderr).toMatch(/the GPU's working set is [\d.]+ GB/);
+    expect((await logits("scout-4bit", tight)).code).toBe(0);
+  },
+  60_000,
 );
 
 withFake("without residency sets (macOS 14) the same model runs", async () => {

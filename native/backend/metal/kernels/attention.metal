@@ -229,9 +229,18 @@ kernel void attention_prefill(device const T* q [[buffer(0)]], device const ucha
   template [[host_name("attention_decode_" suffix "_" #D)]] [[kernel]] decltype(attention_decode<T, D>) attention_decode<T, D>;     \
   template [[host_name("attention_join_" suffix "_" #D)]] [[kernel]] decltype(attention_join<T, D>) attention_join<T, D>;           \
   template [[host_name("attention_prefill_" suffix "_" #D)]] [[kernel]] decltype(attention_prefill<T, D>) attention_prefill<T, D>;
+#if CV_ONLY_DIM == 0
 #define ATTENTION_TYPE(T, suffix) ATTENTION(T, suffix, 16) ATTENTION(T, suffix, 32) ATTENTION(T, suffix, 64) ATTENTION(T, suffix, 128)
+#else
+#define ATTENTION_OF(T, suffix, D) ATTENTION(T, suffix, D) // the number instead of its name
+#define ATTENTION_TYPE(T, suffix) ATTENTION_OF(T, suffix, CV_ONLY_DIM)
+#endif
+#if CV_HAS_F32
 ATTENTION_TYPE(float, "f32")
+#endif
+#if CV_HAS_F16
 ATTENTION_TYPE(half, "f16")
-#ifdef __HAVE_BFLOAT__ // macOS 14
+#endif
+#if CV_HAS_BF16
 ATTENTION_TYPE(bfloat, "bf16")
 #endif

@@ -251,7 +251,7 @@ kernel void experts_sum(device const float* expert_out [[buffer(0)]], device con
   float y = 0.0f;
   for (uint k = 0; k < p.chosen; k++) y += expert_out[ulong(place[at.y * p.chosen + k]) * p.hidden + at.x];
   const ulong i = ulong(at.y) * p.hidden + at.x;
-  y += shared_out[i];
+  if (p.shared != 0) y += shared_out[i];
   h[i] = ADD ? h[i] + y : y;
 }
 template [[host_name("experts_sum")]] [[kernel]] decltype(experts_sum<false>) experts_sum<false>;
@@ -264,8 +264,12 @@ template [[host_name("experts_sum_add")]] [[kernel]] decltype(experts_sum<true>)
   template [[host_name("experts_down_" suffix "_1")]] [[kernel]] decltype(experts_down<T, 4, 1>) experts_down<T, 4, 1>; \
   template [[host_name("experts_down_" suffix "_8")]] [[kernel]] decltype(experts_down<T, 2, 8>) experts_down<T, 2, 8>; \
   template [[host_name("experts_down_" suffix "_16")]] [[kernel]] decltype(experts_down<T, 2, 16>) experts_down<T, 2, 16>;
+#if CV_HAS_F32
 EXPERTS_TYPE(float, "f32")
+#endif
+#if CV_HAS_F16
 EXPERTS_TYPE(half, "f16")
-#ifdef __HAVE_BFLOAT__ // macOS 14
+#endif
+#if CV_HAS_BF16
 EXPERTS_TYPE(bfloat, "bf16")
 #endif

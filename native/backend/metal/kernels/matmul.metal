@@ -86,8 +86,12 @@ kernel void matmul(device const uchar* wa [[buffer(0)]], device const uchar* sa 
     else ((device T*)out)[at] = T(y);
   }
 }
+#if CV_HAS_F32
 template [[host_name("matmul_f32")]] [[kernel]] decltype(matmul<float>) matmul<float>;
+#endif
+#if CV_HAS_F16
 template [[host_name("matmul_f16")]] [[kernel]] decltype(matmul<half>) matmul<half>;
-#ifdef __HAVE_BFLOAT__ // macOS 14
+#endif
+#if CV_HAS_BF16
 template [[host_name("matmul_bf16")]] [[kernel]] decltype(matmul<bfloat>) matmul<bfloat>;
 #endif

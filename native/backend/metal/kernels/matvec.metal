@@ -100,8 +100,12 @@ kernel void matvec_up(device const uchar* wa [[buffer(0)]], device const uchar* 
   MATVEC(matvec, T, suffix, 4, 1) MATVEC(matvec, T, suffix, 4, 2) MATVEC(matvec, T, suffix, 2, 4) MATVEC(matvec, T, suffix, 2, 8)     \
   MATVEC(matvec, T, suffix, 2, 16) MATVEC(matvec_up, T, suffix, 2, 1) MATVEC(matvec_up, T, suffix, 2, 2) MATVEC(matvec_up, T, suffix, 2, 4) \
   MATVEC(matvec_up, T, suffix, 2, 8) MATVEC(matvec_up, T, suffix, 2, 16)
+#if CV_HAS_F32
 MATVEC_TYPE(float, "f32")
+#endif
+#if CV_HAS_F16
 MATVEC_TYPE(half, "f16")
-#ifdef __HAVE_BFLOAT__ // macOS 14
+#endif
+#if CV_HAS_BF16
 MATVEC_TYPE(bfloat, "bf16")
 #endif

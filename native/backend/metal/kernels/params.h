@@ -67,13 +67,13 @@ typedef struct {
 } cv_matvec_params;
 
 typedef struct {
-    cv_matrix gate, up, shared_gate, shared_up; /* shared_*: experts only */
+    cv_matrix gate, up, shared_gate, shared_up; /* shared_*: experts only; what this rank has no part of has no rows (and chosen is 0) */
     cv_u32 n, n_experts, chosen;
     float eps;
 } cv_up_params;
 
 typedef struct {
-    cv_matrix down, shared_down;
+    cv_matrix down, shared_down; /* what this rank has no part of has no columns */
     cv_u32 n, n_experts, chosen, add; /* add: to what h holds; else h is written */
 } cv_down_params;
 
@@ -108,8 +108,9 @@ typedef struct {
     cv_u32 reserved;
 } cv_attention_params;
 
+/* chosen: 0 where this rank has no part of the experts; shared: whether it has one of the shared expert. */
 typedef struct {
-    cv_u32 n, n_experts, chosen, hidden;
+    cv_u32 n, n_experts, chosen, hidden, shared;
 } cv_moe_params;
 
 typedef struct {

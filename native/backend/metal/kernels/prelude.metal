@@ -6,6 +6,21 @@
 #include "params.h"
 using namespace metal;
 
+// A start compiles the kernels of one type of activations (1 f32, 2 f16, 3 bf16) and of one size of heads; 0: all, for checks.
+#ifndef CV_ONLY_TYPE
+#define CV_ONLY_TYPE 0
+#endif
+#ifndef CV_ONLY_DIM
+#define CV_ONLY_DIM 0
+#endif
+#define CV_HAS_F32 (CV_ONLY_TYPE == 0 || CV_ONLY_TYPE == 1)
+#define CV_HAS_F16 (CV_ONLY_TYPE == 0 || CV_ONLY_TYPE == 2)
+#ifdef __HAVE_BFLOAT__ // macOS 14
+#define CV_HAS_BF16 (CV_ONLY_TYPE == 0 || CV_ONLY_TYPE == 3)
+#else
+#define CV_HAS_BF16 0
+#endif
+
 constant uint A_FORMAT [[function_constant(0)]];
 constant uint A_BITS [[function_constant(1)]];
 constant uint A_GROUP [[function_constant(2)]];

@@ -104,8 +104,12 @@ kernel void rope_store(device T* q [[buffer(0)]], device const T* k [[buffer(1)]
 #define ROWS_TYPE(T, suffix)                                                                          \
   template [[host_name("rms_norm_" suffix)]] [[kernel]] decltype(rms_norm<T>) rms_norm<T>;            \
   template [[host_name("rope_store_" suffix)]] [[kernel]] decltype(rope_store<T>) rope_store<T>;
+#if CV_HAS_F32
 ROWS_TYPE(float, "f32")
+#endif
+#if CV_HAS_F16
 ROWS_TYPE(half, "f16")
-#ifdef __HAVE_BFLOAT__ // macOS 14
+#endif
+#if CV_HAS_BF16
 ROWS_TYPE(bfloat, "bf16")
 #endif
