@@ -1,5 +1,5 @@
-// Which nodes to try together: of all subsets of up to 16 nodes only those that could be best, the fastest, the largest,
-// and the neighbours of each node by their links; in an order that puts good links inside tensor groups. Pure.
+// Which nodes to try together, and in what order: of few nodes all; of up to 16 only those that could be best, the fastest, the largest, and
+// the neighbours of each node by their links, in an order that puts good links inside tensor groups; and what is one exchange away. Pure.
 
 import { exchangeUs, type LinkTable } from "./predict.ts";
 import type { NodeId } from "./types.ts";
@@ -83,4 +83,59 @@ function chained<T extends Candidate>(group: readonly T[], links: LinkTable, fir
     at = left.splice(nearest, 1)[0];
   }
   return out;
+}
+
+/** Every way to fill `stages` tensor groups of `tensor` nodes each; within a group the order means little, so there is one: the strongest first.
+ * Of 5 nodes at most 120 for one shape. first: has rank 0. */
+export function* allArrangements<T extends Candidate>(
+  nodes: readonly T[],
+  tensor: number,
+  stages: number,
+  first?: NodeId,
+): Generator<T[]> {
+  if (stages === 0) {
+    yield [];
+    return;
+  }
+  const strongest = nodes.toSorted(
+    (a, b) => Number(b.id === first) - Number(a.id === first) || b.speed - a.speed || (a.id < b.id ? -1 : 1),
+  );
+  for (const group of combinations(strongest, tensor)) {
+    if (first !== undefined && group[0]?.id !== first) continue;
+    const left = strongest.filter((node) => !group.includes(node));
+    for (const rest of allArrangements(left, tensor, stages - 1)) yield [...group, ...rest];
+  }
+}
+
+/** How many allArrangements gives, of `count` nodes. */
+export function arrangements(count: number, tensor: number, stages: number): number {
+  let ways = 1;
+  for (let stage = 0; stage < stages; stage++)
+    for (let i = 0; i < tensor; i++) ways *= (count - stage * tensor - i) / (i + 1);
+  return Math.round(ways);
+}
+
+function* combinations<T>(list: readonly T[], count: number): Generator<T[]> {
+  if (count === 0) {
+    yield [];
+    return;
+  }
+  for (let i = 0; i + count <= list.length; i++)
+    for (const rest of combinations(list.slice(i + 1), count - 1)) yield [list[i] as T, ...rest];
+}
+
+/** Arrangements that differ by one exchange: of a node for one that is outside, or of two nodes of different stages. */
+export function* neighbourGroups<T extends Candidate>(
+  group: readonly T[],
+  nodes: readonly T[],
+  tensor: number,
+  first?: NodeId,
+): Generator<T[]> {
+  const begin = first === undefined ? 0 : 1;
+  for (let i = begin; i < group.length; i++)
+    for (const other of nodes) if (!group.includes(other)) yield group.with(i, other);
+  for (let i = begin; i < group.length; i++)
+    for (let j = i + 1; j < group.length; j++)
+      if (Math.floor(i / tensor) !== Math.floor(j / tensor))
+        yield group.with(i, group[j] as T).with(j, group[i] as T);
 }

@@ -4,7 +4,7 @@
 import { CaravanError } from "../errors.ts";
 import { type KvType, PLANNED_SHARE } from "../model/memory-plan.ts";
 import { type ModelProfile, type RankWork, rankWorks } from "./model-profile.ts";
-import { type Candidate, nodeGroups } from "./node-groups.ts";
+import { allArrangements, arrangements, type Candidate, neighbourGroups, nodeGroups } from "./node-groups.ts";
 import { PlacementWords, speedOf } from "./placement-words.ts";
 import { LinkTable, type NodeFigures, type Prediction, predict } from "./predict.ts";
 import { longestContext, type MemoryTerms, type RankMemory, rankMemory } from "./rank-memory.ts";
@@ -72,6 +72,11 @@ export interface PlacementPlan {
 }
 
 export const MOST_NODES = 16;
+/** Of so many nodes all arrangements are tried: 381 of five. Of more nodes those of shapes that have few. */
+const EXHAUSTIVE_NODES = 5;
+const MOST_ARRANGEMENTS = 400;
+/** Exchanges of nodes in all; a thousand take a tenth of a second. */
+const MOST_TRIES = 1000;
 /** Contexts that most conversations fit into. */
 export const DEFAULT_CONTEXT = 8192;
 /** Tokens of a step at most, and rows of logits beside the streams' (engine/load-model.ts). */
@@ -100,6 +105,17 @@ export function planPlacements(
   return new Planner(profile, nodes, links, terms).plan();
 }
 
+/** Of one grid on these nodes in this order, as planPlacements judges it: tokens/s of all streams, or undefined where it does not fit. */
+export function placementSpeed(
+  profile: ModelProfile,
+  nodes: readonly PlacementNode[],
+  links: readonly Link[],
+  terms: PlacementTerms,
+  [tensor, pipeline]: [tensor: number, pipeline: number],
+): number | undefined {
+  return new Planner(profile, nodes, links, terms).speedOn(tensor, pipeline);
+}
+
 interface Tried {
   ranks: RankShare[];
   bytes: NodeBytes[];
@@ -109,6 +125,15 @@ interface Tried {
 }
 
 type Member = Candidate & { node: PlacementNode };
+
+/** Of one shape. */
+interface Best {
+  tensor: number;
+  pipeline: number;
+  group: readonly Member[];
+  tried: Tried;
+  predicted: Prediction | undefined;
+}
 
 class Planner {
   readonly #members: Member[];
@@ -160,19 +185,8 @@ class Planner {
   plan(): PlacementPlan {
     const found: Placement[] = [];
     const refused: RefusedShape[] = [];
-    const best = new Map<string, { tried: Tried; predicted: Prediction | undefined }>();
-    for (const group of nodeGroups(this.#members, this.#links, this.terms.first))
-      for (const [tensor, pipeline] of shapes(group.length, this.terms.asked)) {
-        if (pipeline > this.profile.layers.length) continue;
-        const tried = this.#try(group, tensor, pipeline);
-        const predicted = tried.missing === 0 ? this.#predict(tried) : undefined;
-        const key = `${tensor}x${pipeline}`;
-        const known = best.get(key);
-        if (known === undefined || this.#isBetter({ tried, predicted }, known))
-          best.set(key, { tried, predicted });
-      }
-    for (const [key, { tried, predicted }] of best) {
-      const [tensor = 1, pipeline = 1] = key.split("x").map(Number);
+    const best = this.#search();
+    for (const { tensor, pipeline, tried, predicted } of best.values()) {
       if (predicted === undefined)
         refused.push({ tensor, pipeline, bytes: tried.bytes, reason: this.#words.missing(tried.bytes) });
       else found.push(this.#placement(tensor, pipeline, tried, predicted));
@@ -182,6 +196,72 @@ class Planner {
     const reason = this.#words.reason(this.#recommend(found), found, WORTHWHILE);
     for (const placement of found) placement.warnings = this.#words.warnings(placement, found);
     return { placements: found, refused, reason, assumptions: this.#words.assumptions(found) };
+  }
+
+  /**
+   * Of every shape the best group of nodes that is found: of all in every order that matters where they are few. Of others those that could be
+   * best, and from there on whatever one exchange of nodes makes better, the shapes first that are fastest so far.
+   */
+  #search(): Map<string, Best> {
+    const best = new Map<string, Best>();
+    const many = new Set<string>();
+    const { first } = this.terms;
+    const count = this.#members.length;
+    for (let size = 1; size <= count; size++)
+      for (const [tensor, pipeline] of this.#shapes(size)) {
+        if (
+          arrangements(count, tensor, pipeline) > (count <= EXHAUSTIVE_NODES ? Infinity : MOST_ARRANGEMENTS)
+        )
+          many.add(`${tensor}x${pipeline}`);
+        else
+          for (const group of allArrangements(this.#members, tensor, pipeline, first))
+            this.#consider(best, group, tensor, pipeline);
+      }
+    if (many.size === 0) return best;
+    for (const group of nodeGroups(this.#members, this.#links, first))
+      for (const [tensor, pipeline] of this.#shapes(group.length))
+        if (many.has(`${tensor}x${pipeline}`)) this.#consider(best, group, tensor, pipeline);
+    let tries = 0;
+    const order = [...best].sort(
+      ([, a], [, b]) =>
+        (b.predicted?.decodeAll ?? 0) - (a.predicted?.decodeAll ?? 0) || a.tried.missing - b.tried.missing,
+    );
+    for (const [shape, { tensor, pipeline, group: begin }] of order) {
+      if (!many.has(shape)) continue;
+      let group = begin;
+      for (let better = true; better && tries < MOST_TRIES; ) {
+        better = false;
+        for (const next of neighbourGroups(group, this.#members, tensor, first)) {
+          if (tries++ >= MOST_TRIES) break;
+          if (!this.#consider(best, next, tensor, pipeline)) continue;
+          group = next;
+          better = true;
+          break;
+        }
+      }
+    }
+    return best;
+  }
+
+  #shapes(size: number): [tensor: number, pipeline: number][] {
+    return shapes(size, this.terms.asked).filter(([, pipeline]) => pipeline <= this.profile.layers.length);
+  }
+
+  /** Whether it is the best of its shape so far. */
+  #consider(best: Map<string, Best>, group: readonly Member[], tensor: number, pipeline: number): boolean {
+    const tried = this.#try(group, tensor, pipeline);
+    const predicted = tried.missing === 0 ? this.#predict(tried) : undefined;
+    const key = `${tensor}x${pipeline}`;
+    const known = best.get(key);
+    if (known !== undefined && !this.#isBetter({ tried, predicted }, known)) return false;
+    best.set(key, { tensor, pipeline, group, tried, predicted });
+    return true;
+  }
+
+  /** Tokens/s of all streams on all nodes in just this order; undefined where it does not fit. */
+  speedOn(tensor: number, pipeline: number): number | undefined {
+    const tried = this.#try(this.#members, tensor, pipeline);
+    return tried.missing === 0 ? (this.#predict(tried).decodeAll ?? 0) : undefined;
   }
 
   /** The model on these nodes in this order: layers to stages, then shares within each. */

@@ -4,7 +4,12 @@
 import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import { profileModel, rankWorks } from "../../src/cluster/model-profile.ts";
-import { type PlacementNode, type PlacementTerms, planPlacements } from "../../src/cluster/placement.ts";
+import {
+  type PlacementNode,
+  type PlacementTerms,
+  placementSpeed,
+  planPlacements,
+} from "../../src/cluster/placement.ts";
 import { shardPlan } from "../../src/cluster/shard.ts";
 import type { Link } from "../../src/cluster/types.ts";
 import { CaravanError } from "../../src/errors.ts";
@@ -19,6 +24,10 @@ const terms = (asked: PlacementTerms["asked"] = {}): PlacementTerms => ({
   kvType: "bf16",
   threads: 8,
 });
+
+/** Clusters of which all ordered subsets are tried; a few of six nodes, which have thousands. */
+const RUNS_FIVE = Number(process.env.CARAVAN_PLACEMENT_RUNS ?? 20);
+const RUNS_SIX = Math.ceil(RUNS_FIVE / 8);
 
 /** exo with MLX, 4 × M3 Ultra, Thunderbolt 5, 63 tokens in, 512 out: generated tokens/s. */
 const PUBLISHED: [Llama4Name, number, Record<string, number>][] = [
@@ -262,6 +271,107 @@ test("Scout's tensor 4 has the bytes of four load plans, replicated parts on eve
     expect(plan.placements[0]?.bytes[rank]?.weights).toBe(bytes);
   });
   expect(rankWorks(profileModel(whole), ranks).map(({ place }) => place.kvHeads)).toEqual([2, 2, 2, 2]);
+});
+
+describe("the fastest placement that is found", () => {
+  const profile = llama4Profile("scout", 4);
+
+  /** Nodes and links of all kinds; some nodes are too small for the model. */
+  const clusterOf = (least: number, most: number) =>
+    fc
+      .integer({ min: least, max: most })
+      .chain((count) =>
+        fc.record({
+          nodes: fc.array(
+            fc.record({
+              bandwidth: fc.constantFrom(60e9, 120e9, 273e9, 546e9, 819e9),
+              available: fc.constantFrom(12e9, 24e9, 48e9, 96e9, 192e9),
+            }),
+            { minLength: count, maxLength: count },
+          ),
+          cables: fc.array(
+            fc.record({
+              latencyUs: fc.constantFrom(10, 16, 60, 300),
+              bandwidth: fc.constantFrom(1.2e8, 1e9, 6e9),
+            }),
+            { minLength: (count * (count - 1)) / 2, maxLength: (count * (count - 1)) / 2 },
+          ),
+          streams: fc.constantFrom(1, 4),
+        }),
+      )
+      .map(({ nodes, cables, streams }) => {
+        const made = macs(nodes.length).map((mac, i) => {
+          const { bandwidth = 0, available = 0 } = nodes[i] ?? {};
+          return { ...mac, bandwidth, memory: { total: available, available } };
+        });
+        let next = 0;
+        const links = made.flatMap((a, i) =>
+          made.slice(i + 1).flatMap((b): Link[] => {
+            const { latencyUs = 0, bandwidth = 1 } = cables[next++] ?? {};
+            const kind = latencyUs < 50 ? "rdma" : "tcp";
+            return [
+              { from: a.id, to: b.id, kind, latencyUs, bandwidth },
+              { from: b.id, to: a.id, kind, latencyUs, bandwidth },
+            ];
+          }),
+        );
+        return { nodes: made, links, streams };
+      });
+
+  /** Of all grids on all ordered subsets of the nodes. */
+  function fastest(nodes: PlacementNode[], links: Link[], asked: PlacementTerms): number {
+    let best = 0;
+    const extend = (group: PlacementNode[]): void => {
+      for (let pipeline = 1; pipeline <= group.length; pipeline++)
+        if (group.length % pipeline === 0) {
+          const grid: [number, number] = [group.length / pipeline, pipeline];
+          best = Math.max(best, placementSpeed(profile, group, links, asked, grid) ?? 0);
+        }
+      for (const node of nodes) if (!group.includes(node)) extend([...group, node]);
+    };
+    for (const node of nodes) extend([node]);
+    return best;
+  }
+
+  const found = (nodes: PlacementNode[], links: Link[], asked: PlacementTerms): number => {
+    try {
+      const speeds = planPlacements(profile, nodes, links, asked).placements.map(
+        ({ predicted }) => predicted.decodeAll ?? 0,
+      );
+      return Math.max(0, ...speeds);
+    } catch (thrown) {
+      if (thrown instanceof CaravanError && thrown.code === "out_of_memory") return 0;
+      throw thrown;
+    }
+  };
+
+  test("of up to five nodes is the fastest of all, whatever order they are in", () => {
+    let worst = 1;
+    fc.assert(
+      fc.property(clusterOf(2, 5), ({ nodes, links, streams }) => {
+        const best = fastest(nodes, links, terms({ streams }));
+        const here = found(nodes, links, terms({ streams }));
+        if (best > 0) worst = Math.min(worst, here / best);
+        expect(here).toBeGreaterThanOrEqual(best * 0.99);
+      }),
+      { numRuns: RUNS_FIVE, interruptAfterTimeLimit: 40_000 },
+    );
+    console.log(`up to 5 nodes: at worst ${((1 - worst) * 100).toFixed(2)} % below the fastest`);
+  }, 120_000);
+
+  test("of six nodes is hardly slower than the fastest of all", () => {
+    let worst = 1;
+    fc.assert(
+      fc.property(clusterOf(6, 6), ({ nodes, links, streams }) => {
+        const best = fastest(nodes, links, terms({ streams }));
+        const here = found(nodes, links, terms({ streams }));
+        if (best > 0) worst = Math.min(worst, here / best);
+        expect(here).toBeGreaterThanOrEqual(best * 0.95);
+      }),
+      { numRuns: RUNS_SIX, interruptAfterTimeLimit: 40_000 },
+    );
+    console.log(`6 nodes: at worst ${((1 - worst) * 100).toFixed(2)} % below the fastest`);
+  }, 120_000);
 });
 
 test("16 nodes of four kinds with 240 links are placed in well under a second", () => {
