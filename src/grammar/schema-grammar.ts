@@ -5,7 +5,7 @@
 import { type BuildBudget, combine, type Dfa, Nfa } from "./automaton.ts";
 import type { GrammarBuilder, Part } from "./grammar.ts";
 import { MOST_ENUM_VALUES, MOST_ITEMS, SchemaError, TooLarge } from "./limits.ts";
-import { numberAutomaton } from "./numbers.ts";
+import { inRange, numberAutomaton } from "./numbers.ts";
 import { ObjectWriter, type OtherNames } from "./object-writer.ts";
 import { characterRun, checkPattern, PatternError } from "./pattern.ts";
 import { accepts, canonicalJson } from "./schema-accepts.ts";
@@ -23,9 +23,13 @@ import {
 } from "./shape.ts";
 import { otherNames, stringAutomaton, writeQuoted } from "./strings.ts";
 
-/** Elements that contains may count, and values of which no two may be alike. */
+/** Elements that contains may count. */
 const MOST_CONTAINED = 100;
+/** Values of which no two may be alike: in any order, and in the order of the schema. */
 const MOST_DIFFERENT = 8;
+const MOST_ORDERED = 100;
+/** Ways on, for all numbers of elements together. */
+const MOST_ORDERED_WAYS = 20_000;
 /** Patterns for names: their combinations are told apart. */
 const MOST_NAME_PATTERNS = 4;
 
@@ -210,52 +214,66 @@ export class SchemaGrammar {
     return opposite;
   }
 
-  /** Different elements out of a few values. */
+  /** Different elements out of a few values: of more than some, in their order. */
   #set({ min, max, prefix, items, contains }: ArrayShape, path: string, start: number, end: number): void {
     const values = prefix > 0 || contains !== undefined ? undefined : this.#fewValues(items(0));
     if (values === undefined)
       throw new SchemaError(
         path,
-        `uniqueItems can be enforced where the elements are of ${MOST_DIFFERENT} values at most, and with one element`,
+        `uniqueItems can be enforced where the elements are of ${MOST_ORDERED} values at most, and with one element`,
       );
-    const nodes = new Map<number, number>();
-    const open: [node: number, used: number][] = [];
-    const behind = (used: number): number => {
-      let node = nodes.get(used);
+    const counts = Math.min(Math.max(min, max < values.length ? max : 0), values.length) + 1;
+    if (values.length ** 2 * counts > 2 * MOST_ORDERED_WAYS && values.length > MOST_DIFFERENT)
+      throw new SchemaError(path, "so many different elements cannot be counted");
+    const anyOrder = values.length <= MOST_DIFFERENT;
+    /** How far an array is: the values used as bits, or the next that may come; elements, where they are counted. */
+    const nodes = new Map<string, number>();
+    const open: [node: number, used: number, count: number][] = [];
+    const behind = (used: number, elements: number): number => {
+      const count = Math.min(elements, counts);
+      const key = `${used} ${count}`;
+      let node = nodes.get(key);
       if (node === undefined) {
         node = this.#builder.node();
-        nodes.set(used, node);
-        open.push([node, used]);
+        nodes.set(key, node);
+        open.push([node, used, count]);
       }
       return node;
     };
-    const ways = (used: number, first: boolean): Part[] => {
-      const count = values.filter((_, i) => (used >> i) % 2 === 1).length;
+    const ways = (used: number, count: number, first: boolean): Part[] => {
       const parts: Part[] = [];
-      for (const [i, text] of values.entries())
-        if (count < max && (used >> i) % 2 === 0)
-          parts.push({ lead: first ? "[" : ",", text, target: behind(used | (1 << i)) });
+      for (const [i, text] of values.entries()) {
+        const free = anyOrder ? (used >> i) % 2 === 0 : i >= used;
+        if (count < max && free)
+          parts.push({
+            ...{ lead: first ? "[" : ",", text },
+            target: behind(anyOrder ? used | (1 << i) : i + 1, count + 1),
+          });
+      }
       if (count >= min) parts.push({ lead: first ? "[" : "", text: "]", target: end });
       return parts;
     };
-    this.#builder.term(start, ways(0, true), path);
+    this.#builder.term(start, ways(0, 0, true), path);
     for (let next = open.pop(); next !== undefined; next = open.pop())
-      this.#builder.term(next[0], ways(next[1], false), path);
+      this.#builder.term(next[0], ways(next[1], next[2], false), path);
   }
 
   /** The texts of the values that satisfy the schemas, where they are few. */
   #fewValues(schemas: Placed[]): string[] | undefined {
     const texts = new Map<string, string>();
     for (const flats of this.#reader.alternatives(schemas)) {
-      const { values, types } = shapeOf(flats, this.#reader);
-      const all = values ?? [
+      const shape = shapeOf(flats, this.#reader);
+      const { types } = shape;
+      const numbers = shape.values === undefined && types.has("integer") ? fewNumbers(shape) : [];
+      const open = [...types].some((type) => type !== "boolean" && type !== "null" && type !== "integer");
+      if (numbers === undefined || (shape.values === undefined && open)) return undefined;
+      const all = shape.values ?? [
         ...(types.has("boolean") ? [true, false] : []),
         ...(types.has("null") ? [null] : []),
+        ...numbers,
       ];
-      if (values === undefined && [...types].some((type) => type !== "boolean" && type !== "null"))
-        return undefined;
       for (const value of all) texts.set(canonicalJson(value), JSON.stringify(value));
-      if (texts.size > MOST_DIFFERENT) return undefined;
+      if (texts.size > MOST_ORDERED) return undefined;
     }
     return [...texts.values()];
   }
@@ -332,6 +350,16 @@ export class SchemaGrammar {
       };
     });
   }
+}
+
+/** Whole numbers between bounds, where they are few. */
+function fewNumbers(shape: Shape): number[] | undefined {
+  const range = numbersOf(shape);
+  const [low, high] = [Math.ceil(range.low ?? Number.NaN), Math.floor(range.high ?? Number.NaN)];
+  if (!(high - low <= MOST_ORDERED)) return undefined;
+  return Array.from({ length: Math.max(0, high - low + 1) }, (_, i) => low + i).filter(
+    (value) => inRange(value, range) && range.divisors.every((divisor) => value % divisor === 0),
+  );
 }
 
 function insert(nfa: Nfa, from: number, dfa: Dfa | undefined): number {

@@ -238,3 +238,39 @@ describe("numbers", () => {
     expect(takes({ type: "string", format: "int64" }, '"x"')).toBe(false);
   });
 });
+
+describe("different elements", () => {
+  const letters = [..."abcdefghijkl"];
+
+  test("come in any order out of few values, and in the order of the schema out of more", () => {
+    const few = { type: "array", uniqueItems: true, items: { enum: ["b", "a", 1] } };
+    expect(takes(few, '["a","b"]')).toBe(true);
+    expect(takes(few, '["b",1,"a"]')).toBe(true);
+    expect(takes(few, '["b","b"]')).toBe(false);
+    const many = { type: "array", uniqueItems: true, items: { enum: letters }, minItems: 2, maxItems: 4 };
+    expect(takes(many, '["a","c","l"]')).toBe(true);
+    expect(takes(many, '["c","a"]')).toBe(false);
+    expect(takes(many, '["a","a"]')).toBe(false);
+    expect(takes(many, '["a"]')).toBe(false);
+    expect(takes(many, '["a","b","c","d","e"]')).toBe(false);
+    answersOf(many);
+    // What is asked for can still come where little is left of the values.
+    const all = { type: "array", uniqueItems: true, items: { enum: letters }, minItems: 12 };
+    expect(answersOf(all)).toContainEqual(letters);
+    const draw = { type: "array", uniqueItems: true, minItems: 6, maxItems: 6 };
+    for (const answer of answersOf({ ...draw, items: { type: "integer", minimum: 1, maximum: 45 } }))
+      expect(answer).toHaveLength(6);
+  }, 30_000);
+
+  test("out of any values are refused", () => {
+    for (const items of [
+      { type: "string" },
+      { type: "integer" },
+      { type: "integer", minimum: 1, maximum: 500 },
+    ])
+      expect(refusal({ type: "array", uniqueItems: true, items })).toStartWith("schema: #/uniqueItems: ");
+    expect(refusal({ type: "array", uniqueItems: true, items: { enum: ["a", "b"] }, minItems: 3 })).toContain(
+      "no value can satisfy it",
+    );
+  });
+});
