@@ -292,12 +292,17 @@ export class TextService {
   #watchdog(live: Live): ReturnType<typeof setInterval> {
     let beat = Atomics.load(live.shared, BEAT);
     let since = performance.now();
+    let looked = since;
     return setInterval(() => {
-      const now = Atomics.load(live.shared, BEAT);
-      if (now !== beat) {
-        beat = now;
-        since = performance.now();
-      } else if (performance.now() - since > this.#hangLimitMs && this.#live === live) {
+      const now = performance.now();
+      // This process itself stood still, and its worker with it.
+      if (now - looked > 2 * WATCH_EVERY_MS) since += now - looked;
+      looked = now;
+      const beats = Atomics.load(live.shared, BEAT);
+      if (beats !== beat) {
+        beat = beats;
+        since = now;
+      } else if (now - since > this.#hangLimitMs && this.#live === live) {
         this.#replace(
           new CaravanError(
             "deadline_exceeded",
