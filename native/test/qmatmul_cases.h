@@ -41,12 +41,12 @@ static void qmatmul_bits(context *c, unsigned bits) {
         }
 }
 
-static void test_qmatmul_4(context *c) { qmatmul_bits(c, 4); }
-static void test_qmatmul_6(context *c) { qmatmul_bits(c, 6); }
-static void test_qmatmul_8(context *c) { qmatmul_bits(c, 8); }
+static inline void test_qmatmul_4(context *c) { qmatmul_bits(c, 4); }
+static inline void test_qmatmul_6(context *c) { qmatmul_bits(c, 6); }
+static inline void test_qmatmul_8(context *c) { qmatmul_bits(c, 8); }
 
 /* The largest codes and activations everywhere: integer paths must not saturate. */
-static void test_qmatmul_extremes(context *c) {
+static inline void test_qmatmul_extremes(context *c) {
     static const unsigned bits[] = {4, 6, 8};
     for (size_t b = 0; b < 3; b++)
         for (size_t group = 32; group <= 128; group *= 2)
