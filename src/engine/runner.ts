@@ -136,6 +136,9 @@ class Runner {
       depth: PIPELINE_DEPTH,
       onFatal: (error) => this.#die(error),
       onTurn: () => this.#endTurn(),
+      onEvents: () => {
+        if (model.engine.failed === undefined) writer.flush();
+      },
     });
     this.#gate = new GrammarGate({
       dir: options.modelDir,

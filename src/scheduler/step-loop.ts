@@ -26,6 +26,9 @@ export interface StepLoopOptions {
   onFatal: (error: CaravanError) => void;
   /** Called behind everything that one turn has done, so that its events can be sent together. */
   onTurn?: () => void;
+  /** Called when a step's events are out and before the next step is planned, as long as the engine has another one to compute: what is
+   * sent now does not wait for the plan. */
+  onEvents?: () => void;
 }
 
 export class StepLoop {
@@ -117,6 +120,7 @@ export class StepLoop {
     try {
       this.#options.scheduler.complete(planned, result);
       this.#giveMasks();
+      if (this.#inFlight.length > 0) this.#options.onEvents?.();
       this.#pump();
     } catch (thrown) {
       this.#fatal(asCaravanError(thrown));

@@ -4,8 +4,9 @@
 // the scripted engine costs alone, median of several rounds; (2) with a token for each stream every 20 ms, as from a
 // batch: the delay from the engine's event to the reader, and processor time a token; (3) the same with the engine in a
 // process of its own (clock-runner.ts), as runners are: the delay then begins before the token is written to the pipe.
-// The delay ends where the other process has the bytes: it includes both sockets, and the reader's turn when many
-// tokens come at once. The targets: p50 at most 0.5 ms, p99 at most 5 ms, 150 µs of processor time a token.
+// The delay ends where the socket has the bytes, by the system's own clock (Linux); "to the reader" ends where the other process
+// has them, its turn included when many tokens come at once. The targets: p50 at most 0.5 ms, p99 at most 5 ms, 150 µs of
+// processor time a token.
 
 import { join } from "node:path";
 import { createApp } from "../../src/api/app.ts";
@@ -15,6 +16,7 @@ import { RunnerClient } from "../../src/engine/runner-client.ts";
 import { createLogger } from "../../src/log.ts";
 import { clockDelay, clockToken } from "./clock-runner.ts";
 import { MODEL, scriptedModels } from "./scripted-models.ts";
+import { readTimed } from "./timed-sockets.ts";
 
 const STEP_MS = 20;
 const ROUNDS = 5;
@@ -32,9 +34,15 @@ function percentile(sorted: readonly number[], share: number): number {
   return sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? Number.NaN;
 }
 
-/** The other process: reads all streams from bare sockets and prints the delays it saw, in microseconds, as JSON. */
+/** Microseconds from the engine to the socket, and to the reader. */
+interface Delays {
+  socket: number[];
+  reader: number[];
+}
+
+/** The other process: reads all streams from bare sockets and prints the delays it saw as JSON. */
 async function readStreams(url: string, { streams, tokens, paced }: Load): Promise<void> {
-  const delays: number[] = [];
+  const delays: Delays = { socket: [], reader: [] };
   const { hostname, port } = new URL(url);
   const body = JSON.stringify({
     model: MODEL,
@@ -44,24 +52,36 @@ async function readStreams(url: string, { streams, tokens, paced }: Load): Promi
     max_tokens: tokens,
   });
   const head = `POST /v1/chat/completions HTTP/1.1\r\nHost: ${hostname}\r\nConnection: close\r\nContent-Length: ${body.length}\r\n\r\n`;
-  const read = async () => {
+  const tails = Array.from({ length: streams }, () => "");
+  /** Notes the tokens of bytes of a stream; true at its end. */
+  const note = (stream: number, bytes: string, sentUs: number, readUs: number): boolean => {
+    const text = tails[stream] + bytes;
+    if (paced) {
+      for (const match of text.matchAll(/"content":"(\d+)"/g)) {
+        delays.reader.push(clockDelay(Number(match[1]), readUs % 2 ** 31));
+        if (!Number.isNaN(sentUs)) delays.socket.push(clockDelay(Number(match[1]), sentUs % 2 ** 31));
+      }
+    }
+    // What may be the beginning of a mark that the next bytes complete; no whole one fits.
+    tails[stream] = text.slice(text.lastIndexOf("\n") + 1);
+    return text.includes("data: [DONE]");
+  };
+  if (paced && process.platform === "linux") {
+    readTimed(Number(port), streams, head + body, (bytes) => {
+      note(bytes.socket, bytes.text, bytes.sentUs, bytes.readUs);
+    });
+    process.stdout.write(JSON.stringify(delays));
+    return;
+  }
+  const read = async (_: unknown, stream: number) => {
     const over = Promise.withResolvers<void>();
-    let tail = "";
     await Bun.connect({
       hostname,
       port: Number(port),
       socket: {
         open: (socket) => void socket.write(head + body),
         data: (socket, bytes) => {
-          const arrived = clockToken();
-          const text = tail + bytes.toString("latin1");
-          if (paced) {
-            for (const match of text.matchAll(/"content":"(\d+)"/g))
-              delays.push(clockDelay(Number(match[1]), arrived));
-          }
-          // What may be the beginning of a mark that the next bytes complete; no whole one fits.
-          tail = text.slice(text.lastIndexOf("\n") + 1);
-          if (text.includes("data: [DONE]")) socket.end();
+          if (note(stream, bytes.toString("latin1"), Number.NaN, clockToken())) socket.end();
         },
         close: () => over.resolve(),
         error: (_, error) => over.reject(error),
@@ -74,7 +94,7 @@ async function readStreams(url: string, { streams, tokens, paced }: Load): Promi
 }
 
 /** Runs the readers in a process of their own; processor microseconds of this one, and the delays. */
-async function serve(load: Load): Promise<{ cpuUs: number; delays: number[] }> {
+async function serve(load: Load): Promise<{ cpuUs: number; delays: Delays }> {
   const runner = load.runner
     ? new RunnerClient({
         model: "clock",
@@ -119,12 +139,12 @@ async function serve(load: Load): Promise<{ cpuUs: number; delays: number[] }> {
     stdout: "pipe",
     stderr: "inherit",
   });
-  const delays = JSON.parse(await new Response(reader.stdout).text()) as number[];
+  const delays = JSON.parse(await new Response(reader.stdout).text()) as Delays;
   const used = process.cpuUsage(before);
   await server.drain();
   await runner?.close();
   const expected = load.streams * load.tokens;
-  const produced = runner === undefined ? models.engine.produced : delays.length;
+  const produced = runner === undefined ? models.engine.produced : delays.reader.length;
   if (produced !== expected) throw new Error(`${produced} tokens, not ${expected}`);
   return { cpuUs: used.user + used.system, delays };
 }
@@ -178,12 +198,16 @@ async function main(): Promise<void> {
   );
   for (const runner of [false, true]) {
     const { delays, cpuUs } = await serve({ streams, tokens: PACED_TOKENS, paced: true, runner });
-    delays.sort((a, b) => a - b);
+    const said = (values: number[]) => {
+      values.sort((a, b) => a - b);
+      const [p50, p99, most] = [0.5, 0.99, 1].map((share) => percentile(values, share).toFixed(0));
+      return `p50 ${p50} µs, p99 ${p99} µs, most ${most} µs`;
+    };
+    const { socket, reader } = delays;
     console.log(
       `${streams} streams, a token each every ${STEP_MS} ms from ${runner ? "a runner process" : "this process"}: ` +
-        `delay p50 ${percentile(delays, 0.5).toFixed(0)} µs, p99 ${percentile(delays, 0.99).toFixed(0)} µs, ` +
-        `most ${percentile(delays, 1).toFixed(0)} µs over ${delays.length} tokens; ` +
-        `${(cpuUs / delays.length).toFixed(1)} µs of processor time a token`,
+        `${socket.length === 0 ? "" : `delay to the socket ${said(socket)}; `}to the reader ${said(reader)}, ` +
+        `over ${reader.length} tokens; ${(cpuUs / reader.length).toFixed(1)} µs of processor time a token`,
     );
   }
 }

@@ -92,6 +92,44 @@ function expectAllPagesFree(r: Rig): void {
   expect(r.scheduler.waiting).toBe(0);
 }
 
+test("a step's events go out before the next step is planned while the engine has another one, and behind it otherwise", async () => {
+  for (const depth of [1, 2]) {
+    const said: string[] = [];
+    const engine = new FakeEngine(MODEL);
+    const submit = engine.submit.bind(engine);
+    engine.submit = (step) => {
+      said.push("planned");
+      return submit(step);
+    };
+    const loop = new StepLoop({
+      scheduler: new Scheduler({
+        geometry: MODEL.geometry,
+        limits: MODEL.limits,
+        contextTokens: 1000,
+        mode: "batched",
+        maxWaiting: 1,
+        now: () => 0,
+        emit: ({ type }) => type === "token" && said.push("token"),
+      }),
+      engine,
+      depth,
+      onFatal: (error) => {
+        throw error;
+      },
+      onEvents: () => said.push("events out"),
+    });
+    loop.add(request("r", range(5, 1), { max_tokens: 9 }));
+    for (let steps = 0; steps < 50; steps++) {
+      await turn();
+      engine.run();
+    }
+    const decoding = said.join(", ");
+    if (depth === 1) expect(decoding).toContain("token, planned, token, planned");
+    else expect(decoding).toContain("token, events out, planned, token, events out, planned");
+    if (depth === 1) expect(said).not.toContain("events out");
+  }
+});
+
 describe("a pipeline", () => {
   const piped = (stages: number): FakeModel => ({
     ...MODEL,
