@@ -70,7 +70,19 @@ export function parseParameters<Schema extends v.GenericSchema>(
   throw issueError(parsed.issues[0]);
 }
 
-function issueError(issue: v.BaseIssue<unknown>): CaravanError {
+/** Of a value that may be of several forms, what is wrong inside the one that it has; the path goes on there. */
+function innermost(issue: v.BaseIssue<unknown>): v.BaseIssue<unknown> {
+  const inside = issue.type === "union" ? (issue.issues ?? []).filter(({ path }) => path !== undefined) : [];
+  const [only] = inside;
+  if (only === undefined || inside.length > 1) return issue;
+  const inner = innermost(only);
+  const path = [...(issue.path ?? []), ...(inner.path ?? [])];
+  const [first, ...rest] = path;
+  return first === undefined ? inner : { ...inner, path: [first, ...rest] };
+}
+
+function issueError(outer: v.BaseIssue<unknown>): CaravanError {
+  const issue = innermost(outer);
   const param = pathText(issue);
   if (issue.type === "strict_object" && issue.expected === "never") {
     return new CaravanError("unsupported_parameter", `${param}: there is no such parameter.`, { param });

@@ -175,12 +175,13 @@ function makeDocument(): JsonSchema {
   return {
     openapi: "3.1.0",
     info: { title: "caravan", version: VERSION },
-    security: [{ bearer: [] }, { cookie: [] }],
+    security: [{ bearer: [] }, { header: [] }, { cookie: [] }],
     paths,
     components: {
       schemas: Object.fromEntries([...named("reply", replies), ...named("error", errorReplies)]),
       securitySchemes: {
         bearer: { type: "http", scheme: "bearer" },
+        header: { type: "apiKey", in: "header", name: "x-api-key" },
         cookie: { type: "apiKey", in: "cookie", name: "caravan_session" },
       },
     },
