@@ -71,12 +71,15 @@ describe.skipIf(inside === undefined)("hosts in the lab", () => {
         await page.goto(first().url);
         await page.click("#settings-toggle");
         await page.fill("#key", KEY);
+        // With the long context below: an answer that is not over before it is stopped.
+        await page.fill("#temperature", "0");
         await page.keyboard.press("Tab");
         await page.waitForSelector("#key[placeholder=accepted]");
         await page.click("#settings-toggle");
         await page.click("#to-cluster");
         await page.waitForSelector(`#nodes tbody tr:nth-of-type(${HOSTS})`);
         expect(await page.locator("#picture circle.node").count()).toBe(HOSTS);
+        await page.fill("#place-context", "262144");
         await page.click("#place button[type=submit]");
         await page.waitForSelector("#placements tbody tr");
         await page.click("#placements tbody button[aria-label$='tensor 2']");
