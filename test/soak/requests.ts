@@ -17,8 +17,10 @@ const ROUNDS = 15;
 /** Code is compiled, tables and the cache come into use, and the node remembers as many requests as it ever will (KEPT of
  * src/api/ops/request-trace.ts). */
 const WARM_UP_REQUESTS = 1000;
+/** Of the warm-up, one in so many is as those behind it; the others are short. */
+const WARM_UP_WHOLE = 5;
 
-const [model = ".models/smollm2", count = "1500"] = process.argv.slice(2);
+const [model = ".models/smollm2", count = "1000"] = process.argv.slice(2);
 const measured = Number(count);
 const server = await WatchedServer.start(model);
 
@@ -31,10 +33,10 @@ function random(below: number): number {
 
 const tally: Record<string, number> = {};
 
-async function one(url: string, id: string): Promise<void> {
+async function one(url: string, id: string, short: boolean): Promise<void> {
   const words = "the quick brown fox jumps over the lazy dog while it rains".split(" ");
   const content = Array.from(
-    { length: 1 + random(random(8) === 0 ? 800 : 150) },
+    { length: 1 + random(short ? 5 : random(8) === 0 ? 800 : 150) },
     () => words[random(words.length)],
   ).join(" ");
   const kind = random(10);
@@ -42,7 +44,7 @@ async function one(url: string, id: string): Promise<void> {
   const body = {
     model: id,
     messages: [{ role: "user", content }],
-    max_tokens: 1 + random(60),
+    max_tokens: 1 + random(short ? 4 : 60),
     stream: kind !== 0,
     n: kind === 1 ? 3 : 1,
     seed: random(1000),
@@ -86,7 +88,7 @@ let started = 0;
 async function worker(until: number): Promise<void> {
   while (started < until) {
     started++;
-    await one(url, id);
+    await one(url, id, started < WARM_UP_REQUESTS && started % WARM_UP_WHOLE !== 0);
   }
 }
 
