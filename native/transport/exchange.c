@@ -10,6 +10,8 @@
  * costs a time slice (16 ms measured) a message. Yielding instead would give the core away until the next tick to whatever runs in the
  * background, at the lowest priority too; who sleeps is woken at once. */
 #define SPIN_NS 50000ull
+/* Results are taken by a thread beside the one that computes: spinning it would only take that one's core. */
+static uint64_t spin_ns(const cv_transfer *t) { return t->channel == CV_CHANNEL_RESULT && !t->sending ? 0 : SPIN_NS; }
 /* How long data may still come from a rank that said goodbye, after the last byte. */
 #define LEFT_NS (300 * CV_MS)
 #define LONGEST_SLEEP_NS (100 * CV_MS)
@@ -87,7 +89,7 @@ static int run(cv_group *g, const cv_wire *wire, cv_transfer *t, size_t n, uint6
         code = left_behind(g, t, n, now, moved_at);
         if (code != CV_OK) return code;
         if (!idle_since) idle_since = now;
-        if (now - idle_since < SPIN_NS) cv_cpu_relax();
+        if (now - idle_since < spin_ns(t)) cv_cpu_relax();
         else wire->wait(g, t, n, until < now + LONGEST_SLEEP_NS ? until : now + LONGEST_SLEEP_NS, now - idle_since);
     }
 }
