@@ -9,8 +9,10 @@ import { folderAlias } from "../node/folder-alias.ts";
 import { askNode } from "../node/running-nodes.ts";
 import { type AnswerEvent, type AnswerOptions, type ChatSource, speed } from "./chat-source.ts";
 
-/** A node on this machine answers at once; somebody else's server need not be waited for. */
-const FIND_LIMIT_MS = 500;
+/** Where nobody listens that is known at once. A node may be busy, and a second copy of its model costs more than a wait. */
+const FIND_LIMIT_MS = 5000;
+/** How far the model is loaded need not be known. */
+const PROGRESS_LIMIT_MS = 500;
 /** Between two questions how far the node's loading is. */
 const POLL_MS = 300;
 
@@ -69,7 +71,11 @@ export async function findNode(
     reply = await ask(address, `/v1/models/${name.split("/").map(encodeURIComponent).join("/")}`, {
       signal: AbortSignal.timeout(FIND_LIMIT_MS),
     });
-  } catch {
+  } catch (thrown) {
+    if (thrown instanceof DOMException && thrown.name === "TimeoutError")
+      onNote(
+        `what listens at ${address.url} has not answered for ${FIND_LIMIT_MS / 1000} s and is left alone`,
+      );
     return undefined; // nobody listens there, or somebody who does not speak HTTP
   }
   if (reply.status === 401) {
@@ -135,7 +141,7 @@ class NodeAnswer {
   async #loadProgress(): Promise<number | undefined> {
     try {
       const reply = await ask(this.address, `/v1/models/${this.model}`, {
-        signal: AbortSignal.timeout(FIND_LIMIT_MS),
+        signal: AbortSignal.timeout(PROGRESS_LIMIT_MS),
       });
       const found = v.safeParse(MODEL, await reply.json());
       return found.success && found.output.state === "loading" ? found.output.progress : undefined;

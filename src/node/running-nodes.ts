@@ -23,7 +23,7 @@ export type RunningNode = v.InferOutput<typeof NODE>;
 
 const HEALTH = v.object({ status: v.literal("ok"), node: v.string() });
 /** Of a busy machine; one that answers at once costs no wait. */
-const ANSWER_LIMIT_MS = 2000;
+const ANSWER_LIMIT_MS = 5000;
 
 function folder(): string {
   return join(resolvePaths().data, "nodes");
