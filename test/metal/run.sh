@@ -2,7 +2,7 @@
 # Checks the Metal backend on a machine without Metal:
 #   1. the tools themselves: strict check, executor, fake runtime (seeded mistakes must be reported, correct code must pass);
 #   2. the kernels: strict check, faults put into them are caught;
-#   3. the backend's operations against the CPU reference: as they are, with race, bounds and uninitialised checks, with fast math;
+#   3. the backend's operations against double precision: as they are, with race, bounds and uninitialised checks, with fast math;
 #   4. whole models: logits of the tiny checkpoints through `--device metal` on the fake runtime;
 #   5. the host's code compiles for macOS.
 # Nothing here runs on Apple hardware: docs/metal.md says what that leaves open.
@@ -37,11 +37,11 @@ check() { # check NAME COMMAND…
 for tool in gcc nm addr2line python3; do command -v $tool >/dev/null || skip "$tool is not here"; done
 mkdir -p "$out/cache"
 
-# clang: the one of the arm64 tests when it is there, else the PyPI package in an environment of its own.
+# clang: the one of the releases or of the arm64 tests when it is there, else the PyPI package in an environment of its own.
 ZIG_PACKAGE=ziglang==0.17.1
 find_zig() {
   local each
-  for each in .tools/arm64/zig/ziglang/zig "$out"/venv/lib/python3*/site-packages/ziglang/zig; do
+  for each in .tools/release/zig/ziglang/zig .tools/arm64/zig/ziglang/zig "$out"/venv/lib/python3*/site-packages/ziglang/zig; do
     [ -x "$each" ] && ZIG=$(realpath "$each") && return 0
   done
   return 1
@@ -84,15 +84,15 @@ macos() { # the backend's C files, for the system that it is for
 check "the fake runtime reports mistakes and behaves like a GPU" program fake_test
 check "GPU and host hand over in every way, late, failing and stopped" program hand_over_test
 check "they hand over without races (ThreadSanitizer)" races
-check "the kernel that hands over stays in bounds and has no races" checked hand_over_test
+check "the kernel that hands over stays in bounds and has no races" checked hand_over_test spin
 check "compiled kernels are kept on disk, and made again where they are not right" program archive_test
 # Whole models and the tools' own tests run beside the programs, on another core.
 "$BUN" test ./test/metal/tests --timeout 240000 >"$out/tests.log" 2>&1 &
 tests=$!
 trap 'kill "$tests" 2>/dev/null' INT TERM
 
-check "products, experts and logits equal the reference, $rounds rounds" program products_test "$rounds"
-check "attention equals the reference, $rounds rounds" program attention_test "$rounds"
+check "products, experts and logits equal double precision, $rounds rounds" program products_test "$rounds"
+check "attention equals double precision, $rounds rounds" program attention_test "$rounds"
 check "products, experts and logits have no races and stay in bounds" checked products_test 1 short
 check "attention has no races and stays in bounds" checked attention_test 1 short
 check "products, experts and logits bear fast math" fast products_test 1 short

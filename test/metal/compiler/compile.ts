@@ -2,6 +2,7 @@
 
 import { existsSync, mkdirSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
+import { findClang } from "./clang.ts";
 import { type AstNode, lint } from "./lint.ts";
 import { rewrite } from "./rewrite.ts";
 import { SourceError } from "./tokens.ts";
@@ -56,12 +57,11 @@ export interface Checked {
   kernels: string[];
 }
 
-/** The clang driver: MSL_CLANG, as words. Throws when it is not set. */
+/** The clang driver, as words. Throws where there is none. */
 function clang(): string[] {
-  const command = process.env.MSL_CLANG;
-  if (command === undefined || command === "")
-    throw new Error("MSL_CLANG must name clang: `…/ziglang/zig clang`");
-  return command.split(" ");
+  const found = findClang();
+  if (found === undefined) throw new Error("MSL_CLANG must name clang: `…/ziglang/zig clang`");
+  return found;
 }
 
 function run(command: readonly string[]): { code: number; out: string; err: string } {

@@ -1,5 +1,6 @@
 /* hand_over_test.c — the host's work in the middle of a step, in every way of waiting: right numbers, one command buffer where the GPU waits,
- * a host that is late or never comes, one that fails, one that another thread stops, a GPU that fails, systems that lack a way. */
+ * a host that is late or never comes, one that fails, one that another thread stops, a GPU that fails, systems that lack a way.
+ * Argument: a way, to test that one alone. */
 #include <dlfcn.h>
 #include <math.h>
 #include <pthread.h>
@@ -303,7 +304,8 @@ static void broken_ways(cv_checks *c) {
     unsetenv("FAKEMETAL_NO_EVENTS");
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    const char *only = argc > 1 ? argv[1] : NULL; /* this way alone */
     static const struct {
         const char *name;
         void (*run)(cv_checks *, const char *);
@@ -328,13 +330,14 @@ int main(void) {
     cv_checks c = {0};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
         for (size_t w = 0; w < 4; w++) {
-            if (cases[i].within && !within(ways[w])) continue;
+            if ((cases[i].within && !within(ways[w])) || (only && strcmp(only, ways[w]))) continue;
             char name[128];
             snprintf(name, sizeof name, "%s: %s", ways[w], cases[i].name);
             cv_case(&c, name);
             cases[i].run(&c, ways[w]);
             cv_end_case(&c);
         }
+    if (only) return cv_report(&c);
     cv_case(&c, "all ways are measured and the quickest is taken");
     measures(&c);
     cv_end_case(&c);

@@ -14,7 +14,7 @@ $(METAL_OUT)/libfakemetal.so: $(FAKE_SRC) $(wildcard test/metal/fake/*.h) test/m
 	@echo "cc $@"
 	@$(CC) -std=gnu11 -O1 -g -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden -pthread $(FAKE_SRC) -ldl -o $@
 
-$(METAL_OUT)/%: test/metal/ops/%.c test/metal/ops/ops.h $(NATIVE_OBJ) $(NATIVE_HDR)
+$(METAL_OUT)/%: test/metal/ops/%.c test/metal/ops/ops.h test/metal/ops/reference.h $(NATIVE_OBJ) $(NATIVE_HDR)
 	@mkdir -p $(@D)
 	@echo "cc $@"
 	@$(CC) $(CFLAGS_BASE) $(CFLAGS) $< $(NATIVE_OBJ) -lm -ldl -o $@

@@ -4,11 +4,12 @@ import { afterAll, beforeAll, expect, test } from "bun:test";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { findClang, NO_CLANG } from "../compiler/clang.ts";
 import { build } from "../compiler/compile.ts";
 import { KernelLibrary } from "../executor/kernel-library.ts";
 
-const ready = (process.env.MSL_CLANG ?? "") !== "";
-if (!ready) console.log("skipped: Metal's verification tools need clang 22 (MSL_CLANG, see docs/metal.md)");
+const ready = findClang() !== undefined;
+if (!ready) console.log(NO_CLANG);
 const withClang = test.skipIf(!ready);
 const dir = mkdtempSync(join(tmpdir(), "caravan-msl-"));
 afterAll(() => {

@@ -13,11 +13,12 @@ import {
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { findClang, NO_CLANG } from "../compiler/clang.ts";
 import { build, check } from "../compiler/compile.ts";
 import { KernelLibrary } from "../executor/kernel-library.ts";
 
-const ready = (process.env.MSL_CLANG ?? "") !== "";
-if (!ready) console.log("skipped: Metal's verification tools need clang 22 (MSL_CLANG, see docs/metal.md)");
+const ready = findClang() !== undefined;
+if (!ready) console.log(NO_CLANG);
 const withClang = test.skipIf(!ready);
 const ROOT = join(import.meta.dir, "../../..");
 const KERNELS = join(ROOT, "native/backend/metal/kernels");
@@ -213,9 +214,11 @@ const BACKEND_FAULTS: [what: string, program: string, from: string, to: string, 
     /OUT OF BOUNDS|RACE/,
   ],
 ];
-const withBackend = test.skipIf(
-  !ready || (process.env.CARAVAN_METAL_LIBRARY ?? "") === "" || !existsSync(join(PROGRAMS, "products_test")),
-);
+const backendReady =
+  ready && (process.env.CARAVAN_METAL_LIBRARY ?? "") !== "" && existsSync(join(PROGRAMS, "products_test"));
+if (!backendReady)
+  console.log("skipped: faults in the backend's kernels need the fake runtime: bash test/metal/run.sh");
+const withBackend = test.skipIf(!backendReady);
 for (const [what, program, from, to, message] of BACKEND_FAULTS)
   withBackend(
     `${what} fails the backend's tests`,

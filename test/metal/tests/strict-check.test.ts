@@ -4,10 +4,11 @@ import { afterAll, expect, test } from "bun:test";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { findClang, NO_CLANG } from "../compiler/clang.ts";
 import { check } from "../compiler/compile.ts";
 
-const ready = (process.env.MSL_CLANG ?? "") !== "";
-if (!ready) console.log("skipped: Metal's verification tools need clang 22 (MSL_CLANG, see docs/metal.md)");
+const ready = findClang() !== undefined;
+if (!ready) console.log(NO_CLANG);
 const withClang = test.skipIf(!ready);
 const dir = mkdtempSync(join(tmpdir(), "caravan-msl-"));
 afterAll(() => {
