@@ -20,6 +20,8 @@ void cv_sampler_close(cv_sampler_scratch *s) {
     *s = (cv_sampler_scratch){0};
 }
 
+enum { FEW_BIASES = 8 };
+
 /* Of the 32 tokens from `first` on, those that may be drawn. */
 static uint32_t word_of(const uint32_t *mask, size_t first, size_t vocab) {
     uint32_t bits = mask[first >> 5];
@@ -71,6 +73,26 @@ static size_t best_of_all(const float *x, size_t vocab, bool *broken) {
     return found;
 }
 
+/* The same behind biases, without a copy of all logits: the best one of the others against each biased one. vocab: the copy is
+ * needed, because the best one is biased itself, or a sum is not a number. */
+static size_t best_beside_biases(const uint8_t *step, const cv_step_row *r, const float *x, size_t vocab, bool *broken) {
+    const cv_step_bias *bias = (const cv_step_bias *)(const void *)(step + r->bias_offset);
+    const size_t other = best_of_all(x, vocab, broken);
+    size_t best = other;
+    float most = x[other];
+    for (size_t i = 0; i < r->n_bias; i++) {
+        const size_t token = bias[i].token;
+        float v = x[token];
+        cv_adjust_logits(step, r, NULL, token, 1, &v);
+        if (token == other || v != v) return vocab;
+        if (v > most || (v == most && token < best)) {
+            best = token;
+            most = v;
+        }
+    }
+    return isfinite(most) ? best : vocab;
+}
+
 static void add_candidate(cv_candidates *c, size_t i, float d) {
     if (!(d > CV_LEAST_EXPONENT)) return;
     c->id[c->n] = (uint32_t)i;
@@ -100,6 +122,18 @@ uint32_t cv_sample(const void *base, const cv_step_row *r, const uint32_t *mask,
     const float *x = logits;
     /* A mask alone says which logits to look at; they need not be copied. */
     bool looks = mask && !r->n_bias && !r->n_history && !r->n_top_logprobs && !(r->flags & CV_ROW_LOGPROB), broken = false;
+    /* The inverse of a denormal temperature is infinite, and 0 * infinity no weight: such a temperature is greedy. */
+    const bool greedy = r->temperature < FLT_MIN, plain = !mask && !r->n_history && !r->n_top_logprobs && !(r->flags & CV_ROW_LOGPROB);
+    if (greedy && plain && r->n_bias && r->n_bias <= FEW_BIASES) {
+        const size_t best = best_beside_biases(step, r, x, vocab, &broken);
+        if (broken) return CV_ROW_NOT_A_NUMBER;
+        if (best < vocab) {
+            out->token = (uint32_t)best;
+            out->n_top = 0;
+            out->logprob = 0;
+            return CV_ROW_OK;
+        }
+    }
     if (!looks && (r->n_bias || mask || r->n_history)) {
         memcpy(s->logits, logits, vocab * sizeof(float));
         cv_adjust_logits(step, r, mask, 0, vocab, s->logits);
@@ -109,8 +143,7 @@ uint32_t cv_sample(const void *base, const cv_step_row *r, const uint32_t *mask,
     size_t best = mask ? best_of(x, mask, vocab, &broken) : best_of_all(x, vocab, &broken);
     if (broken) return CV_ROW_NOT_A_NUMBER;
     if (best == vocab || !isfinite(x[best])) return CV_ROW_NO_CHOICE;
-    /* The inverse of a denormal temperature is infinite, and 0 * infinity no weight: such a temperature is greedy. */
-    out->token = r->temperature >= FLT_MIN ? sample(step, r, x, mask, vocab, x[best], position, s) : (uint32_t)best;
+    out->token = greedy ? (uint32_t)best : sample(step, r, x, mask, vocab, x[best], position, s);
     out->n_top = 0;
     out->logprob = 0;
     if (r->n_top_logprobs || (r->flags & CV_ROW_LOGPROB)) {

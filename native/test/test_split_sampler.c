@@ -168,8 +168,44 @@ static void test_failures(cv_checks *c) {
     cv_sampler_close(&s);
 }
 
+/* Biases of a greedy row are looked at without a copy of the logits; asked for its log-probability, the same row takes the copy. */
+static void test_greedy_biases(cv_checks *c, int rounds) {
+    static const float biases[] = {-INFINITY, -1, -0.25f, 0, 0.25f, 1, 9, INFINITY};
+    static float x[VOCAB];
+    static options o;
+    unsigned long long seed = 11;
+    cv_sampler_scratch s;
+    cv_case(c, "a greedy row with a few biases takes the token that is best in a copy of its logits");
+    cv_check(c, !cv_sampler_open(VOCAB, &s), "no scratch");
+    for (int round = 0; round < rounds; round++) {
+        random_logits(x, &seed);
+        memset(&o, 0, sizeof o);
+        o.row = (cv_step_row){.top_p = 1, .repetition_penalty = 1, .flags = CV_ROW_SAMPLE, .bias_offset = 8, .n_bias = 1 + below(&seed, 10)};
+        size_t best = 0;
+        for (size_t i = 0; i < VOCAB; i++)
+            if (x[i] > x[best]) best = i;
+        if (!below(&seed, 4)) x[below(&seed, VOCAB)] = x[best]; /* the first of two wins */
+        if (!below(&seed, 50)) x[below(&seed, VOCAB)] = NAN;
+        if (!below(&seed, 50)) x[below(&seed, VOCAB)] = INFINITY;
+        if (!below(&seed, 50))
+            for (size_t i = 0; i < VOCAB; i++) x[i] = i % 1000 ? -INFINITY : x[i];
+        for (uint32_t i = 0; i < o.row.n_bias; i++) {
+            const uint32_t near = (uint32_t)best + below(&seed, 3), token = below(&seed, 3) ? below(&seed, VOCAB) : near < VOCAB ? near : VOCAB - 1;
+            *(cv_step_bias *)(void *)(o.bytes + 8 + i * sizeof(cv_step_bias)) = (cv_step_bias){token, biases[below(&seed, 8)]};
+        }
+        cv_result_row plain = {0}, copied = {0};
+        const uint32_t status = cv_sample(o.bytes, &o.row, NULL, x, VOCAB, 1, &s, &plain, NULL);
+        o.row.flags |= CV_ROW_LOGPROB;
+        const uint32_t expected = cv_sample(o.bytes, &o.row, NULL, x, VOCAB, 1, &s, &copied, NULL);
+        cv_check(c, status == expected && plain.token == copied.token, "round %d: token %u (%u), in a copy %u (%u)", round, plain.token, status, copied.token, expected);
+    }
+    cv_end_case(c);
+    cv_sampler_close(&s);
+}
+
 int main(void) {
     cv_checks c = {0};
+    test_greedy_biases(&c, 3000);
     test_equality(&c, 6000);
     test_failures(&c);
     return cv_report(&c);

@@ -9,7 +9,7 @@
  *
  * Scratch, from its start:
  *   q      [lines, 16 dwords, 2 nibbles, activation rows, 4]   int8, columns past the end zero
- *   scale, bias  [groups padded to 32, 16 rows]   float32, zero past the last group
+ *   scale, bias  [8 groups, 16 rows]   float32, of the groups that come next
  *   chain  [4, activation rows, 16 rows]   float32, the contract's four chains of each result
  *   half   [16, 16]   dwords: a line of which four rows each are transposed
  *   line   [2, 16 dwords, 16 rows]   the line that is computed and the one that comes next */
@@ -18,7 +18,7 @@
 
 #include <string.h>
 
-enum { ROWS = 16, TOKENS = CV_VNNI_BATCH_ROWS, LINE = 64, LINE_COLUMNS = 128, PAIRS = 32, AHEAD_BYTES = 12 * 1024 };
+enum { ROWS = 16, TOKENS = CV_VNNI_BATCH_ROWS, LINE = 64, LINE_COLUMNS = 128, SCALES = 8, AHEAD_BYTES = 12 * 1024 };
 
 typedef struct {
     int8_t *q;
@@ -28,20 +28,19 @@ typedef struct {
 } batch_scratch;
 
 static size_t lines_of(size_t cols) { return (cols + LINE_COLUMNS - 1) / LINE_COLUMNS; }
-static size_t scale_floats(size_t groups) { return (groups + PAIRS - 1) / PAIRS * PAIRS * ROWS; }
 
 static batch_scratch scratch_at(void *scratch, size_t cols, size_t groups) {
     batch_scratch s = {.q = scratch, .groups = groups};
     s.scale = (float *)(void *)(s.q + lines_of(cols) * LINE_COLUMNS * TOKENS);
-    s.bias = s.scale + scale_floats(groups);
-    s.chain = s.bias + scale_floats(groups);
+    s.bias = s.scale + SCALES * ROWS;
+    s.chain = s.bias + SCALES * ROWS;
     s.half = (__m512i *)(void *)(s.chain + 4 * TOKENS * ROWS);
     s.line = s.half + ROWS;
     return s;
 }
 
 size_t cv_vnni_batch_scratch(size_t cols) {
-    return lines_of(cols) * LINE_COLUMNS * TOKENS + (2 * scale_floats(cols / 32 + 1) + (size_t)4 * TOKENS * ROWS) * sizeof(float) + 3 * ROWS * sizeof(__m512i);
+    return lines_of(cols) * LINE_COLUMNS * TOKENS + ((size_t)2 * SCALES * ROWS + (size_t)4 * TOKENS * ROWS) * sizeof(float) + 3 * ROWS * sizeof(__m512i);
 }
 
 /* A line of 16 weight rows, some of which may be the last one again. */
@@ -102,12 +101,13 @@ CV_INLINE_VNNI void multiply_line(const batch_scratch *s, const __m512i *line, c
             for (int t = 0; t < tokens; t++) dot[t] = cv_vnni_dot_four(dot[t], high, q + ((2 * d + 1) * tokens + t) * 4);
         }
         if (g >= s->groups) continue; /* past the end of a last line: its codes are zeros, its scales are not there */
-        const __m512 sw = _mm512_load_ps(s->scale + g * ROWS), bw = _mm512_load_ps(s->bias + g * ROWS);
+        const __m512 sw = _mm512_load_ps(s->scale + g % SCALES * ROWS), bw = _mm512_load_ps(s->bias + g % SCALES * ROWS);
+        const __mmask16 begun = g < 4 ? 0 : 0xffff; /* the first group of a chain is added to zeros */
         float *chain = s->chain + (g & 3) * (size_t)tokens * ROWS;
 #pragma GCC unroll 16
         for (int t = 0; t < tokens; t++) {
             const __m512 a = _mm512_mul_ps(sw, _mm512_set1_ps(scale[(size_t)t * g_stride + g])), b = _mm512_mul_ps(bw, _mm512_set1_ps(sum[(size_t)t * g_stride + g]));
-            _mm512_store_ps(chain + t * ROWS, _mm512_add_ps(_mm512_load_ps(chain + t * ROWS), _mm512_fmadd_ps(a, _mm512_cvtepi32_ps(dot[t]), b)));
+            _mm512_store_ps(chain + t * ROWS, _mm512_add_ps(_mm512_maskz_load_ps(begun, chain + t * ROWS), _mm512_fmadd_ps(a, _mm512_cvtepi32_ps(dot[t]), b)));
         }
     }
 }
@@ -130,46 +130,70 @@ BATCH_TOKENS(128)
     line_##group##_13, line_##group##_14, line_##group##_15, line_##group##_16}
 static const line_kernel kernels[3][TOKENS - CV_VNNI_BATCH_FROM + 1] = {KERNELS(32), KERNELS(64), KERNELS(128)};
 
-/* All activation rows into the order of the steps. */
-CV_TARGET_VNNI static void pack(const cv_qact *a, int8_t *q) {
-    const size_t n = a->n;
-    for (size_t t = 0; t < n; t++) {
-        const int8_t *from = a->q + t * a->q_stride;
-        for (size_t line = 0; line * LINE_COLUMNS < a->cols; line++)
-            for (size_t half = 0; half < 2; half++) { /* 64 columns: eight dwords of even ones and eight of odd ones */
-                const size_t first = line * LINE_COLUMNS + half * 64, left = first < a->cols ? a->cols - first : 0;
-                const __m512i x = _mm512_maskz_loadu_epi8(left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1, from + (left ? first : 0));
-                int32_t even[8], odd[8];
-                _mm256_storeu_si256((__m256i *)(void *)even, _mm512_cvtepi16_epi8(x));
-                _mm256_storeu_si256((__m256i *)(void *)odd, _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 8)));
-                int8_t *to = q + (line * 16 + half * 8) * 8 * n + 4 * t;
-                for (size_t d = 0; d < 8; d++) {
-                    memcpy(to + d * 8 * n, &even[d], 4);
-                    memcpy(to + d * 8 * n + 4 * n, &odd[d], 4);
-                }
+/* 64 columns of activation rows, `from` the first one's: eight dwords of even and eight of odd columns, to [8, 2 nibbles, n rows, 4]. `columns`: those
+ * that are there. Four rows at a time their dwords are transposed, because stores of single ones would take longer than anything else here. */
+CV_INLINE_VNNI void pack_half(const int8_t *from, size_t stride, size_t n, __mmask64 columns, int8_t *to) {
+    size_t t = 0;
+    for (; t + 4 <= n; t += 4) {
+        __m256i r[2][4];
+        for (size_t i = 0; i < 4; i++) {
+            const __m512i x = _mm512_maskz_loadu_epi8(columns, from + (t + i) * stride);
+            r[0][i] = _mm512_cvtepi16_epi8(x);
+            r[1][i] = _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 8));
+        }
+        for (size_t odd = 0; odd < 2; odd++) {
+            const __m256i ab0 = _mm256_unpacklo_epi32(r[odd][0], r[odd][1]), ab1 = _mm256_unpackhi_epi32(r[odd][0], r[odd][1]);
+            const __m256i cd0 = _mm256_unpacklo_epi32(r[odd][2], r[odd][3]), cd1 = _mm256_unpackhi_epi32(r[odd][2], r[odd][3]);
+            const __m256i d[4] = {_mm256_unpacklo_epi64(ab0, cd0), _mm256_unpackhi_epi64(ab0, cd0), _mm256_unpacklo_epi64(ab1, cd1), _mm256_unpackhi_epi64(ab1, cd1)};
+            for (size_t i = 0; i < 4; i++) { /* dwords i and 4 + i */
+                _mm_storeu_si128((__m128i *)(void *)(to + ((2 * i + odd) * n + t) * 4), _mm256_castsi256_si128(d[i]));
+                _mm_storeu_si128((__m128i *)(void *)(to + ((2 * (4 + i) + odd) * n + t) * 4), _mm256_extracti128_si256(d[i], 1));
             }
+        }
+    }
+    for (; t < n; t++) {
+        const __m512i x = _mm512_maskz_loadu_epi8(columns, from + t * stride);
+        int32_t dwords[2][8];
+        _mm256_storeu_si256((__m256i *)(void *)dwords[0], _mm512_cvtepi16_epi8(x));
+        _mm256_storeu_si256((__m256i *)(void *)dwords[1], _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 8)));
+        for (size_t i = 0; i < 8; i++)
+            for (size_t odd = 0; odd < 2; odd++) memcpy(to + ((2 * i + odd) * n + t) * 4, &dwords[odd][i], 4);
     }
 }
 
-/* Scales or biases of 16 rows as float32, group g's at to + g*ROWS, zeros up to a multiple of PAIRS groups. Two-byte ones are
- * transposed in pairs. */
-CV_INLINE_VNNI void load_scales(const uint8_t *const *row, uint32_t type, size_t groups, float *to) {
-    const size_t size = type == CV_F32 ? 4 : 2, in_one = 64 / size;
-    for (size_t g = 0; g < (groups + PAIRS - 1) / PAIRS * PAIRS; g += in_one) {
-        const size_t left = groups > g ? (groups - g) * size : 0;
-        const __mmask64 m = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
-        __m512i v[16];
-        for (size_t i = 0; i < 16; i++) v[i] = _mm512_maskz_loadu_epi8(m, row[i] + (left ? g * size : 0));
-        cv_vnni_transpose(v);
-        for (size_t i = 0; i < 16; i++) {
+/* All activation rows into the order of the steps. */
+CV_TARGET_VNNI static void pack(const cv_qact *a, int8_t *q) {
+    for (size_t c = 0; c < lines_of(a->cols) * LINE_COLUMNS; c += 64) {
+        const size_t left = c < a->cols ? a->cols - c : 0;
+        pack_half(a->q + (left ? c : 0), a->q_stride, a->n, left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1, q + c * a->n);
+    }
+}
+
+/* Scales or biases of SCALES groups from g on, of 16 rows, as float32 [groups, 16 rows]; zeros past the last group. A few at a time, so
+ * that the processor still has dots to compute meanwhile. 128 bits of four rows come into a register, then dwords are transposed. */
+CV_INLINE_VNNI void load_scales(const uint8_t *const *row, uint32_t type, size_t groups, size_t g, float *to) {
+    const size_t size = type == CV_F32 ? 4 : 2, in_one = 16 / size;
+    for (size_t i = 0; i < SCALES; i += in_one) {
+        const size_t left = groups > g + i ? groups - g - i : 0, at = left ? (g + i) * size : 0;
+        const __mmask16 m = (__mmask16)((1u << (left < in_one ? left * size : 16)) - 1);
+        __m512i r[4];
+        for (int k = 0; k < 4; k++) {
+            r[k] = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(m, row[k] + at));
+            r[k] = _mm512_inserti32x4(r[k], _mm_maskz_loadu_epi8(m, row[4 + k] + at), 1);
+            r[k] = _mm512_inserti32x4(r[k], _mm_maskz_loadu_epi8(m, row[8 + k] + at), 2);
+            r[k] = _mm512_inserti32x4(r[k], _mm_maskz_loadu_epi8(m, row[12 + k] + at), 3);
+        }
+        const __m512i ab0 = _mm512_unpacklo_epi32(r[0], r[1]), ab1 = _mm512_unpackhi_epi32(r[0], r[1]), cd0 = _mm512_unpacklo_epi32(r[2], r[3]), cd1 = _mm512_unpackhi_epi32(r[2], r[3]);
+        const __m512i v[4] = {_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab0, cd0), _mm512_unpacklo_epi64(ab1, cd1), _mm512_unpackhi_epi64(ab1, cd1)};
+        for (size_t k = 0; k < 4; k++) {
             if (type == CV_F32) {
-                _mm512_store_si512(to + (g + i) * ROWS, v[i]);
+                _mm512_store_si512(to + (i + k) * ROWS, v[k]);
             } else if (type == CV_F16) {
-                _mm512_store_ps(to + (g + 2 * i) * ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v[i])));
-                _mm512_store_ps(to + (g + 2 * i + 1) * ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v[i], 16))));
+                _mm512_store_ps(to + 2 * k * ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v[k])));
+                _mm512_store_ps(to + (2 * k + 1) * ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v[k], 16))));
             } else {
-                _mm512_store_si512(to + (g + 2 * i) * ROWS, _mm512_slli_epi32(v[i], 16));
-                _mm512_store_si512(to + (g + 2 * i + 1) * ROWS, _mm512_andnot_si512(_mm512_set1_epi32(0xffff), v[i]));
+                _mm512_store_si512(to + 2 * k * ROWS, _mm512_slli_epi32(v[k], 16));
+                _mm512_store_si512(to + (2 * k + 1) * ROWS, _mm512_andnot_si512(_mm512_set1_epi32(0xffff), v[k]));
             }
         }
     }
@@ -200,7 +224,7 @@ CV_TARGET_VNNI static void few(const cv_weight *w, size_t e, size_t row0, size_t
     cv_prefetch(biases + row0 * w->scale_row_bytes, first * w->scale_row_bytes);
     cv_prefetch(data + row0 * w->row_bytes, first * w->row_bytes);
     pack(a, s.q);
-    const uint8_t *row[2][ROWS], *scale_row[ROWS];
+    const uint8_t *row[2][ROWS], *scale_row[ROWS], *bias_row[ROWS];
     rows_at(data, w->row_bytes, row0, row1, row[0]);
     /* `next` is the line that comes after the one that is computed, in the next 16 rows after the last line */
     line_rows next = {row[0], 0, row[0][0], lines == 1 ? last_columns : 0xffff};
@@ -211,17 +235,20 @@ CV_TARGET_VNNI static void few(const cv_weight *w, size_t e, size_t row0, size_t
         const cv_weight_rows ahead = rows_ahead(w, e, row0, row1, r + far * ROWS, &a->next);
         if (more) rows_at(data, w->row_bytes, r + ROWS, row1, row[block ^ 1]);
         rows_at(scales, w->scale_row_bytes, r, row1, scale_row);
-        load_scales(scale_row, w->scale_type, groups, s.scale);
-        rows_at(biases, w->scale_row_bytes, r, row1, scale_row);
-        load_scales(scale_row, w->scale_type, groups, s.bias);
+        rows_at(biases, w->scale_row_bytes, r, row1, bias_row);
         cv_prefetch(ahead.scales, ROWS * w->scale_row_bytes);
         cv_prefetch(ahead.biases, ROWS * w->scale_row_bytes);
-        memset(s.chain, 0, n * 4 * ROWS * sizeof(float));
+        if (groups < 4) memset(s.chain, 0, n * 4 * ROWS * sizeof(float)); /* chains that no group begins */
         for (size_t line = 0; line < lines; line++) {
             if (line + 1 < lines) next = (line_rows){row[block], (line + 1) * LINE, row[block][0], line + 2 == lines ? last_columns : 0xffff};
             else if (more) next = (line_rows){row[block ^ 1], 0, row[block][0], lines == 1 ? last_columns : 0xffff};
+            const size_t g = line * line_groups;
+            if (g % SCALES == 0) {
+                load_scales(scale_row, w->scale_type, groups, g, s.scale);
+                load_scales(bias_row, w->scale_type, groups, g, s.bias);
+            }
             if (ahead.data) next.ahead = ahead.data + line * LINE * ROWS;
-            kernel(&s, s.line + current * ROWS, s.q + line * LINE_COLUMNS * n, &next, s.line + (current ^ 1) * ROWS, a->scale, a->sum, a->g_stride, line * line_groups);
+            kernel(&s, s.line + current * ROWS, s.q + line * LINE_COLUMNS * n, &next, s.line + (current ^ 1) * ROWS, a->scale, a->sum, a->g_stride, g);
             current ^= 1;
         }
         const size_t left = row1 - r, chain = n * ROWS;
