@@ -117,8 +117,8 @@ check: node_modules/.installed $(NATIVE_OBJ) ## types, lint, C warnings as error
 	$(BUN) x biome check --config-path=.config --error-on-warnings src test
 
 # The sweeps that are too slow or need too much for `make test`. Each prints `N pass`, `N fail`, `N skip` and why.
-VERIFY_STEPS := $(wildcard test/arm64/run.sh test/metal/run.sh test/release/run.sh test/openapi/run.sh test/golden/ranks.sh test/rdma/run.sh test/simulation/run.sh test/cluster/run.sh)
-verify: dist/caravan native-asan ## sanitizers, arm64 under an emulator, Metal on the emulated runtime, the API fuzzed, every grid of ranks, RDMA in a virtual machine, the simulated cluster, odd hosts
+VERIFY_STEPS := $(wildcard test/amx/run.sh test/arm64/run.sh test/metal/run.sh test/release/run.sh test/openapi/run.sh test/golden/ranks.sh test/rdma/run.sh test/simulation/run.sh test/cluster/run.sh)
+verify: dist/caravan native-asan ## sanitizers, AMX and arm64 under emulators, Metal on the emulated runtime, the API fuzzed, every grid of ranks, RDMA in a virtual machine, the simulated cluster, odd hosts
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
 
 soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks; 64 connections for 2 minutes: all answered or 429; 10,000 seeds of the simulated cluster
