@@ -34,6 +34,13 @@ function alone({ self }) {
   return [{ ...self, reachable: true, ...(machine === undefined ? {} : { memory: machine }) }];
 }
 
+/** What is typed at a terminal. @param {string} text */
+function command(text) {
+  const code = document.createElement("code");
+  code.textContent = text;
+  return code;
+}
+
 /** @param {State} state */
 function show(state) {
   latest = state;
@@ -41,10 +48,16 @@ function show(state) {
   const nodes = clustered ? (state.nodes ?? []) : alone(state);
   element("several", HTMLDivElement).hidden = !clustered;
   const name = typeof state.cluster === "string" ? state.cluster : state.cluster?.name;
-  element("cluster-state", HTMLParagraphElement).textContent =
-    name === undefined
-      ? "This machine is in no cluster. `caravan cluster create NAME` makes one; `caravan join` on another machine asks to be let in."
-      : `Cluster ${name}: ${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}, ${nodes.filter(({ reachable }) => reachable).length} reachable.`;
+  element("cluster-state", HTMLParagraphElement).replaceChildren(
+    ...(name === undefined
+      ? [
+          ...["This machine is in no cluster. ", command("caravan cluster create NAME"), " makes one; "],
+          ...[command("caravan join"), " on another machine asks to be let in."],
+        ]
+      : [
+          `Cluster ${name}: ${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}, ${nodes.filter(({ reachable }) => reachable).length} reachable.`,
+        ]),
+  );
   picture.toggleAttribute("hidden", !clustered);
   draw(nodes, state.links ?? [], state.self?.id);
   const away = (state.away ?? []).map((node) => ({ ...node, reachable: false }));

@@ -439,6 +439,7 @@ describe.skipIf(program === undefined)("the page", () => {
     await page.waitForSelector("#models li:has-text('test/scripted: ready')");
     // Without a cluster the page shows this machine and hides what is between machines.
     expect(await page.isVisible("#several")).toBe(false);
+    expect(await page.textContent("#cluster-state code")).toBe("caravan cluster create NAME");
     await page.fill("#pull-name", "org/slow");
     await page.keyboard.press("Enter");
     await page.waitForSelector("#pull-state:has-text('2.0 GB of 8.0 GB')");
