@@ -28,7 +28,7 @@ echo "$line" >"$work/root/test/cmd"
 cat "$cache/base.cpio" "$work/more.cpio" >"$work/initrd"
 qemu-system-x86_64 -accel tcg,thread=multi -M pc,usb=off,vmport=off,hpet=off -cpu max -smp "$processors" -m "$memory" -nodefaults -no-user-config \
   -display none -vga none -net none -no-reboot -kernel "$cache/vmlinux" -initrd "$work/initrd" \
-  -append "console=ttyS0 quiet loglevel=3 mitigations=off nokaslr panic=-1 random.trust_cpu=on tsc=reliable no_timer_check rdinit=/init TEST_TIMEOUT=$seconds" \
+  -append "console=ttyS0 quiet loglevel=3 mitigations=off nokaslr panic=-1 random.trust_cpu=on tsc=unstable clocksource=acpi_pm no_timer_check rdinit=/init TEST_TIMEOUT=$seconds" \
   -serial stdio -serial file:"$work/code" </dev/null &
 guest=$!
 # Booting and powering off have forty seconds on top.

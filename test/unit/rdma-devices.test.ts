@@ -177,7 +177,7 @@ interface Plugged {
 }
 
 /** Nodes whose ranks are played by fake-rdma-rank.ts. */
-function mesh(nodes: readonly Plugged[], cables: string) {
+function mesh(nodes: readonly Plugged[], cables: string, away: ReadonlySet<string> = new Set()) {
   const command = ["env", `CABLES=${cables}`, process.execPath, join(ROOT, "test/tools/fake-rdma-rank.ts")];
   const links = new Map<string, RdmaLinks>();
   for (const { id, devices } of nodes)
@@ -188,7 +188,7 @@ function mesh(nodes: readonly Plugged[], cables: string) {
         list: () => Promise.resolve<RdmaSurvey>({ devices }),
         others: () =>
           nodes
-            .filter((other) => other.id !== id)
+            .filter((other) => other.id !== id && !away.has(other.id) && !away.has(id))
             .map((other): Neighbour => {
               const its = links.get(other.id);
               return {
@@ -268,6 +268,35 @@ describe("nodes with cables between them", () => {
       expect(await options("a", ["a", "c"], 0)).toEqual({ noRdma: "C: there is no RDMA device" });
       expect(await options("c", ["a", "c"], 1)).toEqual({ noRdma: "there is no RDMA device" });
       expect(links.get("a")?.links()).toEqual([]);
+    },
+    SLOW_MS,
+  );
+
+  test(
+    "keep what they found while one is out of sight for a moment",
+    async () => {
+      const away = new Set<string>();
+      const { links, step } = mesh(
+        [
+          { id: "a", devices: [device("a1", "169.254.9.1")] },
+          { id: "b", devices: [device("b1", "169.254.3.3")] },
+        ],
+        "a1:b1",
+        away,
+      );
+      const until = performance.now() + 40_000;
+      while ([...links.values()].some((each) => each.links().length < 1)) {
+        if (performance.now() > until) throw new Error("no link is found");
+        step();
+        await Bun.sleep(20);
+      }
+      away.add("b");
+      step();
+      away.delete("b");
+      step();
+      // Nothing is being tried: ranks that are placed now have their devices at once.
+      expect(await links.get("a")?.groupOptions(["a", "b"], 0)).toEqual({ rdmaDevice: ",a1" });
+      expect(await links.get("b")?.groupOptions(["a", "b"], 1)).toEqual({ rdmaDevice: "b1," });
     },
     SLOW_MS,
   );

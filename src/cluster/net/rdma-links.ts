@@ -18,11 +18,17 @@ const NO_LIBRARY_MS = 120_000;
 /** A pair of nodes that no cable connects is tried again after this, doubled each time: nothing says when a cable was moved. */
 const AGAIN_MS = 60_000;
 const MOST_AGAIN_MS = 1_800_000;
+/** Where time ran out, as on machines that are busy, sooner, and doubled less far. */
+const LATE_AGAIN_MS = 15_000;
+const MOST_LATE_AGAIN_MS = 120_000;
 /** Ranks wait so long for trials that run. */
 const SETTLE_MS = 20_000;
 const SETTLE_LOOK_MS = 50;
 /** A link that was found shows in the other node's record by then; where it does not, that node has started anew. */
 const MUTUAL_MS = 15_000;
+/** A cable outlives a node that is out of sight for a moment, as on machines that are busy: ranks that are placed again at once need not wait for
+ * a new try. One that has started anew knows of no link, and is tried again (MUTUAL_MS). */
+const AWAY_MS = 30_000;
 /** Tries that other nodes may lead here at one time. */
 const MOST_ANSWERED = 4;
 
@@ -45,8 +51,9 @@ export interface RdmaLinksOptions {
 interface Pair {
   /** Devices of both nodes as they were. */
   stamp: string;
-  /** When the state began, monotonic milliseconds. */
+  /** When the state began, and when the other node was there last; monotonic milliseconds. */
   since: number;
+  seenAt: number;
   state: "trying" | "found" | "none";
   own: string;
   theirs: string;
@@ -100,7 +107,10 @@ export class RdmaLinks {
     void this.#list();
     const others = this.#options.others();
     const here = new Set(others.map(({ id }) => id));
-    for (const id of this.#pairs.keys()) if (!here.has(id)) this.#pairs.delete(id);
+    for (const [id, pair] of this.#pairs) {
+      if (here.has(id)) pair.seenAt = performance.now();
+      else if (pair.state !== "found" || performance.now() - pair.seenAt >= AWAY_MS) this.#pairs.delete(id);
+    }
     for (const other of others) {
       const known = this.#pairs.get(other.id);
       if (known?.state === "found" && !this.#holds(known, other)) this.#pairs.delete(other.id);
@@ -122,7 +132,7 @@ export class RdmaLinks {
     const pair = this.#begin(from, this.#stamp(other.rdma));
     answerTrials({ channel, ...(command === undefined ? {} : { command }) }, allowed)
       .then((result) => this.#took(other, pair, result))
-      .catch((thrown) => this.#took(other, pair, { pair: undefined, reason: asCaravanError(thrown).message }))
+      .catch((thrown) => this.#took(other, pair, brokenOff(thrown)))
       .finally(() => this.#answered--);
   }
 
@@ -216,6 +226,7 @@ export class RdmaLinks {
       ...{
         stamp,
         since: performance.now(),
+        seenAt: performance.now(),
         state: "trying",
         own: "",
         theirs: "",
@@ -250,7 +261,7 @@ export class RdmaLinks {
         channel.finish();
       }
     } catch (thrown) {
-      this.#took(other, pair, { pair: undefined, reason: asCaravanError(thrown).message });
+      this.#took(other, pair, brokenOff(thrown));
     } finally {
       this.#leading = false;
     }
@@ -260,7 +271,8 @@ export class RdmaLinks {
     const { log, onChange } = this.#options;
     pair.since = performance.now();
     if (result.pair === undefined) {
-      const wait = Math.min(MOST_AGAIN_MS, AGAIN_MS * 2 ** pair.failures);
+      const [least, most] = result.late ? [LATE_AGAIN_MS, MOST_LATE_AGAIN_MS] : [AGAIN_MS, MOST_AGAIN_MS];
+      const wait = Math.min(most, least * 2 ** pair.failures);
       const againAt = performance.now() + wait;
       Object.assign(pair, {
         state: "none",
@@ -278,6 +290,11 @@ export class RdmaLinks {
     }
     onChange();
   }
+}
+
+/** The connection between the nodes was lost, or a process could not be started: that says nothing of the cable. */
+function brokenOff(thrown: unknown): TrialResult {
+  return { pair: undefined, reason: asCaravanError(thrown).message, late: true };
 }
 
 /** Of a survey without a usable device. */

@@ -59,12 +59,19 @@ type LeaderFrame = v.InferOutput<typeof LeaderFrameSchema>;
 const AnswerFrameSchema = v.variant("type", [
   v.object({ type: v.literal("address"), address }),
   v.object({ type: v.literal("measured"), ...measured }),
-  v.object({ type: v.literal("failed"), reason }),
+  /** late: it was time that ran out. */
+  v.object({ type: v.literal("failed"), reason, late: v.exactOptional(v.boolean()) }),
 ]);
 type AnswerFrame = v.InferOutput<typeof AnswerFrameSchema>;
 
+/** Why a try came to nothing. late: time ran out, as on a machine that is busy, so it says little about the cable. */
+export interface TrialFailure {
+  reason: string;
+  late: boolean;
+}
+
 /** Devices from this node's view. */
-export type TrialResult = { pair: DevicePair; measure: LinkMeasure } | { pair: undefined; reason: string };
+export type TrialResult = { pair: DevicePair; measure: LinkMeasure } | ({ pair: undefined } & TrialFailure);
 
 /** What a trial needs of a connection. */
 export type TrialChannel = Pick<Channel, "send" | "readJson" | "finish" | "close"> & {
@@ -83,6 +90,7 @@ export async function leadTrials(
   pairs: readonly DevicePair[],
 ): Promise<TrialResult> {
   let why = "neither node has a device with a cable in it";
+  let late = false;
   for (const pair of pairs) {
     const [own, theirs] = pair;
     const key = randomBytes(32).toString("hex");
@@ -91,6 +99,7 @@ export async function leadTrials(
     const outcome = await leadOne(channel, rankOptions(channel, 0, own, key, instance), command);
     if ("reason" in outcome) {
       why = outcome.reason;
+      late ||= outcome.late;
       continue;
     }
     say(channel, {
@@ -103,18 +112,18 @@ export async function leadTrials(
     return { pair, measure: outcome };
   }
   say(channel, { type: "done", pair: null, round_trip_us: 0, bandwidth: 0, reason: why.slice(0, 1000) });
-  return { pair: undefined, reason: why };
+  return { pair: undefined, reason: why, late };
 }
 
 async function leadOne(
   channel: TrialChannel,
   group: GroupOptions,
   command: readonly string[] | undefined,
-): Promise<LinkMeasure | { reason: string }> {
+): Promise<LinkMeasure | TrialFailure> {
   const rank = startRank(group, command);
   try {
     const [own, answer] = await Promise.all([settle(rank.address), readAnswer(channel)]);
-    if (answer.type !== "address") return { reason: failureOf(answer) };
+    if (answer.type !== "address") return failureOf(answer);
     if ("reason" in own) {
       // The other side waits for the connection that does not come; it hears of it with the next try.
       return own;
@@ -125,7 +134,7 @@ async function leadOne(
       readAnswer(channel),
     ]);
     if ("reason" in mine) return mine;
-    return theirs.type === "measured" ? mine.value : { reason: failureOf(theirs) };
+    return theirs.type === "measured" ? mine.value : failureOf(theirs);
   } finally {
     await end(rank);
   }
@@ -142,7 +151,8 @@ export async function answerTrials(
     for (;;) {
       const frame = v.parse(LeaderFrameSchema, await channel.readJson(2 * TRY_LIMIT_MS));
       if (frame.type === "done") {
-        if (frame.pair === null) return { pair: undefined, reason: frame.reason };
+        // Who leads decides when it is tried again.
+        if (frame.pair === null) return { pair: undefined, reason: frame.reason, late: false };
         const { round_trip_us: roundTripUs, bandwidth } = frame;
         return { pair: [frame.pair[1], frame.pair[0]], measure: { roundTripUs, bandwidth } };
       }
@@ -159,14 +169,14 @@ export async function answerTrials(
         say(
           channel,
           "reason" in found
-            ? { type: "failed", reason: found.reason }
+            ? { type: "failed", ...found }
             : { type: "address", address: addressText(found.value) },
         );
         continue;
       }
       if (rank === undefined) throw new CaravanError("cluster_degraded", "a connection without a try");
       const found = await settle(connectAndMeasure(rank, [addressBytes(frame.address), await rank.address]));
-      if ("reason" in found) say(channel, { type: "failed", reason: found.reason });
+      if ("reason" in found) say(channel, { type: "failed", ...found });
       else
         say(channel, {
           type: "measured",
@@ -213,15 +223,16 @@ async function end(rank: RankProcess): Promise<void> {
 }
 
 /** The value in time, or why not. */
-async function settle<T>(promise: Promise<T>): Promise<{ value: T } | { reason: string }> {
+async function settle<T>(promise: Promise<T>): Promise<{ value: T } | TrialFailure> {
   try {
     const value = await within(
       promise.then((value) => ({ value })),
       TRY_LIMIT_MS,
     );
-    return value ?? { reason: `no answer within ${TRY_LIMIT_MS / 1000} s: a port may be wedged` };
+    return value ?? { reason: `no answer within ${TRY_LIMIT_MS / 1000} s: a port may be wedged`, late: true };
   } catch (thrown) {
-    return { reason: asCaravanError(thrown).message };
+    const { message, code } = asCaravanError(thrown);
+    return { reason: message, late: code === "deadline_exceeded" };
   }
 }
 
@@ -229,8 +240,10 @@ async function readAnswer(channel: TrialChannel): Promise<AnswerFrame> {
   return v.parse(AnswerFrameSchema, await channel.readJson(2 * TRY_LIMIT_MS));
 }
 
-function failureOf(answer: AnswerFrame): string {
-  return answer.type === "failed" ? answer.reason : "the other node does not keep to the rules";
+function failureOf(answer: AnswerFrame): TrialFailure {
+  return answer.type === "failed"
+    ? { reason: answer.reason, late: answer.late === true }
+    : { reason: "the other node does not keep to the rules", late: false };
 }
 
 function say(channel: TrialChannel, frame: LeaderFrame | AnswerFrame): void {
