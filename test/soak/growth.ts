@@ -19,3 +19,10 @@ export function growth(samples: readonly Sample[]): number {
 export function mean(samples: readonly Sample[]): number {
   return samples.reduce((sum, { bytes }) => sum + bytes, 0) / samples.length;
 }
+
+/** Whether bytes, in order of time, have stopped to rise: neither of the last two is above all that were before. What only rises
+ * never levels out, however slowly. */
+export function levelled(bytes: readonly number[]): boolean {
+  const before = bytes.slice(0, -2);
+  return before.length >= 2 && Math.max(...bytes.slice(-2)) <= Math.max(...before);
+}

@@ -14,7 +14,7 @@ const WARM_UP_SECONDS = 3;
 /** Before so many requests, memory does not count: the node remembers the last ones (KEPT of src/api/ops/request-trace.ts). */
 const WARM_UP_REQUESTS = 1000;
 const ROUNDS = 8;
-const GROWTH_LIMIT_BYTES_PER_MINUTE = 2e6;
+const GROWTH_LIMIT_BYTES_PER_MINUTE = 4e6;
 /** A client that reads a piece, and the next after this. */
 const SLOW_READ_MS = 100;
 

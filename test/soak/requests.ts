@@ -1,10 +1,11 @@
 // Soak: many requests of mixed lengths through HTTP against the built executable, some cancelled, some left without a
 // word, some that must be refused. Between rounds nothing runs: then every process collects its garbage and says what it has
-// resident. Fails when a request has no end, when a round leaves a request or a page behind, when the memory of a process
-// grows by more than 1 % for 1,000 requests behind the warm-up, or when the server does not answer at the end.
+// resident. The warm-up lasts until that has levelled out. Fails when it never does, when a request has no end, when a round
+// leaves a request or a page behind, when the memory of a process grows by more than 1 % for 1,000 requests behind the
+// warm-up, or when the server does not answer at the end.
 // usage: bun test/soak/requests.ts MODEL [requests]   (MODEL: a folder or a name; requests: behind the warm-up; Linux, for /proc)
 
-import { growth, mean } from "./growth.ts";
+import { growth, levelled, mean } from "./growth.ts";
 import { type Rest, WatchedServer } from "./watched-server.ts";
 
 /** More than run at once, so that some wait. The cache of this context is small enough to be in use from end to end
@@ -15,12 +16,14 @@ const SLOPE_LIMIT = 0.01;
 const REQUEST_LIMIT_MS = 900_000;
 const ROUNDS = 15;
 /** Code is compiled, tables and the cache come into use, and the node remembers as many requests as it ever will (KEPT of
- * src/api/ops/request-trace.ts). */
-const WARM_UP_REQUESTS = 1000;
-/** Of the warm-up, one in so many is as those behind it; the others are short. */
-const WARM_UP_WHOLE = 5;
+ * src/api/ops/request-trace.ts); the allocators' arenas fill a while longer. */
+const WARM_UP_LEAST = 1000;
+const WARM_UP_ROUND = 500;
+const WARM_UP_MOST = 8000;
+/** One request in so many has up to 800 words and 60 tokens; the others are short, so that there can be many of them. */
+const LONG_ONE_IN = 3;
 
-const [model = ".models/smollm2", count = "1000"] = process.argv.slice(2);
+const [model = ".models/smollm2", count = "3000"] = process.argv.slice(2);
 const measured = Number(count);
 const server = await WatchedServer.start(model);
 
@@ -88,12 +91,12 @@ let started = 0;
 async function worker(until: number): Promise<void> {
   while (started < until) {
     started++;
-    await one(url, id, started < WARM_UP_REQUESTS && started % WARM_UP_WHOLE !== 0);
+    await one(url, id, started % LONG_ONE_IN !== 0);
   }
 }
 
-for (let round = 0; round <= ROUNDS; round++) {
-  const until = WARM_UP_REQUESTS + Math.round((measured * round) / ROUNDS);
+/** Requests until so many have been sent, and what is left when they have ended. */
+async function round(until: number): Promise<{ requests: number; processes: Rest[] }> {
   await Promise.all(Array.from({ length: CONCURRENT }, () => worker(until)));
   const processes = await server.collect();
   for (const what of [
@@ -104,13 +107,25 @@ for (let round = 0; round <= ROUNDS; round++) {
     const value = await server.metric(what);
     if (value !== 0) left.push(`${what} is ${value} after ${until} requests`);
   }
-  samples.push({ requests: until, processes });
   const words = processes.map(
     ({ name, before, after, heap, objects }) =>
       `${name} ${MB(after)} MB (${MB(before)} with garbage; heap ${MB(heap)} MB, ${objects} objects)`,
   );
   console.log(`${until} requests: ${words.join(", ")}`);
+  return { requests: until, processes };
 }
+
+const warmUp = [await round(WARM_UP_LEAST)];
+const isLevel = () =>
+  (warmUp[0]?.processes ?? []).every(({ pid }) =>
+    levelled(warmUp.map(({ processes }) => processes.find((one) => one.pid === pid)?.after ?? 0)),
+  );
+while (!isLevel() && started < WARM_UP_MOST) warmUp.push(await round(started + WARM_UP_ROUND));
+if (!isLevel()) left.push(`memory has not levelled out after ${started} requests`);
+console.log(`the warm-up took ${started} requests`);
+
+const first = started;
+for (let i = 0; i <= ROUNDS; i++) samples.push(await round(first + Math.round((measured * i) / ROUNDS)));
 
 /** Growth of a process for 1,000 requests behind the warm-up, as a share of its mean. */
 function slope(pid: number, of: "before" | "after" | "heap"): number {

@@ -4,7 +4,7 @@ import { afterAll, describe, expect, test } from "bun:test";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { growth, mean } from "../soak/growth.ts";
+import { growth, levelled, mean } from "../soak/growth.ts";
 import { processMemory } from "../soak/process-memory.ts";
 import { until } from "../tools/until.ts";
 
@@ -31,6 +31,20 @@ describe("growth", () => {
   test("of fewer than two samples is unknown", () => {
     expect(growth(samples([5]))).toBeNaN();
     expect(growth([])).toBeNaN();
+  });
+});
+
+describe("levelled", () => {
+  test("is true once two in turn are no higher than before, and never of what only rises", () => {
+    expect(levelled([100, 104, 107, 106, 107])).toBe(true);
+    expect(levelled([100, 104, 107, 106, 108])).toBe(false);
+    const rising = Array.from({ length: 40 }, (_, i) => 100 + i * 0.01);
+    expect(rising.some((_, i) => levelled(rising.slice(0, i + 1)))).toBe(false);
+  });
+
+  test("is not known of three", () => {
+    expect(levelled([100, 100, 100])).toBe(false);
+    expect(levelled([100, 100, 100, 100])).toBe(true);
   });
 });
 
