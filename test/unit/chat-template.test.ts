@@ -197,6 +197,20 @@ describe("what clients write never becomes a special token:", () => {
     expect(chat.text).toBe("<|en-d|>-|-18<|end|>");
     expect(specials(tokenizer, chat)).toBe(1);
   });
+  test("whatever it is that the template cuts", async () => {
+    const source =
+      "{% for m in messages %}{{ m.content[1:] ~ m.content[:3] ~ m.content[::2] ~ m.content[::-1] }}<|end|>{% endfor %}";
+    const { tokenizer, template } = make(await withTemplate(source));
+    fc.assert(
+      fc.property(fc.array(hostile, { minLength: 1, maxLength: 4 }), (texts) => {
+        const messages = texts.map((content, i) => ({ role: i % 2 === 0 ? "user" : "assistant", content }));
+        const chat = template.renderChat({ messages });
+        expect([texts, specials(tokenizer, chat)]).toEqual([texts, texts.length]);
+        expect(tokenizer.decode(chat.ids)).toBe(chat.text);
+      }),
+      { numRuns: 300 },
+    );
+  });
   test("even if the normalizer makes one of it", () => {
     const plain = byteTokenizer([], [{ content: "<e>", special: true, normalized: true }], "ab<e>");
     const files = {
