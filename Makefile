@@ -121,9 +121,10 @@ VERIFY_STEPS := $(wildcard test/amx/run.sh test/arm64/run.sh test/metal/run.sh t
 verify: dist/caravan native-asan ## sanitizers, AMX and arm64 under emulators, Metal on the emulated runtime, the API fuzzed, every grid of ranks, RDMA in a virtual machine, the simulated cluster, odd hosts
 	@for step in $(VERIFY_STEPS); do echo "== $$step"; BUN="$(abspath $(BUN))" bash $$step || exit 1; done
 
-soak: dist/caravan $(SMOLLM2)/config.json node_modules/.installed ## 1,000 requests with cancels and disconnects: nothing leaks; 64 connections for 2 minutes: all answered or 429; 10,000 seeds of the simulated cluster
-	$(BUN) test/soak/requests.ts $(SMOLLM2) 1000
+soak: dist/caravan $(SMOLLM2)/config.json build/llama4-tokenizer/tokenizer.json node_modules/.installed ## 4,000 requests and more with cancels and disconnects: nothing leaks; 64 connections for 2 minutes: all answered or 429; JavaScript's memory with Llama 4's vocabulary; 10,000 seeds of the simulated cluster
+	$(BUN) test/soak/requests.ts $(SMOLLM2)
 	$(BUN) test/soak/load.ts $(SMOLLM2) 120
+	$(BUN) test/soak/javascript-memory.ts
 	$(BUN) test/simulation/run.ts --seeds 10000 --jobs 2
 
 bench: dist/caravan $(SMOLLM2)/config.json ## speed of the default model on this machine
