@@ -91,7 +91,7 @@ function showRanks({ tensor, pipeline, transport, round_trip_us, note, exchange 
     `${tensor * pipeline} ranks (${tensor} tensor × ${pipeline} pipeline) over ${transport}, round trip ${round_trip_us} µs${note === "" ? "" : `; ${note}`}`,
     ...exchange.map(
       (e, i) =>
-        `  setting ${i + 1}: ${e.reduces} all-reduces of ${e.reduce_us} µs, ${share(e.reduce_share)} of the steps' time; exchanging and waiting, by rank: ${e.exchange_share.map(share).join(", ")}${transport === "tcp" ? `; MACs of rank 0: ${e.mac_ms} ms, ${share(e.mac_share)}` : ""}`,
+        `  setting ${i + 1}: ${e.reduces} all-reduces of ${e.reduce_us} µs, ${share(e.reduce_share)} of the steps' time; exchanging and waiting, by rank: ${e.exchange_share.map(share).join(", ")}; ${transport === "tcp" ? "MACs" : "checksums"} of rank 0: ${e.mac_ms} ms, ${share(e.mac_share)}`,
     ),
   ];
 }

@@ -11,8 +11,8 @@ export interface ExchangeResult {
   reduce_us: number;
   /** Share of the steps' time that rank 0 spent in all-reduces, 0 to 1. */
   reduce_share: number;
-  /** What rank 0's MACs took, of all that it sent and received over TCP: milliseconds, and as a share of the steps' time. Checksums of shared
-   * memory and RDMA are not timed: 0. */
+  /** What rank 0's MACs (over TCP) or checksums (over RDMA, and shared memory: of one message in 16, scaled up) took, of all that it sent and
+   * received: milliseconds, and as a share of the steps' time. */
   mac_ms: number;
   mac_share: number;
   /** By rank: share of its steps' time in all exchanges together, waiting for other ranks included. */

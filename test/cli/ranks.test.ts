@@ -119,16 +119,21 @@ describe("caravan", () => {
     LIMIT_MS,
   );
 
-  test(
-    "bench over TCP says what the MACs cost",
-    () => {
+  test.each([
+    ["tcp", "MACs"],
+    ["shm", "checksums"],
+  ])(
+    "bench over %s says what the %s cost",
+    (transport, what) => {
       const settings = ["--prompt-tokens", "16", "--generate", "8", "--streams", "1", "--repeat", "1"];
-      const tcp = ["bench", dir, "--tensor", "2", "--transport", "tcp", "--threads", "1", ...settings];
-      const [{ mac_ms, mac_share }] = JSON.parse(caravan([...tcp, "--json"]).out).ranks.exchange;
+      const args = ["bench", dir, "--tensor", "2", "--transport", transport, "--threads", "1", ...settings];
+      const [{ mac_ms, mac_share }] = JSON.parse(caravan([...args, "--json"]).out).ranks.exchange;
       expect(mac_ms).toBeGreaterThan(0);
       expect(mac_share).toBeGreaterThan(0);
       expect(mac_share).toBeLessThan(1);
-      expect(caravan(tcp).out).toMatch(/over tcp,[\s\S]*; MACs of rank 0: [\d.]+ ms, [\d.]+ %/);
+      expect(caravan(args).out).toMatch(
+        new RegExp(`over ${transport},[\\s\\S]*; ${what} of rank 0: [\\d.]+ ms, [\\d.]+ %`),
+      );
     },
     LIMIT_MS,
   );
