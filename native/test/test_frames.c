@@ -223,7 +223,7 @@ static int body_with_strangers(cv_group *g, uint32_t rank, rank_world *w) {
     float x[1000];
     for (int turn = 0; turn < 50; turn++) {
         for (int i = 0; i < 1000; i++) x[i] = (float)rank;
-        int code = cv_all_reduce(g, (cv_members){0, w->size}, x, 1000, 5000);
+        int code = cv_all_reduce(g, (cv_members){0, w->size}, x, 1000, RANKS_PATIENCE_MS);
         if (code != CV_OK) return code;
         if (x[7] != 3) return -100;
     }
@@ -249,7 +249,7 @@ static bool record_hello(const rank_world *w, uint8_t out[112]) {
         memcpy(all + r * bytes + 8, &r, sizeof r); /* cv_address.rank */
     }
     memcpy(all + 60, &port, sizeof port); /* rank 0 is here */
-    bool ok = cv_group_connect_start(g, all, sizes, 3000, err, sizeof err) == CV_OK;
+    bool ok = cv_group_connect_start(g, all, sizes, RANKS_PATIENCE_MS, err, sizeof err) == CV_OK;
     int fd = ok ? accept(listener, NULL, NULL) : -1;
     ok = fd >= 0 && recv(fd, out, 112, MSG_WAITALL) == 112;
     if (fd >= 0) close(fd);
@@ -262,7 +262,7 @@ static void strangers(cv_checks *c, uint32_t kind) {
     char name[120];
     snprintf(name, sizeof name, "a group connects and computes while strangers call its ports (%s)", kind == CV_TRANSPORT_TCP ? "TCP" : "shared memory");
     cv_case(c, name);
-    rank_world *w = ranks_new(3, kind);
+    rank_world *w = ranks_patient(3, kind);
     intruder in = {.w = w};
     in.has_recorded = record_hello(w, in.recorded);
     cv_check(c, in.has_recorded, "no hello was sent");
@@ -270,7 +270,7 @@ static void strangers(cv_checks *c, uint32_t kind) {
     pthread_t t;
     ranks_start(w, body_with_strangers);
     pthread_create(&t, NULL, intrude, &in);
-    for (uint32_t r = 0; r < 3; r++) ranks_await(&w->rank[r].ended, 1, 20000);
+    for (uint32_t r = 0; r < 3; r++) ranks_await(&w->rank[r].ended, 1, RANKS_PATIENCE_MS);
     atomic_store(&in.stop, 1);
     pthread_join(t, NULL);
     cv_check(c, ranks_finish(w), "a rank did not end in time, or badly");

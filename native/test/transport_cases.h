@@ -23,7 +23,7 @@ static inline int reduce_once(cv_group *g, cv_members m, size_t n, size_t turn) 
     uint32_t self = cv_group_rank(g);
     for (size_t i = 0; i < n; i++) x[i] = value(self, i, turn);
     x[n] = 42;
-    int code = cv_all_reduce(g, m, x, n, 20000);
+    int code = cv_all_reduce(g, m, x, n, RANKS_PATIENCE_MS);
     for (size_t i = 0; i < n && code == CV_OK; i++) {
         float sum = value(m.first, i, turn);
         for (uint32_t r = 1; r < m.count; r++) sum += value(m.first + r, i, turn);
@@ -49,18 +49,18 @@ static inline int body_sums(cv_group *g, uint32_t rank, rank_world *w) {
         uint32_t half = w->size / 2;
         cv_members m = rank < half ? (cv_members){0, half} : (cv_members){half, w->size - half};
         int code = reduce_once(g, m, 100 + turn * 37, turn);
-        if (code == CV_OK && turn % 10 == 0) code = reduce_once(g, all, 5000, turn);
+        if (code == CV_OK && turn % 10 == 0) code = reduce_once(g, all, RANKS_PATIENCE_MS, turn);
         if (code == CV_OK) code = reduce_once(g, (cv_members){rank, 1}, 10, turn);
         if (code != CV_OK) return code;
     }
     uint32_t mine[3] = {rank, rank * rank, 7}, out[3 * RANKS_MOST];
-    int code = cv_all_gather(g, all, mine, sizeof mine, out, 5000);
+    int code = cv_all_gather(g, all, mine, sizeof mine, out, RANKS_PATIENCE_MS);
     for (uint32_t r = 0; r < w->size && code == CV_OK; r++)
         if (out[3 * r] != r || out[3 * r + 1] != r * r || out[3 * r + 2] != 7) code = BAD_BYTES;
     cv_group_stats_record s;
     cv_group_stats(g, &s, NULL, 0);
     w->rank[rank].number = s.reduces;
-    return code != CV_OK ? code : cv_group_barrier(g, 5000);
+    return code != CV_OK ? code : cv_group_barrier(g, RANKS_PATIENCE_MS);
 }
 
 static inline void fill(unsigned char *p, size_t n, uint64_t seed) {
@@ -78,7 +78,7 @@ static inline int body_measure(cv_group *g, uint32_t rank, rank_world *w) {
         if (code != CV_OK) return code;
     }
     double mine[2] = {trip, bandwidth};
-    int code = cv_all_gather(g, (cv_members){0, 2}, mine, sizeof mine, both, 5000);
+    int code = cv_all_gather(g, (cv_members){0, 2}, mine, sizeof mine, both, RANKS_PATIENCE_MS);
     if (code != CV_OK) return code;
     if (trip <= 0 || bandwidth <= 0 || both[0] != both[2] || both[1] != both[3]) return BAD_BYTES;
     return cv_group_measure(g, 0, &trip, &bandwidth, why, sizeof why) == CV_E_ARGUMENT ? CV_OK : BAD_CODE;
@@ -95,18 +95,18 @@ static inline int body_messages(cv_group *g, uint32_t rank, rank_world *w) {
             fill(want, n, k + peer);
             int code;
             if (rank == 0) {
-                code = k % 2 ? cv_send_any(g, peer, CV_CHANNEL_STEP, want, n, 10000) : cv_send(g, peer, CV_CHANNEL_STEP, want, n, 10000);
-                if (code == CV_OK) code = cv_recv(g, peer, CV_CHANNEL_RESULT, got, n, 10000);
+                code = k % 2 ? cv_send_any(g, peer, CV_CHANNEL_STEP, want, n, RANKS_PATIENCE_MS) : cv_send(g, peer, CV_CHANNEL_STEP, want, n, RANKS_PATIENCE_MS);
+                if (code == CV_OK) code = cv_recv(g, peer, CV_CHANNEL_RESULT, got, n, RANKS_PATIENCE_MS);
             } else {
                 void *data = NULL;
                 size_t size = 0;
-                code = k % 2 ? cv_recv_any(g, 0, CV_CHANNEL_STEP, &data, &size, 4 << 20, k % 4 == 1 ? 0 : 10000) : cv_recv(g, 0, CV_CHANNEL_STEP, got, n, 10000);
+                code = k % 2 ? cv_recv_any(g, 0, CV_CHANNEL_STEP, &data, &size, 4 << 20, k % 4 == 1 ? 0 : RANKS_PATIENCE_MS) : cv_recv(g, 0, CV_CHANNEL_STEP, got, n, RANKS_PATIENCE_MS);
                 if (data) {
                     if (size == n) memcpy(got, data, n);
                     else code = BAD_BYTES;
                     free(data);
                 }
-                if (code == CV_OK) code = cv_send(g, 0, CV_CHANNEL_RESULT, got, n, 10000);
+                if (code == CV_OK) code = cv_send(g, 0, CV_CHANNEL_RESULT, got, n, RANKS_PATIENCE_MS);
             }
             if (code == CV_OK && memcmp(want, got, n)) code = BAD_BYTES;
             free(want);
@@ -117,8 +117,8 @@ static inline int body_messages(cv_group *g, uint32_t rank, rank_world *w) {
     for (uint32_t i = 0; i < 300; i++) {
         int code = CV_OK;
         uint32_t got = 0, from = (rank + w->size - 1) % w->size;
-        if (i < 150) code = cv_send(g, (rank + 1) % w->size, CV_CHANNEL_HIDDEN, &i, sizeof i, 5000);
-        if (i >= 150) code = cv_recv(g, from, CV_CHANNEL_HIDDEN, &got, sizeof got, 5000);
+        if (i < 150) code = cv_send(g, (rank + 1) % w->size, CV_CHANNEL_HIDDEN, &i, sizeof i, RANKS_PATIENCE_MS);
+        if (i >= 150) code = cv_recv(g, from, CV_CHANNEL_HIDDEN, &got, sizeof got, RANKS_PATIENCE_MS);
         if (code != CV_OK) return code;
         if (i >= 150 && got != i - 150) return BAD_BYTES;
     }
@@ -140,8 +140,8 @@ static inline void *run_lane(void *arg) {
     for (uint32_t i = 0; i < 60 && j->code == CV_OK; i++) {
         out[0] = rank * 1000 + i;
         out[n - 1] = j->channel;
-        j->code = cv_send(j->g, next, j->channel, out, n * sizeof *out, 10000);
-        if (j->code == CV_OK) j->code = cv_recv(j->g, before, j->channel, in, n * sizeof *in, 10000);
+        j->code = cv_send(j->g, next, j->channel, out, n * sizeof *out, RANKS_PATIENCE_MS);
+        if (j->code == CV_OK) j->code = cv_recv(j->g, before, j->channel, in, n * sizeof *in, RANKS_PATIENCE_MS);
         if (j->code == CV_OK && (in[0] != before * 1000 + i || in[n - 1] != j->channel)) j->code = BAD_BYTES;
     }
     free(out);
@@ -185,13 +185,14 @@ static inline void works_in(cv_checks *c, const char *what, rank_body body, rank
     cv_end_case(c);
 }
 
-static inline void works(cv_checks *c, const char *what, rank_body body, uint32_t size, uint32_t kind) { works_in(c, what, body, ranks_new(size, kind)); }
+static inline void works(cv_checks *c, const char *what, rank_body body, uint32_t size, uint32_t kind) { works_in(c, what, body, kind == CV_TRANSPORT_RDMA ? ranks_new(size, kind) : ranks_patient(size, kind)); }
 
 /* What a rank saw of a fault: code, text, and the time since w->stamp_ns. */
 static inline void check_fault(cv_checks *c, rank_world *w, uint32_t rank, int code, const char *words, double limit_s) {
     const rank_report *r = &w->rank[rank];
     double s = ((double)r->ended_ns - (double)atomic_load(&w->stamp_ns)) * 1e-9;
     cv_check(c, r->ended && r->code == code && strstr(r->text, words), "rank %u: ended %d, code %d, not %d with \"%s\": %s", rank, r->ended, r->code, code, words, r->text);
+    limit_s += ranks_allowance(w);
     cv_check(c, s <= limit_s, "rank %u needed %.2f s, not %.2f: %s", rank, s, limit_s, r->text);
 }
 
@@ -199,14 +200,14 @@ static inline void check_fault(cv_checks *c, rank_world *w, uint32_t rank, int c
 static inline int body_busy(cv_group *g, uint32_t rank, rank_world *w) {
     (void)rank;
     for (size_t turn = 0;; turn++) {
-        int code = reduce_once(g, (cv_members){0, w->size}, 5000, turn);
+        int code = reduce_once(g, (cv_members){0, w->size}, RANKS_PATIENCE_MS, turn);
         if (code != CV_OK) return code;
         if (turn == 20) atomic_fetch_add(&w->count, 1);
     }
 }
 
 static inline int body_idle(cv_group *g, uint32_t rank, rank_world *w) {
-    int code = cv_group_barrier(g, 5000);
+    int code = cv_group_barrier(g, RANKS_PATIENCE_MS);
     if (code != CV_OK) return code;
     atomic_fetch_add(&w->count, 1);
     void *data;
@@ -221,10 +222,10 @@ static inline void fault_in(cv_checks *c, const char *what, rank_body body, rank
     cv_case(c, name);
     uint32_t victim = w->size - 1;
     ranks_start(w, body);
-    cv_check(c, ranks_await(&w->count, (int)w->size, 20000), "the ranks did not begin");
+    cv_check(c, ranks_await(&w->count, (int)w->size, RANKS_PATIENCE_MS), "the ranks did not begin");
     atomic_store(&w->stamp_ns, cv_now());
     kill(w->pid[victim], signal_number);
-    for (uint32_t r = 0; r < victim; r++) ranks_await(&w->rank[r].ended, 1, 10000);
+    for (uint32_t r = 0; r < victim; r++) ranks_await(&w->rank[r].ended, 1, RANKS_PATIENCE_MS);
     if (signal_number == SIGSTOP) kill(w->pid[victim], SIGKILL);
     cv_check(c, ranks_finish(w), "a rank did not end in time, or badly");
     char words[40];
@@ -235,7 +236,7 @@ static inline void fault_in(cv_checks *c, const char *what, rank_body body, rank
 }
 
 static inline void fault(cv_checks *c, const char *what, rank_body body, uint32_t size, uint32_t kind, int signal_number, double limit_s) {
-    fault_in(c, what, body, ranks_new(size, kind), signal_number, limit_s);
+    fault_in(c, what, body, signal_number == SIGSTOP ? ranks_new(size, kind) : ranks_patient(size, kind), signal_number, limit_s);
 }
 
 #endif
