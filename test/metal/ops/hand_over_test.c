@@ -140,25 +140,34 @@ static bool within(const char *way) { return !strcmp(way, "event") || !strcmp(wa
 
 /* ---- cases, one for each way ---- */
 
+/* False: the machine was too busy to say, the host came late. */
+static bool counts_of_a_step(cv_checks *c, rig *r, const char *way, bool last) {
+    char text[512] = "";
+    uint64_t before[5], after[5];
+    const char *const what[5] = {"command_buffers", "waits", "dispatches", "event_waits", "allocations"};
+    for (int i = 0; i < 5; i++) before[i] = count(what[i]);
+    int code = run_step(r, text, sizeof text);
+    for (int i = 0; i < 5; i++) after[i] = count(what[i]) - before[i];
+    check_numbers(c, r);
+    if (!code && r->recordings > 1 && !last) return false;
+    cv_check(c, !code && r->recordings == 1 && r->calls == JOINS, "%d %s, recorded %u times, %u calls", code, text, r->recordings, r->calls);
+    cv_check(c, after[0] == (within(way) ? 1 : JOINS + 1), "%llu command buffers", (unsigned long long)after[0]);
+    cv_check(c, after[1] == (strcmp(way, "wait") ? 1 : JOINS + 1), "%llu waits", (unsigned long long)after[1]);
+    cv_check(c, after[2] == (strcmp(way, "spin") ? JOINS : 2 * JOINS), "%llu dispatches", (unsigned long long)after[2]);
+    cv_check(c, after[3] == (strcmp(way, "event") ? 0 : JOINS), "%llu waits for events", (unsigned long long)after[3]);
+    cv_check(c, after[4] == 0, "%llu allocations", (unsigned long long)after[4]);
+    return true;
+}
+
 static void counted(cv_checks *c, const char *way) {
-    rig r;
-    if (!open_rig(c, &r, way, "5000")) return;
-    if (warm(c, &r)) {
-        char text[512] = "";
-        uint64_t before[5], after[5];
-        const char *const what[5] = {"command_buffers", "waits", "dispatches", "event_waits", "allocations"};
-        for (int i = 0; i < 5; i++) before[i] = count(what[i]);
-        int code = run_step(&r, text, sizeof text);
-        for (int i = 0; i < 5; i++) after[i] = count(what[i]) - before[i];
-        cv_check(c, !code && r.recordings == 1 && r.calls == JOINS, "%d %s, recorded %u times, %u calls", code, text, r.recordings, r.calls);
-        check_numbers(c, &r);
-        cv_check(c, after[0] == (within(way) ? 1 : JOINS + 1), "%llu command buffers", (unsigned long long)after[0]);
-        cv_check(c, after[1] == (strcmp(way, "wait") ? 1 : JOINS + 1), "%llu waits", (unsigned long long)after[1]);
-        cv_check(c, after[2] == (strcmp(way, "spin") ? JOINS : 2 * JOINS), "%llu dispatches", (unsigned long long)after[2]);
-        cv_check(c, after[3] == (strcmp(way, "event") ? 0 : JOINS), "%llu waits for events", (unsigned long long)after[3]);
-        cv_check(c, after[4] == 0, "%llu allocations", (unsigned long long)after[4]);
+    enum { ATTEMPTS = 4 };
+    bool counted = false;
+    for (int i = 1; !counted && i <= ATTEMPTS; i++) {
+        rig r;
+        if (!open_rig(c, &r, way, "5000")) return;
+        counted = !warm(c, &r) || counts_of_a_step(c, &r, way, i == ATTEMPTS);
+        cv_metal_device_close(r.d);
     }
-    cv_metal_device_close(r.d);
 }
 
 /* Recorded hand-overs in several command buffers. */
