@@ -106,7 +106,7 @@ export class Place {
     void running.ended.then(() => {
       over = true;
     });
-    await until(() => url() !== undefined || over, "the node listens");
+    await until(() => url() !== undefined || over, "the node listens", 60_000);
     const found = url();
     if (found === undefined) throw new Error(`the node did not start: ${running.err()}`);
     return { ...running, url: found, port: new URL(found).port };
