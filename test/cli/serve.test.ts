@@ -2,6 +2,7 @@
 // terminal that uses it. The client is the openai package.
 
 import { afterAll, afterEach, beforeAll, describe, expect, test } from "bun:test";
+import { rmSync } from "node:fs";
 import { join } from "node:path";
 import OpenAI from "openai";
 import { built, isAlive, type Node, Place, PROGRAM, runnersOf } from "../tools/built-caravan.ts";
@@ -114,6 +115,7 @@ describe.skipIf(!built)("models of a node", () => {
     expect(await client(node).models.retrieve("broken")).toMatchObject({ state: "failed" });
     await Bun.write(join(broken, "config.json"), JSON.stringify(config));
     expect(await say(node, "broken")).not.toBe("");
+    rmSync(broken, { recursive: true });
   });
 });
 

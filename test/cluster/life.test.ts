@@ -1,7 +1,7 @@
 // A cluster in daily life: clients that leave, nodes that are told to stop, clusters side by side. Real processes on loopback.
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
+import { loadCluster, newCluster, saveCluster } from "../../src/cluster/net/cluster-file.ts";
 import { clusterFolder } from "../../src/cluster/net/identity.ts";
 import { inTime, msOf } from "../tools/in-time.ts";
 import { ClusterLab, eventually, type LabNode, libraryHere, loopbackHosts } from "./cluster-lab.ts";
@@ -102,7 +102,10 @@ describe.skipIf(!libraryHere)("in a cluster", () => {
       const [first, second, third] = lab.nodes;
       if (first === undefined || second === undefined || third === undefined) throw new Error("three nodes");
       // The same name with another secret: the running node follows its file.
-      saveCluster(clusterFolder(`${lab.folder}/${third.name}`), newCluster("lab"));
+      const folder = clusterFolder(`${lab.folder}/${third.name}`);
+      const home = loadCluster(folder);
+      if (home === undefined) throw new Error("its file is there");
+      saveCluster(folder, newCluster("lab"));
       await eventually("the third is alone", 30_000, async () => {
         const { nodes } = await third.state();
         return nodes.filter(({ reachable }) => reachable).length === 1;
@@ -115,6 +118,8 @@ describe.skipIf(!libraryHere)("in a cluster", () => {
         const { problems = [] } = (await first.state()) as { problems?: { problem: string }[] };
         return problems.some(({ problem }) => problem.includes("proof of the cluster's secret is wrong"));
       });
+      saveCluster(folder, home);
+      await lab.meet(lab.nodes, 40_000);
     },
     SLOW_MS,
   );

@@ -114,6 +114,7 @@ describe("a text service", () => {
 
 describe("a worker that", () => {
   const dir = mkdtempSync(join(tmpdir(), "caravan-text-"));
+  beforeAll(() => cpSync(TINY_BYTES, dir, { recursive: true }));
   afterAll(() => rmSync(dir, { recursive: true }));
   const plainFiles = {
     where: "memory",
@@ -124,7 +125,6 @@ describe("a worker that", () => {
   const hi = { messages: [{ role: "user", content: "Hi" }] };
 
   test("hangs is replaced: its job fails, the others are answered", async () => {
-    cpSync(TINY_BYTES, dir, { recursive: true });
     // Seconds in few steps, between which nobody looks at the clock.
     const slow = "{% for i in range(28) %}{{ range(1000000)|sort(reverse=true)|length }}{% endfor %}";
     writeFileSync(join(dir, "chat_template.jinja"), slow);

@@ -1,6 +1,6 @@
 // RDMA devices: listing them with a fake library, choosing among them, and finding which of one node reaches which of another.
 
-import { describe, expect, test } from "bun:test";
+import { afterAll, describe, expect, test } from "bun:test";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -35,6 +35,7 @@ describe("listing", () => {
       ...["cc", "-shared", "-fPIC", "-o", join(folder, "libibverbs.so.1")],
       join(ROOT, "test/tools/fake-verbs.c"),
     ]).success;
+  afterAll(() => rmSync(folder, { recursive: true }));
   if (!built) console.log("skipped: a fake libibverbs (needs Linux, cc and build/libcaravan.so)");
   const command = (mode: string) => [
     ...["env", `LD_LIBRARY_PATH=${folder}`, `FAKE_VERBS=${mode}`, process.execPath, MAIN, "rdma"],
@@ -71,7 +72,6 @@ describe("listing", () => {
           }),
         ),
       );
-      rmSync(folder, { recursive: true });
     },
     SLOW_MS,
   );
