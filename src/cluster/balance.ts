@@ -1,5 +1,6 @@
 // Which of several instances of a model a request goes to: the ready one with the fewest outstanding tokens.
-// An owner's own count is late by a beat, so what this node sent itself counts from the moment it is sent. Pure.
+// An owner's own count is late by a beat, so what this node sent itself counts from the moment it is sent, and what its own
+// instances do from the moment it is known here. Pure.
 
 import type { Member } from "./membership.ts";
 import type { InstanceState, NodeId } from "./types.ts";
@@ -48,10 +49,11 @@ export function chooseInstance(
   model: string,
   members: readonly Member[],
   outstanding: Outstanding,
+  own: (instance: string) => number = () => 0,
 ): Choice | undefined {
   let best: (Choice & { load: number }) | undefined;
   for (const { spec, epoch, owner, outstandingTokens } of readyInstances(model, members)) {
-    const load = Math.max(outstandingTokens, outstanding.of(spec.id));
+    const load = Math.max(outstandingTokens, outstanding.of(spec.id), own(spec.id));
     if (best === undefined || load < best.load || (load === best.load && spec.id < best.instance))
       best = { instance: spec.id, epoch, owner, load };
   }

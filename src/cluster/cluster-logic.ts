@@ -48,7 +48,11 @@ export class ClusterLogic {
     const { id } = info;
     this.ranks = new RankHost({ id, ledger, runner, now });
     this.#orphans = new Orphans(id, now);
-    this.requests = new Requests({ now, fail: options.failRequest });
+    this.requests = new Requests({
+      now,
+      fail: options.failRequest,
+      own: (instance) => this.instances.outstanding(instance),
+    });
     this.instances = new InstanceLife({
       id,
       now,

@@ -134,6 +134,11 @@ export class InstanceLife {
     if (owned !== undefined) owned.state = { ...owned.state, outstandingTokens, usedAt };
   }
 
+  /** As load() told it last: the record tells the others of it a beat later. */
+  outstanding(id: string): number {
+    return this.#owned.get(id)?.state.outstandingTokens ?? 0;
+  }
+
   /** The ranks of this epoch do not compute together any more (reported by this node's own rank). */
   engineFailed(id: string, epoch: number, reason: string): void {
     const owned = this.#owned.get(id);

@@ -4,7 +4,14 @@
 import { CaravanError } from "../errors.ts";
 import { type KvType, PLANNED_SHARE } from "../model/memory-plan.ts";
 import { type ModelProfile, type RankWork, rankWorks } from "./model-profile.ts";
-import { allArrangements, arrangements, type Candidate, neighbourGroups, nodeGroups } from "./node-groups.ts";
+import {
+  allArrangements,
+  allOrders,
+  arrangements,
+  type Candidate,
+  neighbourGroups,
+  nodeGroups,
+} from "./node-groups.ts";
 import { PlacementWords, speedOf } from "./placement-words.ts";
 import { LinkTable, type NodeFigures, type Prediction, predict } from "./predict.ts";
 import { longestContext, type MemoryTerms, type RankMemory, rankMemory } from "./rank-memory.ts";
@@ -209,11 +216,13 @@ class Planner {
     const count = this.#members.length;
     for (let size = 1; size <= count; size++)
       for (const [tensor, pipeline] of this.#shapes(size)) {
-        if (
-          arrangements(count, tensor, pipeline) > (count <= EXHAUSTIVE_NODES ? Infinity : MOST_ARRANGEMENTS)
-        )
-          many.add(`${tensor}x${pipeline}`);
-        else
+        if (count <= EXHAUSTIVE_NODES) {
+          for (const group of allOrders(this.#members, size, first))
+            this.#consider(best, group, tensor, pipeline);
+          continue;
+        }
+        many.add(`${tensor}x${pipeline}`);
+        if (arrangements(count, tensor, pipeline) <= MOST_ARRANGEMENTS)
           for (const group of allArrangements(this.#members, tensor, pipeline, first))
             this.#consider(best, group, tensor, pipeline);
       }
@@ -231,7 +240,7 @@ class Planner {
       let group = begin;
       for (let better = true; better && tries < MOST_TRIES; ) {
         better = false;
-        for (const next of neighbourGroups(group, this.#members, tensor, first)) {
+        for (const next of neighbourGroups(group, this.#members, first)) {
           if (tries++ >= MOST_TRIES) break;
           if (!this.#consider(best, next, tensor, pipeline)) continue;
           group = next;

@@ -29,6 +29,8 @@ export interface RunningRequest {
 export interface RequestsOptions {
   /** Monotonic milliseconds. */
   now: () => number;
+  /** Outstanding tokens of this node's own instance by now; 0: it is another node's. */
+  own?: (instance: string) => number;
   /** The request is over without its answer. The stream to the client ends with the error. */
   fail: (request: RunningRequest, error: CaravanError) => void;
 }
@@ -51,7 +53,7 @@ export class Requests {
   /** Chooses an instance and counts the request. Throws model_loading where none is ready, model_not_found where no
    * instance of the model is known. */
   start(id: string, model: string, tokens: number, members: readonly Member[]): RunningRequest {
-    const choice = chooseInstance(model, members, this.#outstanding);
+    const choice = chooseInstance(model, members, this.#outstanding, this.#options.own);
     if (choice === undefined) throw notReady(model, members);
     const request = { id, model, tokens, ...choice, heardAt: this.#options.now() };
     this.#running.set(id, request);

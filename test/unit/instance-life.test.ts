@@ -475,6 +475,21 @@ describe("requests", () => {
     for (let n = 6; n < 12; n++) expect(start(`${n}`, 100)).toBe("j");
   });
 
+  test("count at this node's own instance before its record tells of them", () => {
+    const c = cluster(ROOMY, ROOMY);
+    c.node("a").logic.instances.create("i", "small", { context: 128, nodes: ["a"] });
+    c.node("b").logic.instances.create("j", "small", { context: 128, nodes: ["b"] });
+    c.pass(1000);
+    c.automatic = false;
+    const { instances, requests } = c.node("a").logic;
+    const next = (id: string) => requests.start(id, "small", 0, c.node("a").logic.members).instance;
+    expect(next("1")).toBe("i");
+    instances.load("i", 512, 1);
+    expect(next("2")).toBe("j");
+    instances.load("i", 0, 2);
+    expect(next("3")).toBe("i");
+  });
+
   test("for a model that loads are told so with its progress, for one that failed why, for an unknown one what to do", () => {
     const c = cluster(ROOMY);
     c.automatic = false;
