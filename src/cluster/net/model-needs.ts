@@ -11,7 +11,7 @@ import type { ModelPresence, NodeId } from "../types.ts";
 /** Models that ledgers tell of. */
 const MOST_MODELS = 32;
 /** A node that did not answer is asked again after this. */
-const AGAIN_MS = 30_000;
+const AGAIN_MS = 3000;
 
 const METHOD = "model.need";
 const count = v.pipe(v.number(), v.safeInteger(), v.minValue(0));
@@ -104,11 +104,14 @@ export class ModelNeeds {
   async #ask(model: string, told: Told): Promise<void> {
     const { holders, ask, onChange, log } = this.#options;
     const [holder] = holders(model);
-    if (holder === undefined) return;
+    if (holder === undefined) {
+      told.againAt = 0; // nobody was asked
+      return;
+    }
     try {
       // null: it is reading the headers itself.
       const need = v.parse(v.nullable(NeedSchema), await ask(holder, METHOD, { model }));
-      if (need === null) told.againAt = performance.now() + AGAIN_MS / 10;
+      if (need === null) told.againAt = performance.now() + AGAIN_MS / 3;
       else told.need = need;
       if (need !== null) onChange();
     } catch (thrown) {
