@@ -114,7 +114,7 @@ const MUTATIONS: readonly Mutation[] = [
 ];
 
 /** Seeds that a bug may take to show. */
-const SEEDS = 60;
+const SEEDS = 300;
 
 const root = join(import.meta.dir, "../..");
 const { values } = parseArgs({ options: { only: { type: "string", default: "" } } });

@@ -302,7 +302,7 @@ export class World implements Surroundings {
     Object.assign(this.loadFaults, { memory: 0, files: 0, process: 0 });
     for (const hardware of this.hardware) this.#revive(hardware);
     for (const node of this.living) {
-      node.pausedUntil = 0;
+      if (node.paused) node.pausedUntil = this.time.now;
       node.resume();
       node.slow = 1;
       node.ledger.setCapacity(node.hardware.capacity);
