@@ -316,8 +316,12 @@ export class ClusterLab {
     });
     const view = await node.state();
     const reached = new Set(view.nodes.filter(({ reachable }) => reachable).map((each) => each.id));
-    for (const each of this.nodes)
-      if (each.running && reached.has(await each.id())) await this.ready(each, id);
+    for (const each of this.nodes.filter(({ running }) => running)) {
+      const { self, nodes, conflict } = await each.state();
+      // One that must not take part, or does not see the node that was asked, learns nothing.
+      const sees = nodes.some((other) => other.id === view.self.id && other.reachable);
+      if (conflict === undefined && sees && reached.has(self.id)) await this.ready(each, id);
+    }
     return await this.ready(node, id);
   }
 
