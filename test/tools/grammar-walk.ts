@@ -1,6 +1,7 @@
 // A model that knows nothing but the masks of a grammar: draws tokens of a small vocabulary until the answer ends.
 
 import { buildTokenTable, bytesOf, FLAG_SPECIAL, type TokenTable } from "../../src/chat/token-table.ts";
+import { asCaravanError } from "../../src/errors.ts";
 import { compileGrammar } from "../../src/grammar/compile.ts";
 import { Automata, type InsideTokens, stringStates } from "../../src/grammar/inside-tokens.ts";
 import { GrammarMatcher } from "../../src/grammar/matcher.ts";
@@ -141,4 +142,27 @@ function closest(tokens: readonly number[], { end, table }: SmallVocabulary): nu
 
 function text(bytes: readonly number[]): string {
   return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes));
+}
+
+/** Of a schema that a request gives as its parameter "schema". */
+export function bySchema(schema: unknown): GrammarSpec {
+  return { type: "json_schema", schema, param: "schema" };
+}
+
+/** Whether the matcher takes the text whole, byte by byte. */
+export function takesWhole(matcher: GrammarMatcher, text: string): boolean {
+  for (const byte of new TextEncoder().encode(text)) if (!matcher.accept(byte)) return false;
+  return matcher.mayEnd;
+}
+
+/** What is said of a schema that is refused; "": it is enforced. Throws where it is refused in another way. */
+export function refusalOf(schema: unknown, vocabulary: Parameters<typeof matcherSource>[1]): string {
+  try {
+    matcherSource(bySchema(schema), vocabulary);
+    return "";
+  } catch (thrown) {
+    const { code, param } = asCaravanError(thrown);
+    if (code !== "unsupported_parameter" || param !== "schema") throw thrown;
+    return thrown instanceof Error ? thrown.message : String(thrown);
+  }
 }

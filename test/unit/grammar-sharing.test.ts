@@ -1,7 +1,13 @@
 // Grammars in one builder share automata by the names of their languages: what merely looks alike must not be shared.
 import { expect, test } from "bun:test";
 import type { GrammarSpec } from "../../src/grammar/spec.ts";
-import { JSON_WORDS, matcherSource, randomAnswer, smallVocabulary } from "../tools/grammar-walk.ts";
+import {
+  JSON_WORDS,
+  matcherSource,
+  randomAnswer,
+  smallVocabulary,
+  takesWhole,
+} from "../tools/grammar-walk.ts";
 import { seededRandom } from "../tools/seeded-random.ts";
 
 const vocabulary = smallVocabulary(JSON_WORDS);
@@ -22,9 +28,7 @@ const calls = (tools: Record<string, object>, more: object = {}): GrammarSpec =>
 });
 
 function takes(spec: GrammarSpec, text: string): boolean {
-  const matcher = matcherSource(spec, vocabulary)();
-  for (const byte of new TextEncoder().encode(text)) if (!matcher.accept(byte)) return false;
-  return matcher.mayEnd;
+  return takesWhole(matcherSource(spec, vocabulary)(), text);
 }
 
 function check(spec: GrammarSpec, yes: string[], no: string[]): void {

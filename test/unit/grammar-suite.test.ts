@@ -1,16 +1,16 @@
 import { expect, test } from "bun:test";
-import type { GrammarMatcher } from "../../src/grammar/matcher.ts";
 import type { GrammarSpec } from "../../src/grammar/spec.ts";
-import { JSON_WORDS, matcherSource, randomAnswer, smallVocabulary } from "../tools/grammar-walk.ts";
+import {
+  JSON_WORDS,
+  matcherSource,
+  randomAnswer,
+  smallVocabulary,
+  takesWhole,
+} from "../tools/grammar-walk.ts";
 import { suiteCases, suiteHere, validatorOf } from "../tools/json-schema-suite.ts";
 import { seededRandom } from "../tools/seeded-random.ts";
 
 /** Whether the grammar takes the text whole, byte by byte. */
-function takes(matcher: GrammarMatcher, text: string): boolean {
-  for (const byte of new TextEncoder().encode(text)) if (!matcher.accept(byte)) return false;
-  return matcher.mayEnd;
-}
-
 const ANSWERS = 4;
 
 test.skipIf(!suiteHere())(
@@ -52,7 +52,7 @@ test.skipIf(!suiteHere())(
       // The suite's own instances judge those, too.
       if (validate === undefined) unjudged.push(`${file}: ${description}`);
       for (const { data, valid } of tests) {
-        const taken = takes(start(), JSON.stringify(data));
+        const taken = takesWhole(start(), JSON.stringify(data));
         if (valid) validTaken += taken ? 1 : 0;
         else if (taken) broken.push(`${file}: ${description}: takes ${JSON.stringify(data)}`);
       }

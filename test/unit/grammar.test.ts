@@ -6,14 +6,22 @@ import { BuildBudget, type Dfa, Nfa } from "../../src/grammar/automaton.ts";
 import { numberAutomaton } from "../../src/grammar/numbers.ts";
 import type { GrammarSpec } from "../../src/grammar/spec.ts";
 import { patternAutomaton } from "../../src/grammar/strings.ts";
-import { allowed, JSON_WORDS, matcherSource, randomAnswer, smallVocabulary } from "../tools/grammar-walk.ts";
+import {
+  allowed,
+  bySchema,
+  JSON_WORDS,
+  matcherSource,
+  randomAnswer,
+  refusalOf,
+  smallVocabulary,
+  takesWhole,
+} from "../tools/grammar-walk.ts";
 import { seededRandom } from "../tools/seeded-random.ts";
 
 /** The keyword: an object with a member of that name in its text looks like a promise. */
 const THEN = "then";
 const vocabulary = smallVocabulary(JSON_WORDS);
 const ajv = () => new Ajv2020({ strict: false, validateFormats: false, ownProperties: true, logger: false });
-const bySchema = (schema: unknown): GrammarSpec => ({ type: "json_schema", schema, param: "schema" });
 
 function accepts(dfa: Dfa | undefined, text: string): boolean {
   if (dfa === undefined) return false;
@@ -31,20 +39,10 @@ function accepts(dfa: Dfa | undefined, text: string): boolean {
 
 /** Whether the grammar takes the text whole, byte by byte. */
 function takes(spec: GrammarSpec, text: string): boolean {
-  const matcher = matcherSource(spec, vocabulary)();
-  for (const byte of new TextEncoder().encode(text)) if (!matcher.accept(byte)) return false;
-  return matcher.mayEnd;
+  return takesWhole(matcherSource(spec, vocabulary)(), text);
 }
 
-function refusal(schema: unknown): string {
-  try {
-    matcherSource(bySchema(schema), vocabulary);
-    return "";
-  } catch (thrown) {
-    expect(thrown).toMatchObject({ code: "unsupported_parameter", param: "schema" });
-    return thrown instanceof Error ? thrown.message : String(thrown);
-  }
-}
+const refusal = (schema: unknown) => refusalOf(schema, vocabulary);
 
 describe("automata", () => {
   test("accept the strings in which a pattern is found, as the platform does", () => {
