@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "fake_gpu.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -216,14 +217,19 @@ static void write_numbers(FILE *f, const uint64_t numbers[MSL_BUFFERS]) {
     for (int k = 0; k < MSL_BUFFERS; k++) fprintf(f, "%s%llu", k ? "," : "", (unsigned long long)numbers[k]);
 }
 
-/* What a test reads: totals after each command buffer, a JSON object a line. */
+/* What a test reads: totals after each command buffer, a JSON object a line. One write a line: ranks may share a file, and a
+ * test may read it meanwhile. */
 static void write_log(const object *command_buffer, bool failed) {
     const char *name = getenv("FAKEMETAL_LOG"), *number = name ? strstr(name, "%d") : NULL; /* %d: a file for each process */
     char path[1024];
     if (number) snprintf(path, sizeof path, "%.*s%d%s", (int)(number - name), name, (int)getpid(), number + 2);
     else if (name) snprintf(path, sizeof path, "%s", name);
-    FILE *f = name ? fopen(path, "a") : NULL;
-    if (!f) return;
+    int log = name ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644) : -1;
+    if (log < 0) return;
+    char *line = NULL;
+    size_t length = 0;
+    FILE *f = open_memstream(&line, &length);
+    if (!f) abort();
     const command_list *list = command_buffer->extra;
     bool first = true;
     fprintf(f, "{\"failed\":%s,\"dispatches\":%d,\"allocations\":%llu,\"pipelines\":%llu,\"command_buffers\":%llu,\"waits\":%llu,\"event_waits\":%llu,\"kernels\":[", failed ? "true" : "false", list->n, (unsigned long long)fake_count.allocations,
@@ -238,7 +244,12 @@ static void write_log(const object *command_buffer, bool failed) {
         fputs("]}", f);
     }
     fputs("]}\n", f);
-    fclose(f);
+    if (fclose(f) != 0 || write(log, line, length) != (ssize_t)length) {
+        perror("FAKEMETAL_LOG");
+        abort();
+    }
+    free(line);
+    close(log);
 }
 
 static void run_command_buffer(object *o) {

@@ -141,6 +141,18 @@ static char *edited(const char *source) {
     return out ? out : strdup(source);
 }
 
+/* Renamed into place: another rank may compile the same source at the same time, and must never read half of it. */
+static void write_source(const char *file, const char *before, const char *text) {
+    char temporary[1100];
+    snprintf(temporary, sizeof temporary, "%s.XXXXXX", file);
+    int descriptor = mkstemp(temporary);
+    FILE *f = descriptor < 0 ? NULL : fdopen(descriptor, "w");
+    if (!f) fake_misuse("cannot write %s", temporary);
+    fputs(before, f);
+    fputs(text, f);
+    if (fclose(f) != 0 || rename(temporary, file) != 0) fake_misuse("cannot write %s", file);
+}
+
 /* Compiles with $MSLC (the words of a command) into the folder $MSL_CACHE, by hash of the source. */
 static object *device_library(object *o, SEL s, object *source, object *options, object **e) {
     UNUSED(o), UNUSED(s), UNUSED(options);
@@ -159,11 +171,7 @@ static object *device_library(object *o, SEL s, object *source, object *options,
     snprintf(library, sizeof library, "%s/%016llx%s%s.so", folder, (unsigned long long)hash, checked ? ".checked" : "", fast ? ".fast" : "");
     struct stat st;
     if (stat(library, &st)) {
-        FILE *f = fopen(file, "w");
-        if (!f) fake_misuse("cannot write %s", file);
-        fputs(before, f);
-        fputs(text, f);
-        fclose(f);
+        write_source(file, before, text);
         snprintf(line, sizeof line, "%s build %s -o %s%s%s 2>&1", compiler, file, library, checked ? " --checked" : "", fast ? " --fast-math" : "");
         FILE *p = popen(line, "r");
         size_t n = p ? fread(out, 1, sizeof out - 1, p) : 0;
